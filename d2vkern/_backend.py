@@ -1,0 +1,260 @@
+"""Which implementation of an op runs, and why: one table and one decision for all eleven ops.
+
+The decision is argument > ``with use_backend(...)`` > environment ``D2VKERN_BACKEND`` > auto. An explicit
+request that cannot be met raises with every reason; auto takes the first entry of the table without a reason
+against it and logs that choice once per op (logger ``d2vkern``).
+
+`select` is traced by ``torch.compile(fullgraph=True)``. The context is a thread-local that Dynamo guards, so
+compiled code follows ``use_backend`` (inside or around it) by recompiling; the environment and what the
+machine offers are read while tracing and are constants of the compiled code.
+"""
+
+import difflib
+import importlib
+import importlib.util
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+ENVIRONMENT = "D2VKERN_BACKEND"
+STEMS = (
+    "masks",
+    "gather",
+    "attention",
+    "conv_block",
+    "conv_stem",
+    "residual_norm",
+    "mlp",
+    "targets",
+    "loss",
+    "ema",
+    "adamw_ema",
+)
+COMMON_BACKENDS = ("eager", "triton", "native")
+ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
+
+_logger = logging.getLogger("d2vkern")
+
+
+class BackendError(ValueError):
+    """A backend request that names nothing known, or that cannot be met here."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend of one op.
+
+    module: import path of a module with the op's functions, whose arguments arrive checked.
+    unsupported: given the call's tensors, the reasons why this one cannot take them (none: it can).
+        It is traced by Dynamo, so it may look at dtypes, devices and shapes only.
+    """
+
+    module: str
+    unsupported: Callable[..., list[str]] | None = None
+
+
+# stem -> backend -> implementation, in auto's order of preference; eager takes everything, so what stands
+# after it runs on request only.
+REGISTRY: dict[str, dict[str, Implementation]] = {
+    stem: {"eager": Implementation(f"d2vkern.reference.{stem}")} for stem in STEMS
+}
+
+
+class _ThreadState(threading.local):
+    """What the current thread has requested, per stem, and who wants to know what ran."""
+
+    # Set per instance: Dynamo guards an instance attribute, but not one that is found on the class.
+    def __init__(self) -> None:
+        self.requested: dict[str, str] = {}
+        self.spies: tuple[list[tuple[str, str]], ...] = ()
+
+
+state = _ThreadState()
+_announced: set[str] = set()
+
+
+def backend_names(stem: str) -> tuple[str, ...]:
+    """The backend names that may be requested for an op, built or not."""
+    return COMMON_BACKENDS + ATTENTION_BACKENDS if stem == "attention" else COMMON_BACKENDS
+
+
+def select(stem: str, backend: str | None, *tensors: Tensor) -> ModuleType:
+    """The module that implements op `stem` for a call with these tensors.
+
+    backend: the public function's `backend` argument; None leaves it to context, environment and auto.
+    Raises BackendError (a ValueError) for an unknown name and for a request that cannot be met.
+    """
+    name, origin = _request(stem, backend)
+    if name is None:
+        name = _choose(stem, tensors)
+    else:
+        reasons = gaps(stem, name, *tensors)
+        if reasons:
+            raise BackendError(
+                f"{stem}: backend {name!r}, requested by {origin}, cannot run: {'; '.join(reasons)}. "
+                f"Available here: {', '.join(_available(stem, tensors))}"
+            )
+    for calls in state.spies:
+        calls.append((stem, name))
+    path = REGISTRY[stem][name].module
+    _import(path)
+    return sys.modules[path]
+
+
+@contextmanager
+def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
+    """Request backends for this thread's calls in the block: ``use_backend("eager", attention="triton")``.
+
+    default: backend for all ops; None leaves the ops not named in `per_op` as they are.
+    per_op: backend for one op, by stem (``masks``, ``gather``, ``attention``, ...).
+    Blocks nest, the inner one wins. The choice is made in the forward pass; a backward pass outside the block
+    runs on the backend of its forward. Raises BackendError for an unknown backend or op.
+    """
+    outer = state.requested
+    state.requested = {**outer, **_expand(default, per_op, "use_backend")}
+    try:
+        yield
+    finally:
+        state.requested = outer
+
+
+def gaps(stem: str, backend: str, *tensors: Tensor) -> list[str]:
+    """Every reason why `backend` cannot run op `stem` here (on these tensors, if any); none: it can."""
+    implementation = REGISTRY[stem].get(backend)
+    if implementation is None:
+        return ["not built yet in this version", *_machine_gaps(backend)]
+    reasons = list(_machine_gaps(backend))
+    if tensors and implementation.unsupported is not None:
+        reasons += implementation.unsupported(*tensors)
+    return reasons
+
+
+def _request(stem: str, backend: str | None) -> tuple[str | None, str]:
+    if backend is not None:
+        _check_backend(stem, backend, "argument backend")
+        return backend, "argument backend"
+    if stem in state.requested:
+        return state.requested[stem], "context use_backend"
+    return _from_environment(stem), f"environment {ENVIRONMENT}"
+
+
+def _choose(stem: str, tensors: tuple[Tensor, ...]) -> str:
+    for name in REGISTRY[stem]:
+        if not gaps(stem, name, *tensors):
+            _announce(stem, name)
+            return name
+    raise AssertionError(f"{stem}: no implementation takes the call, not even eager")
+
+
+def _available(stem: str, tensors: tuple[Tensor, ...]) -> list[str]:
+    return [name for name in REGISTRY[stem] if not gaps(stem, name, *tensors)]
+
+
+def _expand(default: str | None, per_op: dict[str, str], origin: str) -> dict[str, str]:
+    """Turn 'this for all, that for one' into stem -> backend."""
+    requested = {}
+    if default is not None:
+        if default in ATTENTION_BACKENDS:
+            raise BackendError(
+                f"{origin}: {default!r} is a backend of attention only, write attention={default}"
+            )
+        for stem in STEMS:
+            _check_backend(stem, default, origin)
+            requested[stem] = default
+    for stem, backend in per_op.items():
+        if stem not in STEMS:
+            raise BackendError(
+                f"{origin}: unknown op {stem!r}{_nearest(stem, STEMS)}; ops: {', '.join(STEMS)}"
+            )
+        _check_backend(stem, backend, origin)
+        requested[stem] = backend
+    return requested
+
+
+def _check_backend(stem: str, backend: str, origin: str) -> None:
+    names = backend_names(stem)
+    if backend not in names:
+        raise BackendError(
+            f"{stem}: unknown backend {backend!r} in {origin}{_nearest(backend, names)}; "
+            f"backends of {stem}: {', '.join(names)}"
+        )
+
+
+def _parse_environment(value: str) -> dict[str, str]:
+    """'eager,attention=triton' -> stem -> backend."""
+    default: str | None = None
+    per_op = {}
+    for part in filter(None, (part.strip() for part in value.split(","))):
+        stem, equals, backend = (word.strip() for word in part.partition("="))
+        if equals:
+            per_op[stem] = backend
+        elif default is not None:
+            raise BackendError(
+                f"environment {ENVIRONMENT}: two backends for all ops, {default!r} and {part!r}"
+            )
+        else:
+            default = part
+    return _expand(default, per_op, f"environment {ENVIRONMENT}")
+
+
+_environments: dict[str, dict[str, str]] = {"": {}}
+
+
+def _constant_while_tracing(function: Function) -> Function:
+    """For what Dynamo cannot trace: it calls the function and takes the result as a constant.
+
+    The mark is all that torch.compiler.assume_constant_result sets; calling that would import Dynamo, which
+    takes seconds and imports triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_while_tracing
+def _from_environment(stem: str) -> str | None:
+    value = os.environ.get(ENVIRONMENT, "")
+    if value not in _environments:
+        _environments[value] = _parse_environment(value)
+    return _environments[value].get(stem)
+
+
+@_constant_while_tracing
+def _nearest(word: Any, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.4)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+@_constant_while_tracing
+def _machine_gaps(backend: str) -> tuple[str, ...]:
+    """What this machine lacks for a backend, whatever the op."""
+    reasons = []
+    if backend in ("triton", "xformers"):
+        if importlib.util.find_spec(backend) is None:
+            reasons.append(f"{backend} is not installed")
+        if not torch.cuda.is_available():
+            reasons.append("no CUDA device")
+    return tuple(reasons)
+
+
+@_constant_while_tracing
+def _announce(stem: str, name: str) -> None:
+    if stem not in _announced:
+        _announced.add(stem)
+        _logger.info("%s: auto chose backend %s", stem, name)
+
+
+@_constant_while_tracing
+def _import(path: str) -> None:
+    if path not in sys.modules:
+        importlib.import_module(path)

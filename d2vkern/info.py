@@ -1,0 +1,82 @@
+"""What runs here and why not the rest: ``python -m d2vkern.info [--json]``."""
+
+import argparse
+import json
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from d2vkern import __version__
+from d2vkern._backend import STEMS, backend_names, gaps
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, and per op and backend the reasons why it cannot run (an empty list: it can)."""
+    return {
+        "d2vkern": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "triton": _installed("triton"),
+        "nvcc": _nvcc(),
+        "ops": {stem: {name: gaps(stem, name) for name in backend_names(stem)} for stem in STEMS},
+    }
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _nvcc() -> str | None:
+    """The release line of the CUDA compiler on PATH, None without one."""
+    path = shutil.which("nvcc")
+    if path is None:
+        return None
+    run = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    lines = [line for line in run.stdout.splitlines() if "release" in line]
+    return lines[0] if lines else f"{path} fails with status {run.returncode}"
+
+
+def render(info: dict[str, Any]) -> str:
+    """The report as text: versions, a table of ops x backends, then each distinct gap with its reasons."""
+    lines = [f"{key:<8} {_text(value)}" for key, value in info.items() if key != "ops"]
+    columns = list(dict.fromkeys(name for backends in info["ops"].values() for name in backends))
+    lines += ["", " ".join([f"{'op':<14}", *(f"{name:<9}" for name in columns)]).rstrip()]
+    why: dict[str, list[str]] = {}
+    for stem, backends in info["ops"].items():
+        cells = []
+        for name in columns:
+            reasons = backends.get(name)
+            cells.append("" if reasons is None else "-" if reasons else "yes")
+            if reasons:
+                why.setdefault(f"{name}: {'; '.join(reasons)}", []).append(stem)
+        lines.append(" ".join([f"{stem:<14}", *(f"{cell:<9}" for cell in cells)]).rstrip())
+    lines += ["", "Gaps"]
+    for reason, stems in why.items():
+        lines.append(f"  {reason} ({'all ops' if len(stems) == len(info['ops']) else ', '.join(stems)})")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "none" if value is None else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m d2vkern.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="machine-readable output")
+    info = collect()
+    print(json.dumps(info, indent=2) if parser.parse_args().json else render(info))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Fixtures every test file may use: seeds, golden files, poisoned allocations; GPU tests skip without one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_backend_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests choose their backends themselves."""
+    monkeypatch.delenv("D2VKERN_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """Folder of the golden files: `D2V_GOLDENS`, by default `../shared/goldens` beside the repository."""
+    folder = Path(os.environ.get("D2V_GOLDENS", ROOT.parent / "shared" / "goldens"))
+    if not folder.is_dir():
+        pytest.skip(f"golden files absent: {folder} (set D2V_GOLDENS)")
+    return folder
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uninitialised memory holds NaN (integers: a large negative), so that reading before writing shows."""
+
+    def poisoned(make):
+        def allocate(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).min // 2)
+
+        return allocate
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

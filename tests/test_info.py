@@ -1,0 +1,56 @@
+"""python -m d2vkern.info: the table of ops x backends and the reason for every gap."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import d2vkern
+from d2vkern import _backend, info
+from d2vkern._backend import STEMS, Implementation
+
+
+def test_json_reports_versions_and_every_op() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "d2vkern.info", "--json"], check=True, capture_output=True, text=True
+    )
+    report = json.loads(run.stdout)
+    assert report["d2vkern"] == d2vkern.__version__
+    assert report["torch"] == str(torch.__version__)
+    assert set(report) == {"d2vkern", "python", "torch", "cuda", "devices", "triton", "nvcc", "ops"}
+    assert tuple(report["ops"]) == STEMS
+    assert all(backends["eager"] == [] for backends in report["ops"].values())
+    assert set(report["ops"]["attention"]) == {"eager", "triton", "native", "sdpa", "flex", "xformers"}
+    assert "not built yet in this version" in report["ops"]["mlp"]["native"]
+
+
+def test_text_has_a_row_per_op_and_explains_gaps() -> None:
+    run = subprocess.run([sys.executable, "-m", "d2vkern.info"], check=True, capture_output=True, text=True)
+    rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines() if line.split()[:1]}
+    assert rows["op"] == ["eager", "triton", "native", "sdpa", "flex", "xformers"]
+    assert rows["mlp"] == ["yes", "-", "-"]
+    assert "native: not built yet in this version (all ops)" in run.stdout
+
+
+def test_a_registered_backend_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"native": Implementation("d2vkern.reference.mlp"), **_backend.REGISTRY["mlp"]}
+    monkeypatch.setitem(_backend.REGISTRY, "mlp", table)
+    report = info.collect()
+    assert report["ops"]["mlp"]["native"] == []
+    text = info.render(report)
+    assert "mlp            yes       -         yes" in text
+    assert "native: not built yet in this version (all ops)" not in text
+
+
+def test_unusable_nvcc_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/false" if name == "nvcc" else None)
+    assert info.collect()["nvcc"] == "/bin/false fails with status 1"
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert info.collect()["nvcc"] is None
+
+
+def test_unknown_option_is_refused() -> None:
+    run = subprocess.run([sys.executable, "-m", "d2vkern.info", "--yaml"], capture_output=True, text=True)
+    assert run.returncode == 2 and "--yaml" in run.stderr

@@ -1,0 +1,78 @@
+"""kernels/_common.py in the Triton interpreter: GELU's accuracy, Philox's bits; both compile for GPUs."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2vkern.reference import philox
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tests" / "interpret_common.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+    """The script's inputs and outputs by name."""
+    folder = tmp_path_factory.mktemp("interpreter")
+    # Beyond 12 the tails vanish; 1001 is no multiple of the block.
+    points = [np.linspace(-12, 12, 4096), [0.0, -0.0, 1e-30, -1e-30, 100, -100, 1e4, -1e4]]
+    words = np.random.default_rng(0).integers(0, 2**32, size=(6, 1001), dtype=np.uint32)
+    words[:, 0], words[:, 1] = 0, 2**32 - 1
+    inputs = {"x": np.concatenate(points).astype(np.float32), "words": words}
+    np.savez(folder / "in.npz", **inputs)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), str(folder / "in.npz"), str(folder / "out.npz")]
+    subprocess.run(command, env=environment, check=True)
+    return {**inputs, **np.load(folder / "out.npz")}
+
+
+def test_gelu_is_as_exact_as_fp32_erf(results: dict[str, np.ndarray]) -> None:
+    x = torch.from_numpy(results["x"]).double()
+    error = (torch.from_numpy(results["gelu"]).double() - torch.nn.functional.gelu(x)).abs()
+    # fp32 erf reaches 4.4e-7 on this interval; far out the result is x or 0 to fp32's precision.
+    assert error[x.abs() <= 12].max() < 4.4e-7
+    assert (error <= 4.4e-7 + x.abs() * 2.0**-23).all()
+
+
+def test_gelu_gradient_is_exact(results: dict[str, np.ndarray]) -> None:
+    x = torch.from_numpy(results["x"]).double().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.nn.functional.gelu(x).sum(), x)
+    assert (torch.from_numpy(results["gelu_grad"]).double() - expected).abs().max() < 4.4e-7
+
+
+def test_philox_words_equal_the_reference(results: dict[str, np.ndarray]) -> None:
+    c0, c1, c2, c3, k0, k1 = torch.from_numpy(results["words"].astype(np.int64))
+    expected = torch.stack(philox.philox((c0, c1, c2, c3), (k0, k1))).numpy()
+    np.testing.assert_array_equal(results["draws"], expected.astype(np.uint32))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_helpers_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
+    program = (
+        "import sys, triton\n"
+        "from triton.backends.compiler import GPUTarget\n"
+        "from triton.compiler import ASTSource\n"
+        "from interpret_common import gelu_kernel, philox_kernel\n"
+        "floats = dict(x_ptr='*fp32', y_ptr='*fp32', dy_ptr='*fp32', size='i32', BLOCK='constexpr')\n"
+        "integers = dict(words_ptr='*i32', out_ptr='*i32', size='i32', BLOCK='constexpr')\n"
+        "for kernel, signature in ((gelu_kernel, floats), (philox_kernel, integers)):\n"
+        "    source = ASTSource(kernel, signature, constexprs={'BLOCK': 1024})\n"
+        "    compiled = triton.compile(source, target=GPUTarget('cuda', int(sys.argv[1]), 32))\n"
+        "    print(len(compiled.asm['cubin']))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(SCRIPT.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", program, str(capability)]
+    run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    sizes = [int(line) for line in run.stdout.split()]
+    assert len(sizes) == 2 and min(sizes) > 1000
