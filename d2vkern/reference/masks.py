@@ -1,0 +1,103 @@
+"""Eager masks: which tokens each of the N = B * M rows keeps, bit for bit reproducible by any backend.
+
+The block samplers are fairseq's compute_block_mask_1d and _2d (fairseq/data/data_utils.py). A row draws
+`centres` block centres, centre j = below(draw j, T), and marks the union of the blocks around them,
+truncated at the border. The union is then equalised to exactly `target` cells: of too many, uniformly chosen
+marked cells are un-marked; if too few, uniformly chosen unmarked cells are marked. Both are one rule on
+integers. Each cell t has a 32-bit priority (draw t of its own stream) and
+
+    the row's cells are the `target` smallest by (unmarked, priority, t)
+
+where `unmarked` is 0 in the union and 1 outside. Equal priorities (one pair in 2^32) go to the smaller t.
+
+All functions take checked arguments and return (mask, ids_keep, slot), the tensors of a MaskPlan. Shapes are
+known without looking at values: no device sync, and torch.compile(fullgraph=True) traces them.
+"""
+
+# B samples, M clones per sample, N = B * M rows, T tokens, K kept
+
+import torch
+from torch import Tensor
+
+from d2vkern._nvtx import nvtx_range
+from d2vkern.reference.philox import CENTRES, PRIORITIES, below, row_draws
+
+MaskTensors = tuple[Tensor, Tensor, Tensor]
+
+
+def inverse_block_mask(
+    ids: Tensor,
+    clones: int,
+    grid: tuple[int, int],
+    *,
+    centres: int,
+    kept: int,
+    length: int,
+    seed: int,
+    epoch: int,
+) -> MaskTensors:
+    """Visible squares of side `length` on a grid, the rest masked; exactly `kept` cells are visible."""
+    with nvtx_range("d2vkern/masks/fwd/eager"):
+        height, width = grid
+        cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), height * width)
+        reach = torch.arange(length, device=ids.device) - length // 2
+        rows_NCR = (cells_NC[..., None] // width + reach).clamp_(0, height - 1)
+        cols_NCR = (cells_NC[..., None] % width + reach).clamp_(0, width - 1)
+        blocks_NX = (rows_NCR[..., :, None] * width + cols_NCR[..., None, :]).flatten(1)
+        marked = _mark(blocks_NX, height * width)
+        visible = _equalise(marked, kept, ids, clones, seed, epoch)
+        return plan_tensors(~visible, kept)
+
+
+def span_mask(
+    ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, seed: int, epoch: int
+) -> MaskTensors:
+    """Masked spans of `length` tokens; exactly `masked` tokens are masked."""
+    with nvtx_range("d2vkern/masks/fwd/eager"):
+        cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), tokens)
+        reach = torch.arange(length, device=ids.device) - length // 2
+        spans_NX = (cells_NC[..., None] + reach).clamp_(0, tokens - 1).flatten(1)
+        mask = _equalise(_mark(spans_NX, tokens), masked, ids, clones, seed, epoch)
+        return plan_tensors(mask, tokens - masked)
+
+
+def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, seed: int, epoch: int) -> MaskTensors:
+    """The `kept` tokens of smallest (priority, t) stay, the others are masked."""
+    with nvtx_range("d2vkern/masks/fwd/eager"):
+        unmarked = torch.zeros(ids.shape[0] * clones, tokens, dtype=torch.bool, device=ids.device)
+        return plan_tensors(~_equalise(unmarked, kept, ids, clones, seed, epoch), kept)
+
+
+def plan_tensors(mask: Tensor, kept: int) -> MaskTensors:
+    """(mask, ids_keep, slot) of a [N, T] bool mask of which every row keeps exactly `kept` tokens."""
+    keep = ~mask
+    order = keep.cumsum(1, dtype=torch.int32) - 1
+    slot = torch.where(keep, order, -1)
+    return mask, ascending_positions(keep, kept), slot
+
+
+def ascending_positions(selected: Tensor, count: int) -> Tensor:
+    """[N, count] int32: where each row of `selected` [N, T] (exactly `count` per row) is True, ascending."""
+    rows, tokens = selected.shape
+    order = selected.cumsum(1) - 1
+    # Cells that are not selected write to one surplus column, which is cut off.
+    out = torch.empty(rows, count + 1, dtype=torch.int32, device=selected.device)
+    cells = torch.arange(tokens, dtype=torch.int32, device=selected.device).expand(rows, tokens)
+    out.scatter_(1, torch.where(selected, order, count), cells)
+    return out[:, :count].contiguous()
+
+
+def _mark(cells: Tensor, tokens: int) -> Tensor:
+    """[N, tokens] bool, True at the listed cells [N, X]; a cell may be listed more than once."""
+    return torch.zeros(cells.shape[0], tokens, dtype=torch.bool, device=cells.device).scatter_(1, cells, True)
+
+
+def _equalise(marked: Tensor, target: int, ids: Tensor, clones: int, seed: int, epoch: int) -> Tensor:
+    """The `target` smallest cells of each row by (unmarked, priority, position), as a [N, T] bool."""
+    tokens = marked.shape[1]
+    priority = row_draws(ids, clones, tokens, PRIORITIES, seed=seed, epoch=epoch)
+    position = torch.arange(tokens, device=ids.device)
+    # 1 + 32 + 20 bits; all keys of a row differ, so the threshold selects exactly `target` cells.
+    key = (~marked).long() << 52 | priority << 20 | position
+    threshold = key.topk(target, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
+    return key <= threshold
