@@ -1,0 +1,213 @@
+"""AdamW on fp32 weights with the data2vec teacher and the low-precision copies updated in the same step.
+
+A drop-in for torch.optim.AdamW (same state, same keys): `step` additionally takes the gradient clip factor
+and the teacher's decay, so that clipping, optimizer, moving average and casts are one pass where a backend
+can.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from d2vkern._backend import select
+from d2vkern._checks import check_choice, check_dtype, check_range, check_shape
+from d2vkern.ops.ema import check_lists, ema_update_
+
+_MASTER_DTYPES = (torch.float32, torch.float64)
+_Attached = Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
+_T = TypeVar("_T")
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW with decoupled weight decay, plus moving average and copies.
+
+    params: parameters or groups (lr, betas, eps, weight_decay, eps_mode per group), fp32 or fp64.
+    eps_mode: "torch" adds eps to sqrt(v) after the bias correction, "fairseq" before it, as
+        fairseq/optim/adam.py does and as official data2vec 2.0 training did.
+    teacher: the fp32 average of each parameter, as a mapping parameter -> tensor or a list aligned with the
+        parameters (None: no average). A mapping may also hold tensors outside the groups. Tensors with
+        requires_grad False are copied to their teacher, not averaged.
+    copies, teacher_copies: in the same form, bf16 or fp16 tensors that receive each new parameter and
+        teacher.
+    capturable: keep `step` on the device and never read it on the host, for CUDA graphs; lr may be a 0-dim
+        tensor.
+
+    State dicts are torch.optim.AdamW's (step, exp_avg, exp_avg_sq) and go both ways; teachers are not part of
+    them. amsgrad, maximize and sparse gradients are refused.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        eps_mode: Literal["torch", "fairseq"] = "torch",
+        teacher: _Attached = None,
+        copies: _Attached = None,
+        teacher_copies: _Attached = None,
+        capturable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if isinstance(lr, Tensor) and not capturable:
+            raise ValueError("adamw_ema: lr must be a float unless capturable, got a tensor")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "eps_mode": eps_mode,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults)
+        self.backend = backend
+        self._teachers = self._by_param("teacher", teacher)
+        self._copies = self._by_param("copies", copies)
+        self._teacher_copies = self._by_param("teacher_copies", teacher_copies)
+        pairs = list(self._teachers.items())
+        check_lists(
+            "adamw_ema",
+            [t for _, t in pairs],
+            [p for p, _ in pairs],
+            [self._teacher_copies.get(p) for p, _ in pairs],
+        )
+        if missing := self._teacher_copies.keys() - self._teachers.keys():
+            raise ValueError(
+                f"adamw_ema: teacher_copies must belong to teachers, got {len(missing)} without one"
+            )
+        for p, low in self._copies.items():
+            check_shape("adamw_ema", "copies", low, tuple(p.shape), like="its parameter")
+            check_dtype("adamw_ema", "copies", low)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, with every value checked."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            check_dtype("adamw_ema", "params", p, _MASTER_DTYPES)
+        if not isinstance(group["lr"], Tensor):
+            check_range("adamw_ema", "lr", group["lr"], minimum=0.0)
+        for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
+            check_range("adamw_ema", name, beta, minimum=0.0, below=1.0)
+        check_range("adamw_ema", "eps", group["eps"], minimum=0.0)
+        check_range("adamw_ema", "weight_decay", group["weight_decay"], minimum=0.0)
+        check_choice("adamw_ema", "eps_mode", group["eps_mode"], ("torch", "fairseq"))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also takes the groups and steps of a torch.optim.AdamW state dict."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name in ("amsgrad", "maximize"):
+                if group.get(name):
+                    raise ValueError(f"adamw_ema: {name} must be False, got True in the loaded state")
+            group.setdefault("eps_mode", self.defaults["eps_mode"])
+            group.setdefault("capturable", self.defaults["capturable"])
+            for p in group["params"]:
+                if p in self.state:
+                    device = p.device if group["capturable"] else torch.device("cpu")
+                    step = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
+                    self.state[p]["step"] = step.to(device)
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], _T] | None = None,
+        *,
+        clip_factor: float | Tensor | None = None,
+        ema_decay: float | Tensor | None = None,
+    ) -> _T | None:
+        """One update; returns the closure's value.
+
+        clip_factor: gradients count times this (a 0-dim tensor is not read on the host); backends may leave
+            them scaled in `.grad`.
+        ema_decay: see `ema_update_`; None or the number 1 leaves teachers untouched.
+        Parameters without gradient are skipped, their teachers are not.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if isinstance(ema_decay, (int, float)):
+            check_range("adamw_ema", "ema_decay", ema_decay, minimum=0.0, maximum=1.0)
+            if ema_decay == 1.0:
+                ema_decay = None
+        updated: set[Tensor] = set()
+        for group in self.param_groups:
+            for steps, params in self._alike(group):
+                grads = [p.grad for p in params if p.grad is not None]
+                select("adamw_ema", self.backend, *params, *grads).adamw_ema_(
+                    params,
+                    grads,
+                    [self.state[p]["exp_avg"] for p in params],
+                    [self.state[p]["exp_avg_sq"] for p in params],
+                    steps,
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    eps_mode=group["eps_mode"],
+                    clip_factor=clip_factor,
+                    teachers=[self._teachers.get(p) for p in params],
+                    ema_decay=ema_decay,
+                    copies=[self._copies.get(p) for p in params],
+                    teacher_copies=[self._teacher_copies.get(p) for p in params],
+                )
+                updated.update(params)
+        if ema_decay is not None:
+            self._update_teachers([p for p in self._teachers if p not in updated], ema_decay)
+        return result
+
+    def _alike(self, group: dict[str, Any]) -> list[tuple[float | list[Tensor], list[Tensor]]]:
+        """(steps, parameters) of each call: parameters with a gradient, of one step, dtype and device."""
+        buckets: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise ValueError("adamw_ema: gradients must be dense, got a sparse one")
+            state = self.state[p]
+            if not state:
+                device = p.device if group["capturable"] else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state["step"].add_(1)
+            step = None if group["capturable"] else float(state["step"])
+            buckets[step, p.dtype, p.device].append(p)
+        return [
+            ([self.state[p]["step"] for p in params] if step is None else step, params)
+            for (step, *_), params in buckets.items()
+        ]
+
+    def _update_teachers(self, params: list[Tensor], decay: float | Tensor) -> None:
+        """Teachers of parameters that this step did not change."""
+        averaged = [p for p in params if p.requires_grad]
+        ema_update_(
+            [self._teachers[p] for p in averaged],
+            averaged,
+            decay,
+            [self._teacher_copies.get(p) for p in averaged],
+            backend=self.backend,
+        )
+        for p in params:
+            if not p.requires_grad:
+                self._teachers[p].copy_(p)
+                if p in self._teacher_copies:
+                    self._teacher_copies[p].copy_(p)
+
+    def _by_param(self, name: str, given: _Attached) -> dict[Tensor, Tensor]:
+        if given is None:
+            return {}
+        if isinstance(given, Mapping):
+            return dict(given)
+        params = [p for group in self.param_groups for p in group["params"]]
+        if len(given) != len(params):
+            raise ValueError(
+                f"adamw_ema: {name} must have {len(params)} entries like params, got {len(given)}"
+            )
+        return {p: tensor for p, tensor in zip(params, given, strict=True) if tensor is not None}

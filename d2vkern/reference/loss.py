@@ -1,0 +1,138 @@
+"""Eager maths of the masked regression loss: loss, gradient and variances in one walk over slices of rows.
+
+Formula, e = pred - target at masked places: loss = scale * sum e^2, gradient 2 * scale * e; with beta > 0 and
+c = min(|e|, beta): loss = scale * sum c * (|e| - c/2) / beta, gradient scale * clamp(e / beta, -1, 1). A
+slice of targets is gathered, used and dropped, so nothing of size [N,T,D] exists but the gradient itself,
+which is what the backward needs. fp32 throughout (fp64 for fp64 predictions). Shape suffixes: R rows of a
+slice, P masked tokens of a row, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from d2vkern._nvtx import nvtx_range
+from d2vkern.ops.masks import MaskPlan
+
+_VARIANCE_EPS = 1e-6
+# Elements of a slice: 1 MiB of fp32, half of one core's L2 cache.
+_SLICE = 1 << 18
+
+
+def masked_regression_loss(
+    pred: Tensor, target: Tensor, plan: MaskPlan, beta: float, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss (differentiable), pred_var and target_var, all 0-dim."""
+    needs_grad = torch.is_grad_enabled() and pred.requires_grad
+    return _MaskedRegression.apply(
+        pred, target.detach(), plan.ids_mask.long(), plan.clones, beta, scale, needs_grad
+    )
+
+
+class _MaskedRegression(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pred: Tensor,
+        target: Tensor,
+        ids_mask: Tensor,
+        clones: int,
+        beta: float,
+        scale: float,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with nvtx_range("d2vkern/loss/fwd/eager"):
+            loss, pred_var, target_var, grad = _walk(pred, target, ids_mask, clones, beta, scale, needs_grad)
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(pred_var, target_var)
+        return loss, pred_var, target_var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        with nvtx_range("d2vkern/loss/bwd/eager"):
+            (grad,) = ctx.saved_tensors
+            dpred = grad * dloss if _graph_is_kept() else grad.mul_(dloss)
+        return dpred, None, None, None, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether this backward may run again (retain_graph) and so must leave what it saved alone."""
+    return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _walk(
+    pred: Tensor, target: Tensor, ids_mask: Tensor, clones: int, beta: float, scale: float, needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss, pred_var, target_var and the gradient in pred's shape and dtype (None unless needed)."""
+    rows, masked = ids_mask.shape
+    tokens, width = target.shape[1:]
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    every_token = pred.shape[1] != masked
+    new_grad = torch.zeros_like if every_token else torch.empty_like
+    grad = new_grad(pred, memory_format=torch.contiguous_format) if needs_grad else None
+    if rows * masked * width == 0:
+        nothing = torch.zeros((), dtype=dtype, device=pred.device)
+        return nothing, nothing.clone(), nothing.clone(), grad
+
+    row = torch.arange(rows, device=pred.device).unsqueeze(1)
+    pred_ids_NP = row * tokens + ids_mask
+    target_ids_NP = row // clones * tokens + ids_mask
+    flat_pred, flat_target = pred.reshape(-1, width), target.reshape(-1, width)
+    values = []
+    pred_moments, target_moments = _Moments(pred, dtype), _Moments(pred, dtype)
+    for some in _slices(rows, clones, masked * width, pred.device):
+        x_RPD = (flat_pred[pred_ids_NP[some]] if every_token else pred[some]).to(dtype)
+        y_RPD = flat_target[target_ids_NP[some]].to(dtype)
+        pred_moments.add(x_RPD)
+        target_moments.add(y_RPD)
+        value, slope_RPD = _penalty(x_RPD - y_RPD, beta, scale)
+        values.append(value)
+        if grad is not None and every_token:
+            grad.view(-1, width)[pred_ids_NP[some]] = slope_RPD.to(grad.dtype)
+        elif grad is not None:
+            grad[some] = slope_RPD
+    return torch.stack(values).sum(), pred_moments.spread(), target_moments.spread(), grad
+
+
+def _slices(rows: int, clones: int, row_size: int, device: torch.device) -> list[slice]:
+    """Row slices: as many rows as fit the cache on a CPU, one version m of all samples elsewhere."""
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        step = max(1, _SLICE // row_size)
+        return [slice(start, start + step) for start in range(0, rows, step)]
+    return [slice(m, None, clones) for m in range(clones)]
+
+
+def _penalty(error: Tensor, beta: float, scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled penalty summed to 0-dim, and its slope per element."""
+    if beta == 0.0:
+        return error.square().sum() * scale, error * (2.0 * scale)
+    size = error.abs()
+    clipped = size.clamp(max=beta)
+    value = (clipped * (size - 0.5 * clipped)).sum() * (scale / beta)
+    return value, error.clamp(-beta, beta) * (scale / beta)
+
+
+class _Moments:
+    """Mean and squared deviations per channel of all tokens seen, merged slice by slice (Chan et al.)."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.count = 0
+        self.mean = like.new_zeros(like.shape[-1], dtype=dtype)
+        self.squares = torch.zeros_like(self.mean)
+
+    def add(self, x_RPD: Tensor) -> None:
+        x = x_RPD.flatten(0, 1)
+        mean = x.mean(0)
+        squares = (x - mean).square().sum(0)
+        delta = mean - self.mean
+        count = self.count + x.shape[0]
+        self.mean = self.mean + delta * (x.shape[0] / count)
+        self.squares = self.squares + squares + delta.square() * (self.count * x.shape[0] / count)
+        self.count = count
+
+    def spread(self) -> Tensor:
+        """Mean over channels of sqrt(unbiased variance + eps), 0-dim."""
+        return (self.squares / max(1, self.count - 1) + _VARIANCE_EPS).sqrt().mean()
