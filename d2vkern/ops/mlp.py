@@ -1,0 +1,43 @@
+"""The transformer block's MLP with exact GELU, keeping only the pre-activation for backward."""
+
+import torch
+from torch import Tensor
+
+from d2vkern._backend import select
+from d2vkern._checks import check_dtype, check_range, check_same_device, check_shape
+
+
+def gelu_mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """gelu(x w1' + b1) w2' + b2, GELU exact (erf).
+
+    x: (..., D) fp32, bf16, fp16 or fp64 (eager only).
+    w1: (F, D), b1: (F,) or None, w2: (O, F), b2: (O,) or None: x's dtype, or fp32 masters, which are cast.
+    dropout_p: in [0, 1), dropout between GELU and w2; seed: counter-based, None draws from torch's generator.
+    Returns (..., O) in x's dtype. The (..., F) activation is not stored: backward recomputes it.
+    Source: data2vec 2.0, models/modalities/modules.py, timm's Mlp inside AltBlock.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    """
+    op = "gelu_mlp"
+    check_dtype(op, "x", x)
+    check_shape(op, "w1", w1, ("F", x.shape[-1]), like="x")
+    check_shape(op, "w2", w2, ("O", w1.shape[0]), like="w1")
+    if b1 is not None:
+        check_shape(op, "b1", b1, (w1.shape[0],), like="w1")
+    if b2 is not None:
+        check_shape(op, "b2", b2, (w2.shape[0],), like="w2")
+    for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
+        if value is not None:
+            check_dtype(op, name, value, (x.dtype, torch.float32))
+    check_same_device(op, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
+    check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
+    return select("mlp", backend, x).gelu_mlp(x, w1, b1, w2, b2, dropout_p, seed)

@@ -1,0 +1,53 @@
+"""The residual connection and norm of a post-norm transformer block, in one pass each way."""
+
+import torch
+from torch import Tensor
+
+from d2vkern._backend import select
+from d2vkern._checks import check_dtype, check_range, check_same_device, check_same_dtype, check_shape
+
+
+def residual_norm(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    update_bias: Tensor | None = None,
+    seed: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """LayerNorm(x + path * dropout(update + update_bias)) over the last dimension.
+
+    x: (..., D) fp32, bf16, fp16 or fp64 (eager only). update: like x.
+    weight, bias: (D,) affine of the norm, x's dtype or fp32; None leaves it out.
+    update_bias: (D,) bias of the projection that made `update`, x's dtype or fp32, if left to this op.
+    dropout_p: probability in [0, 1) that an element of the update is dropped; the rest is scaled by
+        1 / (1 - p).
+    drop_path_p: probability in [0, 1) that a row of the first dimension loses its whole update,
+        scaled likewise.
+    seed: counter-based dropout, the same in every backend; None draws from torch's generator.
+    Returns (..., D) in x's dtype; statistics in fp32, biased variance. Gradients: x, update, weight, bias,
+    update_bias.
+    Source: data2vec 2.0, models/modalities/modules.py, AltBlock with layer_norm_first=False.
+    Raises ValueError or TypeError for shapes, dtypes, devices or probabilities that do not fit.
+    """
+    op = "residual_norm"
+    check_dtype(op, "x", x)
+    check_shape(op, "update", update, tuple(x.shape), like="x")
+    check_same_dtype(op, x=x, update=update)
+    for name, value in (("weight", weight), ("bias", bias), ("update_bias", update_bias)):
+        if value is not None:
+            check_shape(op, name, value, (x.shape[-1],), like="x")
+            check_dtype(op, name, value, (x.dtype, torch.float32))
+    check_same_device(op, x=x, update=update, weight=weight, bias=bias, update_bias=update_bias)
+    check_range(op, "eps", eps, minimum=0.0)
+    check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
+    check_range(op, "drop_path_p", drop_path_p, minimum=0.0, below=1.0)
+    implementation = select("residual_norm", backend, x)
+    return implementation.residual_norm(
+        x, update, weight, bias, eps, dropout_p, drop_path_p, update_bias, seed
+    )

@@ -1,0 +1,191 @@
+"""Eager conv_block: channels-last convolution (same padding) -> LayerNorm over channels -> exact GELU (-> + x).
+
+    r = conv(x) + bias;  h = (r - mean) * rstd;  y = gelu(h) (+ x)
+
+Saved for backward: x, r, mean and rstd; h and GELU's gradient are recomputed. Padding is kernel // 2 on both
+sides and an even kernel drops the last output, as the original's SamePad does. Both forms run as one 2-D
+convolution over a channels-last view, so nothing is transposed.
+
+With `plan`, x is [B, T, C] and every masked version reads it with its masked places zeroed: that [N, T, C] input
+lives only while a convolution runs and is rebuilt in backward. With `rows`, outputs exist at those places only,
+as one matrix product per tap over the gathered rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops.masks import MaskPlan
+
+
+def _conv(x_NHWC: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """[N,H,W,C] -> [N,H,W,Cout], contiguous."""
+    pad = (weight.shape[2] // 2, weight.shape[3] // 2)
+    out = F.conv2d(x_NHWC.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups).permute(0, 2, 3, 1)
+    return out[:, : x_NHWC.shape[1], : x_NHWC.shape[2]].contiguous()
+
+
+def _conv_backward(
+    dr_NHWC: Tensor, x_NHWC: Tensor, weight: Tensor, groups: int, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `_conv` to x and weight."""
+    kh, kw = weight.shape[2], weight.shape[3]
+    if kh % 2 == 0 or kw % 2 == 0:  # the dropped outputs had no gradient
+        dr_NHWC = F.pad(dr_NHWC, (0, 0, 0, 1 - kw % 2, 0, 1 - kh % 2))
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dr_NHWC.permute(0, 3, 1, 2), x_NHWC.permute(0, 3, 1, 2), weight, None, (1, 1), (kh // 2, kw // 2), (1, 1),
+        False, (0, 0), groups, [needs[0], needs[1], False],
+    )  # fmt: skip
+    return (dx.permute(0, 2, 3, 1) if needs[0] else None), (dw if needs[1] else None)
+
+
+def _expand(x_BTC: Tensor, masked_NT: Tensor, clones: int) -> Tensor:
+    """[B,T,C] -> [N,T,C], zero at masked places."""
+    b, t, c = x_BTC.shape
+    keep = (~masked_NT).to(x_BTC.dtype).view(b, clones, t, 1)
+    return (x_BTC.unsqueeze(1) * keep).view(b * clones, t, c)
+
+
+def _rows_conv(x_NTC: Tensor, weight: Tensor, bias: Tensor | None, groups: int, index: Tensor) -> Tensor:
+    """Convolution outputs at `index` [N*R] (flat places in the padded [N, T+k-1] grid): [N*R, Cout]."""
+    k, cout = weight.shape[3], weight.shape[0]
+    padded = F.pad(x_NTC, (0, 0, k // 2, (k - 1) // 2 + (1 - k % 2))).flatten(0, 1)
+    w_KGIO = weight[:, :, 0].view(groups, cout // groups, -1, k).permute(3, 0, 2, 1)
+    out = index.new_empty((groups, index.shape[0], cout // groups), dtype=x_NTC.dtype).zero_()
+    for tap in range(k):
+        taken = padded.index_select(0, index + tap).view(-1, groups, padded.shape[1] // groups).transpose(0, 1)
+        if groups == 1:
+            out[0].addmm_(taken[0], w_KGIO[tap, 0])
+        else:
+            out.baddbmm_(taken, w_KGIO[tap])
+    flat = out[0] if groups == 1 else out.transpose(0, 1).reshape(-1, cout)
+    return flat if bias is None else flat.add_(bias)
+
+
+def _rows_conv_backward(
+    dr_RC: Tensor, x_NTC: Tensor, weight: Tensor, groups: int, index: Tensor, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `_rows_conv`; each tap's rows are distinct, so the additions have a fixed order."""
+    (n, t, c), k, cout = x_NTC.shape, weight.shape[3], weight.shape[0]
+    left, right = k // 2, (k - 1) // 2 + (1 - k % 2)
+    padded = F.pad(x_NTC, (0, 0, left, right)).flatten(0, 1) if needs[1] else None
+    dr_GRO = dr_RC.view(-1, groups, cout // groups).transpose(0, 1)
+    w_KGOI = weight[:, :, 0].view(groups, cout // groups, c // groups, k).permute(3, 0, 1, 2)
+    dpadded = x_NTC.new_zeros((n * (t + k - 1 + (1 - k % 2)), c)) if needs[0] else None
+    dw = x_NTC.new_empty((k, groups, cout // groups, c // groups)) if needs[1] else None
+    for tap in range(k):
+        if dw is not None and padded is not None:
+            taken = padded.index_select(0, index + tap).view(-1, groups, c // groups).transpose(0, 1)
+            torch.bmm(dr_GRO.transpose(1, 2), taken, out=dw[tap])
+        if dpadded is not None:
+            dtaken = torch.bmm(dr_GRO, w_KGOI[tap]).transpose(0, 1).reshape(-1, c)
+            dpadded.index_add_(0, index + tap, dtaken)
+    dx = None if dpadded is None else dpadded.view(n, -1, c)[:, left : left + t].contiguous()
+    return dx, None if dw is None else dw.permute(1, 2, 3, 0).reshape(cout, c // groups, 1, k)
+
+
+class _ConvBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int,
+        residual: bool,
+        eps: float,
+        masked: Tensor | None,
+        clones: int,
+        index: Tensor | None,
+    ) -> Tensor:
+        w = weight.to(x.dtype)
+        b = None if bias is None else bias.to(x.dtype)
+        if index is not None:
+            r = _rows_conv(x[:, 0], w, b, groups, index)
+            skip = x[:, 0].flatten(0, 1).index_select(0, _unpadded(index, x.shape[2], w.shape[3])) if residual else None
+        else:
+            source = x if masked is None else _expand(x[:, 0], masked, clones).unsqueeze(1)
+            r = _conv(source, w, b, groups)
+            skip = source if residual else None
+        h, mean, rstd = torch.native_layer_norm(r, r.shape[-1:], None, None, eps)
+        y = F.gelu(h)
+        if skip is not None:
+            y = y.add_(skip)
+        ctx.save_for_backward(x, r, mean, rstd, weight, bias, masked, index)
+        ctx.settings = (groups, residual, clones)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, r, mean, rstd, weight, bias, masked, index = ctx.saved_tensors
+        groups, residual, clones = ctx.settings
+        needs = ctx.needs_input_grad
+        dy = dy.contiguous()
+        h = (r - mean.to(r.dtype)).mul_(rstd.to(r.dtype))
+        dh = torch.ops.aten.gelu_backward(dy, h)
+        del h
+        dr = torch.ops.aten.native_layer_norm_backward(
+            dh, r, r.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )[0]
+        del dh
+        w = weight.to(x.dtype)
+        db = dr.flatten(0, -2).sum(0, dtype=bias.dtype) if bias is not None and needs[2] else None
+        if index is not None:
+            dx, dw = _rows_conv_backward(dr, x[:, 0], w, groups, index, (needs[0], needs[1]))
+            if dx is not None:
+                if residual:
+                    dx.view(-1, dx.shape[-1]).index_add_(0, _unpadded(index, x.shape[2], w.shape[3]), dy)
+                dx = dx.unsqueeze(1)
+        else:
+            source = x if masked is None else _expand(x[:, 0], masked, clones).unsqueeze(1)
+            dx, dw = _conv_backward(dr, source, w, groups, (needs[0], needs[1]))
+            if dx is not None and residual:
+                dx = dx.add_(dy) if dx.is_contiguous() else dx + dy
+            if dx is not None and masked is not None:
+                n, _, t, c = source.shape
+                dx = dx.reshape(n // clones, clones, t, c)
+                keep = (~masked).view(n // clones, clones, t, 1)
+                total = dx[:, 0] * keep[:, 0]
+                for m in range(1, clones):
+                    total = total.addcmul_(dx[:, m], keep[:, m].to(dx.dtype))
+                dx = total.unsqueeze(1)
+        return dx, None if dw is None else dw.to(weight.dtype), db, None, None, None, None, None, None
+
+
+def _unpadded(index: Tensor, tokens: int, kernel: int) -> Tensor:
+    """Flat places in [N, T] of flat places in the padded grid."""
+    padded = tokens + kernel - 1 + (1 - kernel % 2)
+    return index // padded * tokens + index % padded
+
+
+def conv_block_1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    residual: bool = False,
+    eps: float = 1e-5,
+    plan: MaskPlan | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    masked = None if plan is None else plan.mask
+    clones = 1 if plan is None else plan.clones
+    index = None
+    if rows is not None:
+        k = weight.shape[2]
+        padded = x.shape[1] + k - 1 + (1 - k % 2)
+        index = (rows.long() + torch.arange(x.shape[0], device=x.device).unsqueeze(1) * padded).flatten()
+    y = _ConvBlock.apply(
+        x.contiguous().unsqueeze(1), weight.unsqueeze(2), bias, groups, residual, eps, masked, clones, index
+    )
+    return y.squeeze(1) if rows is None else y.view(*rows.shape, -1)
+
+
+def conv_block_2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1, residual: bool = False, eps: float = 1e-5
+) -> Tensor:
+    return _ConvBlock.apply(x.contiguous(), weight, bias, groups, residual, eps, None, 1, None)

@@ -1,0 +1,83 @@
+"""Eager residual_norm: z = x + path * keep * (update + update_bias) / (1 - p), y = LayerNorm(z).
+
+Saved for backward: z (LayerNorm's own input), mean and rstd per row in fp32, and one byte per element when
+there is dropout. The gradients of x and update are the same tensor when nothing is dropped.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._dropout import keep_mask
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        update: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        update_bias: Tensor | None,
+        keep: Tensor | None,
+        scale: float,
+        eps: float,
+    ) -> Tensor:
+        if update_bias is not None:
+            update = update + update_bias.to(update.dtype)
+        z = torch.add(x, update if keep is None else update * keep, alpha=scale)
+        w = None if weight is None else weight.to(x.dtype)
+        b = None if bias is None else bias.to(x.dtype)
+        y, mean, rstd = torch.native_layer_norm(z, x.shape[-1:], w, b, eps)
+        ctx.save_for_backward(z, mean, rstd, weight, bias, update_bias, keep)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, mean, rstd, weight, bias, update_bias, keep = ctx.saved_tensors
+        w = None if weight is None else weight.to(z.dtype)
+        b = None if bias is None else bias.to(z.dtype)
+        dz, dw, db = torch.ops.aten.native_layer_norm_backward(
+            dy.contiguous(), z, z.shape[-1:], mean, rstd, w, b, [True, weight is not None, bias is not None]
+        )
+        du = dz if keep is None and ctx.scale == 1.0 else dz * ctx.scale
+        if keep is not None:
+            du = du.mul_(keep)
+        dub = None
+        if update_bias is not None:
+            dub = du.reshape(-1, du.shape[-1]).sum(0, dtype=update_bias.dtype)
+        return (
+            dz,
+            du,
+            None if dw is None or weight is None else dw.to(weight.dtype),
+            None if db is None or bias is None else db.to(bias.dtype),
+            dub,
+            None,
+            None,
+            None,
+        )
+
+
+def residual_norm(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    update_bias: Tensor | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    keep = keep_mask(update.shape, dropout_p, x.device, seed) if dropout_p else None
+    if drop_path_p:
+        rows = (x.shape[0], *([1] * (x.dim() - 1)))
+        path = keep_mask(rows, drop_path_p, x.device, None if seed is None else seed ^ 1)
+        keep = path if keep is None else keep & path
+    scale = 1.0 / ((1.0 - dropout_p) * (1.0 - drop_path_p))
+    return _ResidualNorm.apply(x, update, weight, bias, update_bias, keep, scale, eps)
