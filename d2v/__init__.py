@@ -1,0 +1,70 @@
+"""data2vec 2.0 for images, speech and text: `load` a model, or make one from a `preset`.
+
+Everything heavy is imported when first used, so that `d2v --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .presets import preset
+
+if TYPE_CHECKING:
+    import torch
+
+    from d2vkern import __version__
+
+    from .checkpoint import CheckpointError
+    from .model.data2vec import Data2Vec
+
+__all__ = ["CheckpointError", "Data2Vec", "__version__", "load", "preset"]
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu", step: int | None = None) -> Data2Vec:
+    """A pretrained model in eval mode, its teacher loaded, from any of three kinds of `path`.
+
+    A run directory (its newest checkpoint, or that of `step`), one `checkpoints/step_N` folder, or a
+    `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no code.
+    Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
+    """
+    from .checkpoint import CheckpointError, fill_model, latest_checkpoint, load_checkpoint, read_config
+    from .model.data2vec import Data2Vec
+    from .original import load_original
+
+    path = Path(path)
+    if not path.is_dir():
+        if step is not None:
+            raise ValueError(f"load: step must be None for a file, got {step}")
+        config, tensors = load_original(path)
+    else:
+        run, folder = path, latest_checkpoint(path)
+        if path.resolve().parent.name == "checkpoints" and not (path / "config.toml").exists():
+            run, folder = path.resolve().parent.parent, path
+            if step is not None:
+                raise ValueError(f"load: step must be None for a checkpoint folder, got {step}")
+        elif step is not None:
+            folder = path / "checkpoints" / f"step_{step}"
+        config = read_config(run)[0].model
+        if folder is None:
+            raise CheckpointError(f"{path}: no checkpoint in {path / 'checkpoints'}")
+        tensors = load_checkpoint(folder).model
+    model = Data2Vec(config)
+    fill_model(model, tensors, path)
+    return model.to(device).eval()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Data2Vec":
+        from .model.data2vec import Data2Vec
+
+        return Data2Vec
+    if name == "CheckpointError":
+        from .checkpoint import CheckpointError
+
+        return CheckpointError
+    if name == "__version__":
+        from d2vkern import __version__
+
+        return __version__
+    raise AttributeError(f"module 'd2v' has no attribute {name!r}")
