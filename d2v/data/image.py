@@ -1,0 +1,387 @@
+"""Pictures to batches: random resized crop, flip and normalisation, split between worker and device.
+
+Pictures differ in size, batches do not. A worker draws the crop box of a sample (a function of seed, epoch
+and sample id), decodes, cuts the box out and shrinks it, with antialiasing, per axis to at most the
+training size; a smaller cut stays as it is and is padded to the training size by repeating its edge. So
+what leaves a worker is uint8, of one size, and never larger than needed. The device then does the rest
+for the whole batch: enlarge the cuts that were small (bicubic), flip, normalise. Cut, antialiased
+shrinking and bicubic enlargement together are torchvision's RandomResizedCrop with bicubic interpolation.
+EXIF rotation is not applied, as in the original.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ..config import Config, DataConfig, ImageFront
+from . import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
+from .embedded import digits
+from .image_store import ArrayStore, Store, Subset, open_store, read_npz
+from .loading import AUGMENT, Loader, Source, generator
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MEASURED = 1_000
+"""pictures read for mean and deviation"""
+RATIO = (3 / 4, 4 / 3)
+"""width over height of a crop box, as in torchvision"""
+EVAL_RESIZE = 256 / 224
+"""eval: size of the resized picture over the size of the centre crop"""
+RAW_SIDE = 32
+"""largest side of the pixels that serve as baseline"""
+
+Box = tuple[int, int, int, int]
+"""left, top, right, bottom in pixels"""
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+"""what Pillow raises on a damaged file"""
+
+
+def crop_box(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Box:
+    """A box with a share of the area in `scale` and an aspect ratio in `RATIO` (log-uniform).
+
+    Ten tries, then the largest centred box within the ratio limits. Source: torchvision,
+    RandomResizedCrop.get_params.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def eval_box(height: int, width: int, out_height: int, out_width: int) -> Box:
+    """The box whose content becomes the picture when it is not augmented.
+
+    Resizing the shorter side to 256/224 of the output and cutting the centre, in one; a picture that
+    already has the output's size is taken whole.
+    """
+    if (height, width) == (out_height, out_width):
+        return 0, 0, width, height
+    pixel = min(height / out_height, width / out_width) / EVAL_RESIZE
+    h, w = max(1, round(out_height * pixel)), max(1, round(out_width * pixel))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Array [h,w,C] to [height,width,C], antialiased bicubic."""
+    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
+    planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+    if pixels.dtype == np.uint8:
+        planes = planes.round().clamp(0, 255).to(torch.uint8)
+    return planes.numpy()
+
+
+def _as_mode(image: Image.Image, channels: int, name: str) -> Image.Image:
+    """Grey, palette and CMYK become RGB and alpha is dropped, as in the original; colour that would be
+    lost or made up is an error."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Unreadable(f"32-bit pixels (Pillow mode {image.mode}); use .npz for them")
+    bands = 3 if image.mode == "P" else len(image.getbands())
+    grey = image.mode in ("1", "L", "LA", "La")
+    fits = {1: grey, 3: True, 4: image.mode in ("RGBA", "RGBa", "PA") or "transparency" in image.info}
+    if not fits.get(channels, False):
+        raise DataError(f"data: {name} has {bands} channels, front.channels is {channels}")
+    return image.convert(_MODES[channels])
+
+
+class ImageSource(Source):
+    """A store of pictures as training samples of one size."""
+
+    def __init__(self, path: str, store: Store, cfg: Config) -> None:
+        super().__init__(path, cfg.train.seed, cfg.data.batch)
+        assert isinstance(cfg.model.front, ImageFront)
+        self.store = store
+        self.front = cfg.model.front
+        self.scale, self.flip = cfg.data.crop_scale, cfg.data.flip
+        self.mean, self.std = (0.0,) * self.front.channels, (1.0,) * self.front.channels
+
+    def prepare(self, cfg: DataConfig) -> ImageSource:
+        """Refuse a wrong channel count before anything runs, and settle mean and deviation."""
+        for index in range(min(len(self), 10)):
+            try:
+                self.read(index, None)
+                break
+            except Unreadable:
+                continue
+        self.mean, self.std = self._statistics(cfg)
+        self.meta = {"mean": list(self.mean), "std": list(self.std)}
+        return self
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def name(self, index: int) -> str:
+        return self.store.name(index)
+
+    def read(self, index: int, epoch: int | None) -> tuple[np.ndarray, int, int, bool]:
+        """Pixels [H,W,C], of which the first (h, w) are content, h, w, and whether to flip."""
+        try:
+            picture = self.store.load(index)
+            height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+            flip = False
+            if epoch is None:
+                box = eval_box(height, width, self.front.height, self.front.width)
+            else:
+                rng = generator(self.seed, AUGMENT, epoch, index)
+                box = crop_box(rng, height, width, self.scale)
+                flip = self.flip and bool(rng.integers(2))
+            return *self._cut(picture, box, whole=epoch is None, name=self.name(index)), flip
+        except DataError:
+            raise
+        except _BROKEN as error:
+            raise Unreadable(str(error) or type(error).__name__) from None
+
+    def _cut(
+        self, picture: Image.Image | np.ndarray, box: Box, *, whole: bool, name: str
+    ) -> tuple[np.ndarray, int, int]:
+        """The box at the training size if `whole`; else shrunk where larger, padded where smaller."""
+        front = self.front
+        h, w = box[3] - box[1], box[2] - box[0]
+        if not whole:
+            h, w = min(h, front.height), min(w, front.width)
+        else:
+            h, w = front.height, front.width
+        if isinstance(picture, np.ndarray):
+            if picture.shape[2] != front.channels:
+                raise DataError(
+                    f"data: {name} has {picture.shape[2]} channels, front.channels is {front.channels}"
+                )
+            left, top, right, bottom = box
+            pixels = picture[top:bottom, left:right]
+            if pixels.shape[:2] != (h, w):
+                pixels = _resize(pixels, h, w)
+        else:
+            # a JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work where that is still large enough
+            full = picture.size
+            picture.draft(None, (-(-full[0] * w // (box[2] - box[0])), -(-full[1] * h // (box[3] - box[1]))))
+            sx, sy = picture.size[0] / full[0], picture.size[1] / full[1]
+            scaled = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
+            cut = _as_mode(picture, front.channels, name).resize((w, h), Image.Resampling.BICUBIC, box=scaled)
+            pixels = np.asarray(cut).reshape(h, w, front.channels)
+        if (h, w) != (front.height, front.width):
+            canvas = np.empty((front.height, front.width, front.channels), dtype=pixels.dtype)
+            canvas[:h, :w] = pixels
+            canvas[:h, w:] = pixels[:, -1:]
+            canvas[h:] = canvas[h - 1]
+            pixels = canvas
+        return pixels, h, w
+
+    def collate(
+        self, items: list[tuple[np.ndarray, int, int, bool]], ids: np.ndarray, epoch: int | None
+    ) -> Batch:
+        """source [B,C,H,W] as stored (uint8 or float); extra: content size [B,2] (h, w) and flip [B]."""
+        pixels = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).contiguous()
+        if epoch is None:
+            return Batch(pixels, torch.from_numpy(ids), 0)
+        extra = {
+            "size": torch.tensor([item[1:3] for item in items], dtype=torch.float32),
+            "flip": torch.tensor([item[3] for item in items]),
+        }
+        return Batch(pixels, torch.from_numpy(ids), epoch, extra=extra)
+
+    def finish(self, batch: Batch) -> Batch:
+        """Enlarge, flip and normalise on the device: source [B,C,H,W] float32."""
+        from kornia.enhance import normalize
+
+        is_bytes = batch.source.dtype == torch.uint8
+        source = batch.source.float() / 255 if is_bytes else batch.source
+        if batch.extra:
+            source = enlarge_and_flip(source, batch.extra["size"], batch.extra["flip"])
+            source = source.clamp(0, 1) if is_bytes else source  # bicubic overshoots
+        mean, std = (torch.tensor(v, device=source.device) for v in (self.mean, self.std))
+        return Batch(normalize(source, mean, std), batch.ids, batch.epoch)
+
+    def _statistics(self, cfg: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation per channel: given, ImageNet's, or measured; 1 for a constant channel."""
+        channels = self.front.channels
+        if cfg.mean is not None or cfg.std is not None:
+            for name, value in (("mean", cfg.mean), ("std", cfg.std)):
+                if value is None or len(value) != channels:
+                    raise ValueError(
+                        f"data: data.{name} must have {channels} values (front.channels), got {value}"
+                    )
+            return cfg.mean, cfg.std  # type: ignore[return-value]
+        if channels == 3 and not self.store.floating:
+            return IMAGENET_MEAN, IMAGENET_STD
+        sums, squares, count = np.zeros(channels), np.zeros(channels), 0
+        for index in np.linspace(0, len(self) - 1, min(len(self), MEASURED)).round().astype(int).tolist():
+            try:
+                pixels = self.read(index, None)[0].astype(np.float64)
+            except Unreadable:
+                continue
+            pixels = pixels if self.store.floating else pixels / 255
+            sums += pixels.sum((0, 1))
+            squares += (pixels**2).sum((0, 1))
+            count += pixels.shape[0] * pixels.shape[1]
+        if not count:
+            raise DataError(f"data: {self.path}: none of {min(len(self), MEASURED)} pictures can be read")
+        mean = sums / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+        return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
+
+
+def enlarge_and_flip(source: Tensor, size: Tensor, flip: Tensor) -> Tensor:
+    """Stretch the first (h, w) = size [B,2] pixels of each picture [B,C,H,W] over all of it, bicubic, and
+    mirror it where flip [B]: one resampling with `kornia.geometry.transform.remap`.
+
+    Equal to interpolating the cut alone, as the padding repeats its edge.
+    """
+    from kornia.geometry.transform import remap
+
+    batch, _, height, width = source.shape
+    rows = torch.arange(height, device=source.device) + 0.5
+    columns = (torch.arange(width, device=source.device) + 0.5).expand(batch, -1)
+    columns = torch.where(flip[:, None], width - columns, columns)
+    map_y = rows * size[:, :1] / height - 0.5
+    map_x = columns * size[:, 1:] / width - 0.5
+    shape = (batch, height, width)
+    return remap(
+        source,
+        map_x[:, None, :].expand(shape),
+        map_y[:, :, None].expand(shape),
+        mode="bicubic",
+        padding_mode="border",
+        align_corners=True,
+    )
+
+
+def _digits(split: str) -> ArrayStore:
+    store = ArrayStore(f"digits/{split}", *digits.scenes(split))
+    store.classes = digits.CLASSES
+    return store
+
+
+def open_data(
+    path: str,
+    cfg: Config,
+    *,
+    device: torch.device,
+    purpose: str,
+    run_dir: Path | None,
+    cache_dir: Path | None,
+) -> Pipeline:
+    """See `d2v.data.open_data`; nothing is kept in `run_dir` or `cache_dir`."""
+    if path == "digits":
+        store: Store = _digits("train" if purpose == "train" else "test")
+    else:
+        store = open_store(Path(path))
+    return Loader(ImageSource(path, store, cfg).prepare(cfg.data), cfg.data, device)
+
+
+class ImageSplit(Split):
+    """Labelled pictures; unreadable ones are left out of both iterators."""
+
+    def __init__(self, source: ImageSource, cfg: Config) -> None:
+        self.loader = Loader(source, cfg.data, torch.device("cpu"))
+        self.source = source
+        assert source.store.labels is not None
+        self.labels = source.store.labels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, size: int) -> Iterator[LabelledBatch]:
+        """Normalised pictures [B,C,H,W], None, labels [B]."""
+        for _, batch in self.loader.in_order(size):
+            yield batch.source, None, torch.from_numpy(self.labels[batch.ids.numpy()])
+
+    def raw(self) -> tuple[np.ndarray, np.ndarray]:
+        """Normalised pixels, averaged down to at most 32x32, flattened."""
+        front = self.source.front
+        side = min(RAW_SIDE, front.height), min(RAW_SIDE, front.width)
+        features, labels = [], []
+        for pictures, _, some in self.batches(256):
+            features.append(F.adaptive_avg_pool2d(pictures, side).flatten(1).numpy())
+            labels.append(some.numpy())
+        return np.concatenate(features), np.concatenate(labels)
+
+
+def _parts(path: str) -> dict[str, Store]:
+    """Train and test pictures: as they are divided on disk, else 80% and 20% at random."""
+    if path == "digits":
+        return {"train": _digits("probe"), "test": _digits("test")}
+    root = Path(path)
+    if root.suffix == ".npz" and (test := read_npz(root, "test_")) is not None:
+        return {"train": open_store(root), "test": test}
+    tests = [root / name for name in ("val", "test", "valid") if (root / name).is_dir()]
+    if (root / "train").is_dir() and tests:
+        return {"train": open_store(root / "train"), "test": open_store(tests[0])}
+    whole = open_store(root)
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(whole))
+    cut = max(1, len(whole) // 5)
+    return {"train": Subset(whole, np.sort(order[cut:])), "test": Subset(whole, np.sort(order[:cut]))}
+
+
+def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
+    """See `d2v.data.open_labelled`. Labels come from class folders, `labels` of a .npz, or .cls in a tar; the
+    parts from `train/` beside `val/` or `test/`, from `test_images` of a .npz, or 80/20 at random."""
+    parts = _parts(path)
+    for store in parts.values():
+        if store.labels is None:
+            raise DataError(f"labels missing: {path}: {store.unlabelled}")
+    train, test = parts["train"], parts["test"]
+    if unknown := sorted(set(test.classes) - set(train.classes)):
+        raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
+    number = np.array([list(train.classes).index(name) for name in test.classes], dtype=np.int64)
+    test.labels, test.classes = number[test.labels], train.classes
+    sources = {name: ImageSource(path, store, cfg) for name, store in parts.items()}
+    # both parts are normalised alike, with what was found on the training part
+    train_source = sources["train"].prepare(cfg.data)
+    sources["test"].mean, sources["test"].std = train_source.mean, train_source.std
+    splits = {name: ImageSplit(source, cfg) for name, source in sources.items()}
+    return Labelled(splits, train.classes, "sample", train_source.meta)
+
+
+def check_data(path: str, cfg: Config) -> Report:
+    """Decode every picture: sizes, classes, and each unreadable file with its reason."""
+    store: Store = _digits("train") if path == "digits" else open_store(Path(path))
+    source = ImageSource(path, store, cfg)
+
+    def look(index: int) -> str | DataError | Unreadable:
+        try:
+            picture = store.load(index)
+            size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+            source.read(index, None)
+        except (DataError, Unreadable) as error:
+            return error
+        except _BROKEN as error:
+            return Unreadable(str(error))
+        return f"{size[0]}x{size[1]}"
+
+    report = Report(path, len(store))
+    sizes: Counter[str] = Counter()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for index, found in enumerate(pool.map(look, range(len(store)))):
+            if isinstance(found, str):
+                sizes[found] += 1
+            else:
+                report.unreadable[store.name(index)] = str(found)
+    report.facts = {"sizes (width x height)": dict(sizes.most_common(20)), "channels": source.front.channels}
+    if store.labels is None:
+        report.facts["labels"] = f"none: {store.unlabelled}"
+    else:
+        counts = np.bincount(store.labels, minlength=len(store.classes)).tolist()
+        report.facts["classes"] = dict(zip(store.classes, counts, strict=True))
+    return report

@@ -1,0 +1,144 @@
+"""The machinery under every data set: order, resuming, workers, bad samples."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from d2v.config import DataConfig
+from d2v.data import Batch, DataError, Position, Report, Unreadable
+from d2v.data.loading import AUGMENT, Loader, Source, generator
+
+
+class Numbers(Source):
+    """Sample i is the number i plus a fraction drawn from its augmentation stream."""
+
+    def __init__(self, count: int = 20, batch: int = 6, bad: tuple[int, ...] = (), seed: int = 3) -> None:
+        super().__init__("numbers", seed, batch)
+        self.count = count
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, index: int) -> str:
+        return f"number {index}"
+
+    def read(self, index: int, epoch: int | None) -> float:
+        if index in self.bad:
+            raise Unreadable("is odd")
+        return index + (0 if epoch is None else generator(self.seed, AUGMENT, epoch, index).uniform())
+
+    def collate(self, items: list[float], ids: np.ndarray, epoch: int | None) -> Batch:
+        return Batch(torch.tensor(items, dtype=torch.float64), torch.from_numpy(ids), epoch or 0)
+
+
+START = Position()
+
+
+def loader(source: Source, **cfg) -> Loader:
+    return Loader(source, DataConfig(**cfg), torch.device("cpu"))
+
+
+def take(pipeline: Loader, steps: int, start: Position = START, micro: int = 6) -> list[torch.Tensor]:
+    stream = pipeline.micro_batches(start, micro)
+    return [torch.cat([b.source for b in step]) for step in itertools.islice(stream, steps)]
+
+
+def test_epochs_are_permutations_that_differ_and_drop_the_ragged_end():
+    steps = take(loader(Numbers()), 6)
+    first, second = (torch.cat(steps[i : i + 3]).floor().long().tolist() for i in (0, 3))
+    assert len(set(first)) == len(set(second)) == 18
+    assert first != second
+    assert take(loader(Numbers(seed=4)), 1)[0].tolist() != steps[0].tolist()
+
+
+def test_resuming_at_any_position_continues_exactly():
+    whole = loader(Numbers())
+    expected, positions = [], [Position()]
+    for step in itertools.islice(whole.micro_batches(Position(), 4), 8):
+        expected.append(torch.cat([b.source for b in step]))
+        positions.append(Position(*json.loads(json.dumps(whole.position))))
+    assert positions[3] == (1, 0) and positions[4] == (1, 1)
+    for done, position in enumerate(positions[:-1]):
+        rest = take(loader(Numbers()), 8 - done, position)
+        for a, b in zip(rest, expected[done:], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_step_does_not_depend_on_the_micro_batch():
+    sizes = [len(b) for b in next(loader(Numbers()).micro_batches(Position(), 4))]
+    assert sizes == [4, 2]
+    for a, b in zip(take(loader(Numbers()), 5, micro=1), take(loader(Numbers()), 5, micro=100), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_worker_count_changes_nothing_and_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    bad = (5,)
+    alone, shared = (loader(Numbers(count=300, bad=bad), workers=n) for n in (0, 2))
+    shared.workers = 2
+    results = [take(pipeline, 60, Position(1, 2), micro=4) for pipeline in (alone, shared)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert alone.report == shared.report and alone.report.unreadable == {"number 5": "is odd"}
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_bad_samples_are_replaced_the_same_way_every_time():
+    good = take(loader(Numbers(count=200)), 33)
+    runs = [take(loader(Numbers(count=200, bad=(7, 8))), 33) for _ in range(2)]
+    changed = 0
+    for a, b, c in zip(*runs, good, strict=True):
+        assert torch.equal(a, b) and len(a) == 6
+        changed += int((a != c).sum())
+    assert changed == 2
+
+
+def test_more_than_one_percent_unreadable_stops_with_the_list():
+    pipeline = loader(Numbers(count=100, bad=(7, 8)))
+    with pytest.raises(DataError, match=r"2 of 100 samples unreadable, more than 1%:\n  number [78]: is odd"):
+        take(pipeline, 16)
+
+
+def test_nothing_readable():
+    with pytest.raises(DataError, match="1 of 20 samples unreadable"):
+        take(loader(Numbers(bad=tuple(range(20)))), 1)
+    pipeline = loader(Numbers(bad=tuple(range(20))))
+    pipeline.report = Report("numbers", 10**9)
+    with pytest.raises(DataError, match="no readable sample among 100 tried"):
+        take(pipeline, 1)
+
+
+def test_less_than_a_batch_names_the_setting():
+    with pytest.raises(DataError, match=r"5 samples are less than one batch; data.batch is 6"):
+        take(loader(Numbers(count=5)), 1)
+
+
+@pytest.mark.parametrize("start", [Position(-1, 0), Position(0, -1)])
+def test_negative_position(start):
+    with pytest.raises(ValueError, match="position must not be negative"):
+        take(loader(Numbers()), 1, start)
+
+
+def test_in_order_reads_everything_once_without_augmentation_and_leaves_bad_ones_out():
+    pipeline = loader(Numbers(count=201, bad=(3,)))
+    names, values = [], []
+    for some, batch in pipeline.in_order(50):
+        names += some
+        values += batch.source.tolist()
+    assert values == [i for i in range(201) if i != 3]
+    assert names[3] == "number 4"
+    assert pipeline.report.unreadable == {"number 3": "is odd"}
+
+
+def test_generator_streams_are_independent_and_repeatable():
+    draws = {
+        generator(*key).integers(2**60).item()
+        for key in [(1, 0, 0), (1, 1, 0), (1, 0, 1), (1, 0, 0, 0), (2, 0, 0)]
+    }
+    assert len(draws) == 5
+    assert generator(1, 2, 3).integers(2**60) == generator(1, 2, 3).integers(2**60)
