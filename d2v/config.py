@@ -257,7 +257,7 @@ class TrainConfig:
     """steps between lines of metrics.jsonl"""
     max_bad_steps: int = 10
     """steps in a row with a NaN or inf loss or gradient, each skipped, before the run stops"""
-    min_rank: float = 0.02
+    min_rank: float = 0.05
     """alarm: effective rank over width below this"""
     min_variance: float = 0.05
     """alarm: deviation across tokens of prediction, target or front end below this"""

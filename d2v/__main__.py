@@ -1,0 +1,8 @@
+"""`python -m d2v` is `d2v`."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""The command `d2v`. Nothing heavy is imported before the arguments are known to be good.
+
+Exit codes: 0 done, or stopped on request; 1 failed while running; 2 wrong arguments, config or data;
+130 interrupted twice. Users' errors are one message on stderr; `D2V_TRACEBACK=1` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro import MISSING_NONPROP as MISSING
+from tyro.conf import AvoidSubcommands, Positional, arg
+
+from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, TrainConfig
+from .presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from .data import Report
+
+T = TypeVar("T")
+Model = Annotated[Positional[str], arg(metavar="RUN")]
+Path = Annotated[str, arg(metavar="PATH")]
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be understood; the message is ready for the user."""
+
+
+def _parse(options: type[T], arguments: Sequence[str], command: str, default: T | None = None) -> T:
+    """tyro's parser, but a value the config refuses is reported as the config says it, in one line."""
+    described = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(described):
+            return tyro.cli(
+                options,
+                args=list(arguments),
+                prog=f"d2v {command}",
+                default=MISSING if default is None else default,
+                config=(AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, ValueError) and str(cause).startswith("config:"):
+                raise UsageError(str(cause)) from None
+            cause = cause.__cause__ or cause.__context__
+        raise UsageError(described.getvalue().rstrip()) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Pretrain: `d2v train PRESET --data PATH --out RUN`, or `d2v train --resume RUN`.
+
+    Every value of the preset can be overridden by its name.
+    """
+
+    path: Annotated[str | None, arg(name="data", metavar="PATH")] = None
+    """folder, file, tar or embedded data set (digits, speech, text)"""
+    out: Annotated[str | None, arg(metavar="RUN")] = None
+    """run directory to make"""
+    resume: Annotated[str | None, arg(metavar="RUN")] = None
+    """run directory to continue, exactly"""
+    model: ModelConfig
+    optim: OptimConfig
+    ema: EMAConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def train(arguments: Sequence[str]) -> int:
+    """See `TrainOptions`."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    command, rest = (f"train {name}", arguments[1:]) if name else ("train PRESET", arguments)
+    base, source = preset(name or "image_tiny"), None
+    resumed = _value_of("--resume", rest)
+    if resumed is not None:
+        if name is not None:
+            raise UsageError("d2v train: --resume RUN goes without a preset, which is in the run directory")
+        from .checkpoint import read_config
+
+        base, source = read_config(resumed)
+    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
+    given = _parse(TrainOptions, rest, command, defaults)
+    cfg = Config(preset=base.preset, **{key: getattr(given, key) for key in sections})
+    if name is None and given.resume is None:
+        raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
+    if given.resume is not None and given.out is not None:
+        raise UsageError("d2v train: --resume RUN goes without --out, it continues in RUN")
+    out = given.resume or given.out
+    if given.path is None or out is None:
+        raise UsageError(f"d2v train: {'--data PATH' if given.path is None else '--out RUN'} is missing")
+
+    from .train import run
+
+    return run(cfg, given.path, out, resume=given.resume is not None).exit_code
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of `flag`, which decides the defaults that the others are parsed with."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Accuracy of frozen features on labelled data."""
+
+    run: Model
+    """run directory, checkpoint folder or original .pt"""
+    data: Path
+    """labelled folder or embedded data set"""
+    layer: int | Literal["mean"] = "mean"
+    """index of a main block, negative from the last; mean: the average of all"""
+    weights: Literal["student", "teacher"] = "student"
+    """whose features"""
+    kind: Literal["linear", "knn", "both"] = "both"
+    """linear probe, k nearest neighbours, or both"""
+
+
+def probe(arguments: Sequence[str]) -> int:
+    """See `ProbeOptions`."""
+    given = _parse(ProbeOptions, arguments, "probe")
+    kinds: list[Literal["linear", "knn"]] = ["linear", "knn"] if given.kind == "both" else [given.kind]
+
+    from .probe import run_probe
+
+    run_probe(given.run, given.data, layer=given.layer, weights=given.weights, kinds=kinds)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """Features of every sample, as an .npz file."""
+
+    run: Model
+    """run directory, checkpoint folder or original .pt"""
+    data: Path
+    """folder, file, tar or embedded data set"""
+    out: Annotated[str, arg(metavar="F.npz")]
+    """file to write"""
+    layer: int | Literal["mean"] = -1
+    """index of a main block, negative from the last; mean: the average of all"""
+    pool: Literal["mean", "cls", "none"] = "mean"
+    """mean over tokens, the CLS token, or none: one row per token"""
+    weights: Literal["student", "teacher"] = "student"
+    """whose features"""
+
+
+def extract(arguments: Sequence[str]) -> int:
+    """See `ExtractOptions`."""
+    given = _parse(ExtractOptions, arguments, "extract")
+
+    from .extract import run_extract
+
+    run_extract(given.run, given.data, given.out, layer=given.layer, pool=given.pool, weights=given.weights)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Read a data set once: counts, sizes, histograms, every unreadable file.
+
+    Exits with 1 when training would refuse it.
+    """
+
+    data: Path
+    """folder, file, tar or embedded data set"""
+    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    """whose front end reads the data (channels, sample rate, tokenizer)"""
+    modality: Literal["image", "audio", "text"] | None = None
+    """in place of a preset: the published base preset of this modality"""
+
+
+def check(arguments: Sequence[str]) -> int:
+    """See `CheckOptions`."""
+    given = _parse(CheckOptions, arguments, "check")
+    embedded = {"digits": "image_tiny", "speech": "audio_tiny", "text": "text_tiny"}
+    name = given.preset or (f"{given.modality}_base" if given.modality else embedded.get(given.data))
+    if name is None:
+        raise UsageError("d2v check: needs --preset NAME or --modality image|audio|text")
+    cfg = preset(name)
+
+    from .data import check_data
+
+    return _print_report(check_data(given.data, cfg))
+
+
+def _print_report(report: Report) -> int:
+    from .data import MAX_UNREADABLE
+
+    print(f"{report.path}: {report.total:,} samples, {len(report.unreadable):,} unreadable")
+    for reason, count in report.skipped.items():
+        print(f"  skipped {count:,}: {reason}")
+    for name, value in report.facts.items():
+        print(f"  {name}: {value}")
+    for name, reason in report.unreadable.items():
+        print(f"  unreadable {name}: {reason}")
+    return int(report.total == 0 or len(report.unreadable) > MAX_UNREADABLE * report.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsOptions:
+    """List the presets, or print every value of one with its source."""
+
+    name: Annotated[Positional[str | None], arg(metavar="NAME")] = None
+    """a preset"""
+
+
+def presets(arguments: Sequence[str]) -> int:
+    """See `PresetsOptions`."""
+    name = _parse(PresetsOptions, arguments, "presets").name
+    if name is None:
+        width = max(map(len, PRESETS))
+        for key, make in PRESETS.items():
+            print(f"{key:<{width}}  {(inspect.getdoc(make) or '').splitlines()[0]}")
+        return 0
+    cfg = preset(name)
+    print(f"{name}: {inspect.getdoc(PRESETS[name])}\n")
+    print("* set by the preset, from the source named above; the others are the defaults of d2v/config.py:")
+    print("  for model, optim and ema fairseq's (examples/data2vec/models/data2vec2.py, modalities/*.py)\n")
+    for key, value, changed in _values(cfg):
+        print(f"{'*' if changed else ' '} {key} = {value!r}")
+    return 0
+
+
+def _values(section: Any, prefix: str = "") -> list[tuple[str, Any, bool]]:
+    """(dotted key, value, whether it differs from the dataclass default) of every leaf."""
+    rows: list[tuple[str, Any, bool]] = []
+    for f in dataclasses.fields(section):
+        value, key = getattr(section, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            if key == "model.front":
+                rows.append((key, type(value).__name__, True))
+            rows += _values(value, f"{key}.")
+        elif key != "preset":
+            rows.append((key, value, value != f.default))
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Draw RUN/plots/*.png from RUN/metrics.jsonl."""
+
+    run: Model
+    """run directory"""
+
+
+def plot(arguments: Sequence[str]) -> int:
+    """See `PlotOptions`."""
+    run = _parse(PlotOptions, arguments, "plot").run
+
+    from .plot import plot_run
+
+    for path in plot_run(run):
+        print(path)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """Pretrain and probe the three tiny presets on embedded data: about 10 minutes on two CPU cores."""
+
+    out: Annotated[str, arg(metavar="FOLDER")] = "runs/demo"
+    """folder for the three runs, summary.json and plots"""
+    minutes_scale: float = 1.0
+    """factor on the length of each run"""
+
+
+def demo(arguments: Sequence[str]) -> int:
+    """See `DemoOptions`."""
+    given = _parse(DemoOptions, arguments, "demo")
+    if not given.minutes_scale > 0:
+        raise UsageError(f"d2v demo: --minutes-scale must be positive, got {given.minutes_scale}")
+
+    from .demo import run_demo
+
+    run_demo(given.out, given.minutes_scale)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "pretrain a preset on a folder of data, or continue a run exactly"),
+    "probe": (probe, "accuracy of frozen features: linear probe and kNN"),
+    "extract": (extract, "features of every sample to an .npz file"),
+    "presets": (presets, "list the presets, or print one with the source of its values"),
+    "check": (check, "counts, sizes, sample rates and unreadable files of a data set"),
+    "plot": (plot, "PNG plots of a run"),
+    "demo": (demo, "pretrain and probe images, speech and text on embedded data"),
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(["usage: d2v COMMAND ...; `d2v COMMAND --help` explains each", "", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"d2v: no command {name!r}; nearest: {near}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name][0](rest)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = _code(error)
+        if code is None or os.environ.get("D2V_TRACEBACK") == "1":
+            raise
+        print(error, file=sys.stderr)
+        return code
+
+
+def _code(error: Exception) -> int | None:
+    """2 for what the user gave, 1 for what went wrong later, None for a bug, which shows its traceback."""
+    if isinstance(error, (ValueError, FileNotFoundError)):
+        return 2
+    if isinstance(error, OSError):
+        return 1
+    from .checkpoint import CheckpointError
+    from .train import RunError
+
+    return 2 if isinstance(error, CheckpointError) else 1 if isinstance(error, RunError) else None

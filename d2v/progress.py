@@ -1,0 +1,154 @@
+"""What a run says while it runs: a live line on a terminal, plain lines elsewhere, and `metrics.jsonl`.
+
+`metrics.jsonl` holds one JSON object per log step. Everything in it but `TIMING` is a function of the
+config and the data, so a stopped and resumed run writes the file that an unbroken one writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+METRICS = "metrics.jsonl"
+TIMING = ("samples_per_s", "seconds")
+"""keys of a line that depend on the machine"""
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`; a half-written last line (a killed run) is left out.
+
+    Raises FileNotFoundError, and ValueError naming the line that is not JSON.
+    """
+    path = Path(run) / METRICS
+    if not path.exists():
+        raise FileNotFoundError(f"metrics: {path} does not exist")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"metrics: {path} line {number} is not JSON: {error}") from error
+    return rows
+
+
+def truncate_metrics(run: str | Path, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again. Atomic; no file is no lines."""
+    path = Path(run) / METRICS
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    part = path.with_suffix(".part")
+    part.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One JSON line; NaN and inf, which JSON has no word for, become null."""
+    plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(plain) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """`3h12m`, `4m05s`, `7s`; `?` when unknown."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
+    """The progress line of one row of metrics."""
+
+    def number(key: str, form: str) -> str:
+        value = row.get(key)
+        return "-" if value is None else format(value, form)
+
+    ranks = "/".join(number(f"{part}_rank", ".0f") for part in ("front", "pred", "target"))
+    return " | ".join([
+        f"step {row['step']:,}/{steps:,}",
+        f"loss {number('loss', '.4f')}",
+        f"target var {number('target_var', '.2f')}",
+        f"pred var {number('pred_var', '.2f')}",
+        f"rank front/pred/target {ranks}",
+        f"lr {number('lr', '.2e')}",
+        f"{number('samples_per_s', ',.0f')} {unit}/s",
+        f"eta {duration(eta)}",
+    ])  # fmt: skip
+
+
+class Progress:
+    """Context manager around the loop: `tick` every step, `log` every log step, `say` for anything else."""
+
+    def __init__(self, run: Path, *, start: int, steps: int, unit: str, stream: TextIO | None = None) -> None:
+        self.steps, self.unit = steps, unit
+        self._start, self._began = start, time.perf_counter()
+        self._marked, self._samples = self._began, 0.0
+        self._file = (run / METRICS).open("a", encoding="utf-8")
+        self._stream = stream or sys.stdout
+        self._live: Any = None
+        self._text = ""
+
+    def __enter__(self) -> Progress:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(file=self._stream), refresh_per_second=4, transient=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """Print a line (a warning, a saved checkpoint) without disturbing the live one."""
+        if self._live is not None:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def tick(self, step: int, samples: float) -> None:
+        """One step done, over `samples` samples (audio: seconds)."""
+        self._samples += samples
+        if self._live is not None:
+            last = self._text.partition(" | ")[2] or "..."
+            self._live.update(_unstyled(f"step {step:,}/{self.steps:,} | {last}"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one line of metrics, with speed added, and show it."""
+        now = time.perf_counter()
+        row = {
+            **row,
+            "samples_per_s": self._samples / max(now - self._marked, 1e-9),
+            "seconds": now - self._began,
+        }
+        self._marked, self._samples = now, 0.0
+        self._file.write(_line(row))
+        self._file.flush()
+        done = row["step"] - self._start
+        eta = (now - self._began) / done * (self.steps - row["step"]) if done else math.inf
+        self._text = describe(row, self.steps, self.unit, eta)
+        if self._live is None:
+            print(self._text, file=self._stream, flush=True)
+        else:
+            self._live.update(_unstyled(self._text))
+
+
+def _unstyled(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)

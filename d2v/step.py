@@ -1,0 +1,132 @@
+"""One global step: micro-batches -> masks -> forward and backward of each -> clip -> AdamW + EMA.
+
+The gradient is that of (sum of all losses) / (masked tokens of the global batch), as in the original,
+so it does not depend on the micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2vkern._nvtx import nvtx_range
+
+from . import rng
+from .checkpoint import Checkpoint, fill_model
+from .config import Config
+from .data import Batch
+from .health import Alarm, judge, measure
+from .model import Data2Vec
+from .optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, teacher_decay
+
+
+@dataclass
+class Outcome:
+    """What one global step leaves for the log: device tensors, read on log steps only."""
+
+    good: bool
+    """whether loss and gradient were finite and the step was taken"""
+    losses: dict[str, Tensor]
+    """each summed loss over the masked tokens of the global batch, 0-dim"""
+    grad_norm: Tensor
+    """before clipping"""
+    metrics: dict[str, Tensor]
+    """`out.metrics`, averaged over the micro-batches"""
+    health: dict[str, Tensor]
+    """token rows [n, D] of the last micro-batch"""
+    lr: float
+    decay: float
+
+
+class Trainer:
+    """Model, optimizer and the global step; knows nothing of files, signals or terminals.
+
+    Seeds the global random generators with `train.seed`.
+    """
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        rng.seed_all(cfg.train.seed)
+        self.model = Data2Vec(cfg.model).to(device)
+        self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+        self.model.train()
+        self.optimizer = build_optimizer(self.model, cfg)
+        self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(self._named.values())
+
+    def step(self, number: int, batches: list[Batch]) -> Outcome:
+        """Global step `number`, counted from 1. NaN or inf in loss or gradient leaves everything as it was.
+
+        That check reads one flag from the device: the only wait of a step.
+        """
+        cfg, model, seed = self.cfg, self.model, self.cfg.train.seed
+        with nvtx_range("d2v/masks"):
+            plans = [
+                model.sample_masks(b.source, b.ids, epoch=b.epoch, seed=seed, padding_mask=b.padding_mask)
+                for b in batches
+            ]
+        total = sum(plan.clones * plan.samples * (plan.tokens - plan.kept) for plan in plans)
+        losses: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
+        for batch, plan in zip(batches, plans, strict=True):
+            with nvtx_range("d2v/forward"):
+                out = model(batch.source, batch.padding_mask, plan)
+            with nvtx_range("d2v/backward"):
+                (out.loss_sum / total).backward()
+            _accumulate(losses, out.losses, 1 / total)
+            _accumulate(metrics, out.metrics, 1 / len(batches))
+        lr = learning_rate(cfg.optim, number - 1, cfg.train.steps)
+        decay = teacher_decay(cfg.ema, number)
+        with nvtx_range("d2v/optimizer"):
+            norm, factor = clip_factor(self.parameters, cfg.optim.clip)
+            good = bool(torch.isfinite(torch.stack([*losses.values(), norm])).all())
+            if good:
+                set_learning_rate(self.optimizer, lr)
+                self.optimizer.step(clip_factor=factor, ema_decay=decay)
+            self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(good, losses, norm, metrics, out.health, lr, decay)
+
+    def report(self, number: int, outcome: Outcome) -> tuple[dict[str, Any], list[Alarm]]:
+        """The numbers of a log step, read from the device, and the alarms they raise."""
+        cfg = self.cfg.train
+        parts = {f"loss_{name}": value for name, value in outcome.losses.items()}
+        scalars = {**parts, "grad_norm": outcome.grad_norm, **outcome.metrics}
+        values = torch.stack([v.detach().double().reshape(()) for v in scalars.values()]).tolist()
+        read = dict(zip(scalars, values, strict=True))
+        states = measure(outcome.health)
+        alarms = judge(states, cfg) if outcome.good and number > cfg.alarm_after else []
+        row = {
+            "step": number,
+            "loss": sum(read[name] for name in parts),
+            **read,
+            "lr": outcome.lr,
+            "ema_decay": outcome.decay,
+            **{f"{s.part.short}_var": s.variance for s in states if f"{s.part.short}_var" not in read},
+            **{f"{s.part.short}_rank": s.rank for s in states},
+            "alarms": [alarm.kind for alarm in alarms],
+        }
+        return row, alarms
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter name -> field -> tensor, for a checkpoint."""
+        return {
+            name: dict(self.optimizer.state[p]) for name, p in self._named.items() if self.optimizer.state[p]
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint: weights, teacher, optimizer and random states."""
+        fill_model(self.model, checkpoint.model, checkpoint.path)
+        for name, fields in checkpoint.optimizer.items():
+            p = self._named[name]
+            # a step count lives where the optimizer keeps it, the moments beside their parameter
+            self.optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in fields.items()}
+        rng.restore(checkpoint.rng, self.device)
+
+
+def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor], factor: float) -> None:
+    for name, value in values.items():
+        term = value.detach() * factor
+        sums[name] = sums[name] + term if name in sums else term

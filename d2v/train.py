@@ -1,0 +1,325 @@
+"""Pretraining: `run` is what `d2v train` calls and the trainer's Python API.
+
+Everything random is keyed by seed, epoch and sample or is part of the checkpoint, so a run that was
+stopped at any step and resumed repeats the unbroken one bit for bit, `metrics.jsonl` included.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2vkern._nvtx import nvtx_range
+
+from . import rng
+from .batching import UNITS, equation, micro_batch
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    diff_maths,
+    latest_checkpoint,
+    load_checkpoint,
+    read_config,
+    save_checkpoint,
+    write_config,
+    write_environment,
+)
+from .config import Config, LogMelFront, WaveformFront
+from .cpu import tune_allocator
+from .data import Batch, DataError, Pipeline, Position, open_data
+from .health import AlarmLog
+from .plot import plot_run
+from .progress import Progress, read_metrics, truncate_metrics
+from .signals import StopRequest
+from .step import Trainer
+
+MOST_NAMED = 20
+"""unreadable samples named while running"""
+
+
+class RunError(RuntimeError):
+    """A run that had begun could not go on; the message says what to resume from."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    """last step done"""
+    finished: bool
+    """whether all of `train.steps` are done"""
+    exit_code: int
+    """0: finished, or stopped on request; 1: too many bad steps in a row"""
+    seconds: float
+    """spent in this call"""
+    metrics: list[dict[str, Any]]
+    """the lines of metrics.jsonl"""
+
+
+@dataclass
+class Place:
+    """Where a run stands, beside weights and random states: the trainer's part of a checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    micro_batch: int = 0
+    """kept over a resume: another split of the batch rounds differently"""
+    skipped: int = 0
+    """bad steps so far"""
+    bad_in_a_row: int = 0
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a CUDA GPU when there is one. ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"config: train.device must be auto, cpu or cuda[:N], got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"config: train.device is {name!r}, but torch {torch.__version__} sees no CUDA GPU")
+    return device
+
+
+def run(
+    cfg: Config,
+    data: str,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    stop: Callable[[int], bool] | None = None,
+) -> RunResult:
+    """Train to `cfg.train.steps` in the run directory `out`.
+
+    data: folder, file, tar or embedded data set; on resume it may have moved.
+    resume: go on from the newest checkpoint of `out`, with the same maths.
+    stop: asked after every step with its number; True saves and returns, as SIGTERM and Ctrl-C do.
+
+    Seeds the global random generators. Raises ValueError (and its kin DataError), CheckpointError or
+    FileNotFoundError for what is wrong before the first step, after which a new `out` is gone again, and
+    RunError for what stops the run later.
+    """
+    out, device = Path(out), pick_device(cfg.train.device)
+    if device.type == "cpu":
+        tune_allocator()
+    if resume:
+        resumed = _Run(cfg, data, out, device, _newest(cfg, out))
+        write_config(out, cfg, data)
+        return resumed.loop(stop)
+    _claim(out)
+    begun = None
+    try:
+        write_config(out, cfg, data)
+        begun = _Run(cfg, data, out, device, None)
+        return begun.loop(stop)
+    except BaseException:
+        if begun is None or begun.place.step == 0:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _claim(out: Path) -> None:
+    """Make the folder of a new run; one that holds anything is refused."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"train: --out must be a folder, {out} is a file")
+    if (out / "config.toml").exists():
+        raise ValueError(
+            f"train: {out} holds a run already: continue it with `d2v train --resume {out}` "
+            "or choose another --out"
+        )
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"train: {out} is not empty and holds no run: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _newest(cfg: Config, out: Path) -> Checkpoint | None:
+    """The checkpoint to resume from; None when the run was killed before its first one.
+
+    ValueError listing every setting that would change the maths of the run.
+    """
+    if changed := diff_maths(read_config(out)[0], cfg):
+        listed = "\n".join(f"  {line}" for line in changed)
+        raise ValueError(f"train: {out} can only be resumed with the same maths; changed:\n{listed}")
+    newest = latest_checkpoint(out)
+    return None if newest is None else load_checkpoint(newest)
+
+
+class _Run:
+    """One process's part of a run: trainer, data and files."""
+
+    def __init__(
+        self, cfg: Config, data: str, out: Path, device: torch.device, checkpoint: Checkpoint | None
+    ) -> None:
+        self.cfg, self.out, self.device = cfg, out, device
+        self.pipeline: Pipeline = open_data(data, cfg, device=device, run_dir=out)
+        self._check_same_data(data)
+        write_environment(out)
+        self.trainer = Trainer(cfg, device)  # seeds, so after the imports of `open_data`: some draw numbers
+        if checkpoint is None:
+            parameters = sum(p.numel() for p in self.trainer.parameters)
+            self.place = Place(micro_batch=micro_batch(cfg, device, parameters))
+        else:
+            self.trainer.load(checkpoint)
+            self.place = Place(**checkpoint.trainer)
+            if self.place.bad_in_a_row >= cfg.train.max_bad_steps:
+                self.place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
+        self.saved = None if checkpoint is None else checkpoint.step
+        self.alarm_log = AlarmLog()
+        self.named = 0
+        self._record_data()
+        truncate_metrics(out, self.place.step)
+
+    @property
+    def too_bad(self) -> bool:
+        """Whether the last steps were all bad, too many in a row to go on."""
+        return self.place.bad_in_a_row >= self.cfg.train.max_bad_steps
+
+    def loop(self, stop: Callable[[int], bool] | None) -> RunResult:
+        """Step, log and save until the end, a request to stop, or too many bad steps in a row."""
+        began, cfg, place = time.perf_counter(), self.cfg.train, self.place
+        unit = UNITS[self.cfg.model.modality]
+        with (
+            StopRequest() as request,
+            Progress(self.out, start=place.step, steps=cfg.steps, unit=unit) as progress,
+        ):
+            report = self.pipeline.report
+            progress.say(f"data {report.path}: {report.total:,} samples, skipped: {report.skipped or 'none'}")
+            self._name_unreadable(progress)
+            progress.say(equation(self.cfg, place.micro_batch))
+            start = Position(place.epoch, place.step_in_epoch)
+            stream = self.pipeline.micro_batches(start, place.micro_batch)
+            while place.step < cfg.steps and not self.too_bad and request.name is None:
+                batches = self._next(stream, request, progress)
+                if batches is None:
+                    break
+                self._step(batches, progress)
+                if place.step % cfg.save_every == 0:
+                    self._save()
+                if stop is not None and stop(place.step):
+                    break
+            self._save()
+            self._record_data()
+            finished = place.step >= cfg.steps
+            if self.too_bad:
+                progress.say(
+                    f"stopped: {place.bad_in_a_row} bad steps in a row (train.max_bad_steps); saved with the "
+                    "weights of the last good step: lower optim.lr or lengthen optim.warmup in a new run"
+                )
+            elif not finished:
+                progress.say(
+                    f"stopped by {request.name or 'the caller'} at step {place.step}; saved. Continue:"
+                )
+                progress.say(f"  d2v train --resume {self.out}")
+        rows = read_metrics(self.out)
+        if finished and rows:
+            plot_run(self.out)
+        return RunResult(self.out, place.step, finished, int(self.too_bad), time.perf_counter() - began, rows)
+
+    def _next(
+        self, stream: Iterator[list[Batch]], request: StopRequest, progress: Progress
+    ) -> list[Batch] | None:
+        """The micro-batches of the next step; None when Ctrl-C took the loader's starting workers along.
+
+        When the data give out, what was trained is saved first.
+        """
+        try:
+            with nvtx_range("d2v/data"):
+                batches = next(stream)
+        except DataError as error:
+            if self.place.step == 0:
+                raise
+            self._save()
+            left = f"what was trained is saved: {self._resume_line()}"
+            raise RunError(f"step {self.place.step + 1}: {error}\n{left}") from error
+        except (OSError, RuntimeError):
+            if request.name is None:
+                raise
+            return None
+        self._name_unreadable(progress)
+        return batches
+
+    def _name_unreadable(self, progress: Progress) -> None:
+        """Say once which samples cannot be read; data.json lists them all."""
+        unreadable = self.pipeline.report.unreadable
+        for name in list(unreadable)[self.named : MOST_NAMED]:
+            progress.say(f"warning: {name} cannot be read, it is left out: {unreadable[name]}")
+        if self.named <= MOST_NAMED < len(unreadable):
+            progress.say("warning: further unreadable samples are listed in data.json only")
+        self.named = len(unreadable)
+
+    def _check_same_data(self, data: str) -> None:
+        """A data set may have moved since the run began, but its samples are known by their number."""
+        record = self.out / "data.json"
+        if not record.exists():
+            return
+        before = json.loads(record.read_text(encoding="utf-8"))["total"]
+        if before != self.pipeline.report.total:
+            raise ValueError(
+                f"train: {data} holds {self.pipeline.report.total} samples, {self.out} was begun with "
+                f"{before}: it can only be resumed on the same data"
+            )
+
+    def _record_data(self) -> None:
+        """`data.json`: what the data set holds, what was skipped and why, and what was measured on it."""
+        record = {**asdict(self.pipeline.report), "meta": self.pipeline.meta}
+        (self.out / "data.json").write_text(
+            json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8"
+        )
+
+    def _step(self, batches: list[Batch], progress: Progress) -> None:
+        """One step and what is said about it."""
+        cfg, place = self.cfg.train, self.place
+        outcome = self.trainer.step(place.step + 1, batches)
+        place.step += 1
+        place.epoch, place.step_in_epoch = self.pipeline.position
+        place.bad_in_a_row = 0 if outcome.good else place.bad_in_a_row + 1
+        place.skipped += not outcome.good
+        progress.tick(place.step, sum(map(self._amount, batches)))
+        if not outcome.good:
+            progress.say(f"step {place.step}: loss or gradient is NaN or inf: skipped, nothing was updated")
+        if place.step % cfg.log_every == 0 or place.step == cfg.steps or not outcome.good:
+            row, alarms = self.trainer.report(place.step, outcome)
+            progress.log({**row, "skipped": place.skipped})
+            for alarm in self.alarm_log.fresh(alarms):
+                progress.say(f"warning: step {place.step}: {alarm.message}")
+
+    def _amount(self, batch: Batch) -> float:
+        """Samples of a batch in the unit of `data.batch`: for audio, seconds without padding."""
+        front = self.cfg.model.front
+        if not isinstance(front, (WaveformFront, LogMelFront)):
+            return len(batch)
+        padded = 0 if batch.padding_mask is None else int(batch.padding_mask.sum())
+        return (batch.source.numel() - padded) / front.sample_rate
+
+    def _save(self) -> None:
+        if self.saved == self.place.step:
+            return
+        try:
+            save_checkpoint(
+                self.out,
+                self.place.step,
+                self.trainer.model,
+                self.trainer.optimizer_state(),
+                asdict(self.place),
+                rng.capture(self.device),
+                self.cfg.train.keep,
+            )
+        except CheckpointError as error:
+            raise RunError(f"step {self.place.step}: {error}; {self._resume_line()}") from error
+        self.saved = self.place.step
+
+    def _resume_line(self) -> str:
+        if latest_checkpoint(self.out) is None:
+            return "nothing was saved yet"
+        return f"continue with `d2v train --resume {self.out}`"
