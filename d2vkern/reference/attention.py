@@ -94,7 +94,7 @@ class _Attention(torch.autograd.Function):
                 part[:, :, slot].copy_(grad.view(-1, h, s, d).transpose(1, 2))
         if dscale is None or slopes is None or alibi_scale is None:
             return dqkv, None, None, None, None, None
-        dscale = (dscale.flatten() * slopes * (alibi_scale > 0)).to(alibi_scale.dtype)
+        dscale = (dscale.flatten() * slopes * (alibi_scale >= 0)).to(alibi_scale.dtype)
         return dqkv, None, None, dscale, None, None
 
 
@@ -104,7 +104,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _chunks(n: int, s: int, h: int) -> list[slice]:
     size = max(1, CHUNK_BYTES // max(1, h * s * s * 4))
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return [slice(start, min(start + size, n)) for start in range(0, n if s else 0, size)]
 
 
 def _padded(lengths: Tensor, s: int) -> Tensor:
@@ -114,6 +114,7 @@ def _padded(lengths: Tensor, s: int) -> Tensor:
 
 def _distance(positions: Tensor, dtype: torch.dtype) -> Tensor:
     """[n,S] -> [n,1,S,S] |pos_i - pos_j|, 0 for extra tokens (position -1)."""
+    positions = positions.contiguous()
     distance = (positions.unsqueeze(2) - positions.unsqueeze(1)).abs()
     real = positions >= 0
     return (distance * (real.unsqueeze(2) & real.unsqueeze(1))).to(dtype).unsqueeze(1)

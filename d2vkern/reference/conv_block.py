@@ -83,7 +83,7 @@ def _rows_conv_backward(
         if dpadded is not None:
             dtaken = torch.bmm(dr_GRO, w_KGOI[tap]).transpose(0, 1).reshape(-1, c)
             dpadded.index_add_(0, index + tap, dtaken)
-    dx = None if dpadded is None else dpadded.view(n, -1, c)[:, left : left + t].contiguous()
+    dx = None if dpadded is None else dpadded.view(n, t + left + right, c)[:, left : left + t].contiguous()
     return dx, None if dw is None else dw.permute(1, 2, 3, 0).reshape(cout, c // groups, 1, k)
 
 
@@ -115,17 +115,17 @@ class _ConvBlock(torch.autograd.Function):
         if skip is not None:
             y = y.add_(skip)
         ctx.save_for_backward(x, r, mean, rstd, weight, bias, masked, index)
-        ctx.settings = (groups, residual, clones)
+        ctx.settings = (groups, residual, clones, eps)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, bias, masked, index = ctx.saved_tensors
-        groups, residual, clones = ctx.settings
+        groups, residual, clones, eps = ctx.settings
         needs = ctx.needs_input_grad
         dy = dy.contiguous()
-        h = (r - mean.to(r.dtype)).mul_(rstd.to(r.dtype))
+        h = F.layer_norm(r, r.shape[-1:], eps=eps)
         dh = torch.ops.aten.gelu_backward(dy, h)
         del h
         dr = torch.ops.aten.native_layer_norm_backward(
@@ -182,7 +182,7 @@ def conv_block_1d(
     y = _ConvBlock.apply(
         x.contiguous().unsqueeze(1), weight.unsqueeze(2), bias, groups, residual, eps, masked, clones, index
     )
-    return y.squeeze(1) if rows is None else y.view(*rows.shape, -1)
+    return y.squeeze(1) if rows is None else y.view(*rows.shape, weight.shape[0])
 
 
 def conv_block_2d(

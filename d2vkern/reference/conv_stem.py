@@ -56,20 +56,20 @@ class _ConvStem(torch.autograd.Function):
         nw, nb = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
         h, mean, rstd = torch.native_layer_norm(r, (cout,), nw, nb, eps)
         ctx.save_for_backward(x, r, mean, rstd, weight, norm_weight, norm_bias)
-        ctx.settings = (stride, frames)
+        ctx.settings = (stride, frames, eps)
         return F.gelu(h)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, norm_weight, norm_bias = ctx.saved_tensors
-        stride, frames = ctx.settings
+        stride, frames, eps = ctx.settings
         needs = ctx.needs_input_grad
         (b, _, c), (cout, _, k) = x.shape, weight.shape
         nw, nb = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
-        normed = (r - mean.to(r.dtype)).mul_(rstd.to(r.dtype)).mul_(nw).add_(nb)
-        dh = torch.ops.aten.gelu_backward(dy.contiguous(), normed)
-        del normed
+        h = F.layer_norm(r, (cout,), nw, nb, eps)
+        dh = torch.ops.aten.gelu_backward(dy.contiguous(), h)
+        del h
         dr, dnw, dnb = torch.ops.aten.native_layer_norm_backward(dh, r, (cout,), mean, rstd, nw, nb, [True, True, True])
         del dh
         dx = torch.zeros_like(x) if needs[0] else None
