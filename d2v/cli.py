@@ -22,6 +22,7 @@ from tyro import MISSING_NONPROP as MISSING
 from tyro.conf import AvoidSubcommands, Positional, arg
 
 from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, TrainConfig
+from .nsys import parse_steps
 from .presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class TrainOptions:
     """run directory to make"""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """run directory to continue, exactly"""
+    profile: Literal["nsys"] | None = None
+    """nsys: capture --profile-steps for Nsight Systems; run it with benchmarks/nsys.sh"""
+    profile_steps: Annotated[str, arg(metavar="START:STOP")] = "10:20"
+    """captured from when START steps are done until STOP are"""
     model: ModelConfig
     optim: OptimConfig
     ema: EMAConfig
@@ -102,10 +107,11 @@ def train(arguments: Sequence[str]) -> int:
     out = given.resume or given.out
     if given.path is None or out is None:
         raise UsageError(f"d2v train: {'--data PATH' if given.path is None else '--out RUN'} is missing")
+    captured = parse_steps(given.profile_steps) if given.profile else None
 
     from .train import run
 
-    return run(cfg, given.path, out, resume=given.resume is not None).exit_code
+    return run(cfg, given.path, out, resume=given.resume is not None, capture=captured).exit_code
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -126,8 +132,8 @@ class ProbeOptions:
     """run directory, checkpoint folder or original .pt"""
     data: Path
     """labelled folder or embedded data set"""
-    layer: int | Literal["mean"] = "mean"
-    """index of a main block, negative from the last; mean: the average of all"""
+    layer: int | Literal["mean", "all"] = -1
+    """index of a main block, negative from the last; mean: the average of all; all: side by side"""
     weights: Literal["student", "teacher"] = "student"
     """whose features"""
     kind: Literal["linear", "knn", "both"] = "both"
@@ -155,8 +161,8 @@ class ExtractOptions:
     """folder, file, tar or embedded data set"""
     out: Annotated[str, arg(metavar="F.npz")]
     """file to write"""
-    layer: int | Literal["mean"] = -1
-    """index of a main block, negative from the last; mean: the average of all"""
+    layer: int | Literal["mean", "all"] = -1
+    """index of a main block, negative from the last; mean: the average of all; all: side by side"""
     pool: Literal["mean", "cls", "none"] = "mean"
     """mean over tokens, the CLS token, or none: one row per token"""
     weights: Literal["student", "teacher"] = "student"
@@ -295,12 +301,70 @@ def demo(arguments: Sequence[str]) -> int:
     return 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Time, bytes and FLOPs of every hot path of a training step: `d2v profile PRESET`.
+
+    Prints a table and writes profile.json, a Chrome trace, roofline.png and hotpaths.png into --out.
+    Every value of the preset can be overridden by its name.
+    """
+
+    path: Annotated[str | None, arg(name="data", metavar="PATH")] = None
+    """folder, file, tar or embedded data set; none: random input of the preset's shapes"""
+    out: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """folder to write into; none: runs/profile_PRESET"""
+    backend: Annotated[str | None, arg(metavar="NAME")] = None
+    """as D2VKERN_BACKEND takes it (eager,attention=triton); none: auto"""
+    against: Annotated[str | None, arg(metavar="NAME")] = None
+    """a second backend, such as eager, shown beside the first"""
+    steps: int = 5
+    """steps that are timed, and steps that are traced"""
+    batch: int | None = None
+    """samples of a step; none: data.batch, on a CPU as many as 1 TFLOP of work allows"""
+    precision: Literal["fp32", "bf16"] | None = None
+    """in place of train.precision"""
+    model: ModelConfig
+    optim: OptimConfig
+    ema: EMAConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def profile(arguments: Sequence[str]) -> int:
+    """See `ProfileOptions`."""
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    base = preset(name or "image_tiny")
+    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    defaults = ProfileOptions(**{key: getattr(base, key) for key in sections})
+    rest = arguments if name is None else arguments[1:]
+    given = _parse(ProfileOptions, rest, f"profile {name or 'PRESET'}", defaults)
+    if name is None:
+        raise UsageError(f"d2v profile: the preset is missing; presets: {', '.join(PRESETS)}")
+    cfg = Config(preset=base.preset, **{key: getattr(given, key) for key in sections})
+    if given.precision is not None:
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=given.precision))
+
+    from .profile import run_profile
+
+    run_profile(
+        cfg,
+        given.out or f"runs/profile_{name}",
+        data=given.path,
+        backend=given.backend,
+        against=given.against,
+        steps=given.steps,
+        batch=given.batch,
+    )
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "pretrain a preset on a folder of data, or continue a run exactly"),
     "probe": (probe, "accuracy of frozen features: linear probe and kNN"),
     "extract": (extract, "features of every sample to an .npz file"),
     "presets": (presets, "list the presets, or print one with the source of its values"),
     "check": (check, "counts, sizes, sample rates and unreadable files of a data set"),
+    "profile": (profile, "time, bytes and FLOPs of every hot path of a training step"),
     "plot": (plot, "PNG plots of a run"),
     "demo": (demo, "pretrain and probe images, speech and text on embedded data"),
 }

@@ -113,6 +113,9 @@ class ModelConfig:
     cls_rows: int | None = None
     """rows (B*M) the CLS sum is scaled to, so that it does not grow with the micro-batch;
     none: as many as there are, what the original does (256 per GPU in the paper's setup)"""
+    init_std: float = 0.02
+    """deviation of the initial Linear and Embedding weights; small widths want about 0.55 / sqrt(dim), which
+    is 0.02 at the published ones"""
     ema_encoder_only: bool = False
     """the teacher averages the blocks only and reads the student's embeddings (text)"""
 

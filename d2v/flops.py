@@ -9,6 +9,8 @@ count nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .config import ImageFront, ModelConfig, TextFront, WaveformFront
 
 
@@ -68,3 +70,88 @@ def step_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
     student = blocks * block_flops(cfg, rows, seen) + decoder_flops(cfg, rows, tokens) + per_version
     teacher = blocks * block_flops(cfg, batch, tokens + front.extra_tokens) + per_sample + teacher_front
     return 3 * student + teacher + local_step
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`count` linear layers outside of d2vkern's ops: `rows` vectors from `width` to `out` each."""
+
+    phase: str
+    """where they run: student, teacher or decoder"""
+    count: int
+    rows: int
+    width: int
+    out: int
+    gradients: int
+    """matrix products of the backward: 0, 1 (weight only) or 2"""
+
+    @property
+    def flops(self) -> tuple[int, int]:
+        """Forward and backward."""
+        forward = 2 * self.count * self.rows * self.width * self.out
+        return forward, self.gradients * forward
+
+    def bytes(self, itemsize: int) -> tuple[int, int]:
+        """Forward and backward: activations of `itemsize`, fp32 weights, everything once."""
+        read, written, weight = self.rows * self.width, self.rows * self.out, 4 * self.width * self.out
+        forward = self.count * ((read + written) * itemsize + weight)
+        backward = self.count * ((read * self.gradients + written) * itemsize + weight * self.gradients)
+        return forward, backward if self.gradients else 0
+
+
+def linears(cfg: ModelConfig, shape: tuple[int, ...]) -> list[Linear]:
+    """All of a step on a source of `shape`; a projection of two layers is an op, and not among them."""
+    front, dim, batch = cfg.front, cfg.dim, shape[0]
+    tokens, kept = token_counts(cfg, shape)
+    blocks = cfg.prenet_depth + cfg.depth
+    student = batch * cfg.mask.clones * (kept + front.extra_tokens)
+    teacher = batch * (tokens + front.extra_tokens)
+    found = [
+        Linear("student", blocks, student, dim, 3 * dim, 2),
+        Linear("student", blocks, student, dim, dim, 2),
+        Linear("teacher", blocks, teacher, dim, 3 * dim, 0),
+        Linear("teacher", blocks, teacher, dim, dim, 0),
+    ]
+    if isinstance(front, ImageFront):
+        pixels = front.patch**2 * front.channels
+        found.append(Linear("student", 1, batch * tokens, pixels, dim, 1))
+        found.append(Linear("teacher", 1, batch * tokens, pixels, dim, 0))
+    elif not isinstance(front, TextFront):
+        learned = isinstance(front, WaveformFront)
+        found.append(Linear("student", 1, batch * tokens, front.width, dim, 1 + learned))
+    widths = _projection(cfg)
+    if len(widths) != 3:
+        masked = batch * cfg.mask.clones * (tokens - kept)
+        found += [Linear("decoder", 1, masked, a, b, 2) for a, b in zip(widths, widths[1:], strict=False)]
+    return found
+
+
+def spared_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
+    """What `step_flops` counts at kept places of the decoder, where no loss reads the prediction.
+
+    The model leaves the projection out there, and the last layer where it is a dense 1-D convolution.
+    """
+    _, kept = token_counts(cfg, shape)
+    dec, widths = cfg.decoder, _projection(cfg)
+    each = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+    if dec.groups == 1 and not isinstance(cfg.front, ImageFront):
+        each += (cfg.dim if dec.layers == 1 else dec.dim) * dec.dim * dec.kernel
+    return 3 * 2 * shape[0] * cfg.mask.clones * kept * each
+
+
+def token_counts(cfg: ModelConfig, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Tokens of a sample and how many of them the student sees, as the mask samplers count."""
+    front, prob = cfg.front, cfg.mask.prob
+    if isinstance(front, ImageFront):
+        tokens = front.grid[0] * front.grid[1]
+        return tokens, int(tokens * (1 - prob))
+    if isinstance(front, TextFront):
+        return shape[1], int(shape[1] * (1 - prob))
+    tokens = front.frames(shape[1])
+    return tokens, tokens - int(tokens * prob)
+
+
+def _projection(cfg: ModelConfig) -> list[int]:
+    """Widths of the decoder's projection, from its convolutions to the model."""
+    dec = cfg.decoder
+    return [dec.dim, *[int(dec.dim * dec.projection_ratio)] * (dec.projection_layers - 1), cfg.dim]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern._nvtx import phase
 
 from . import rng
 from .checkpoint import Checkpoint, fill_model
@@ -63,7 +63,7 @@ class Trainer:
         That check reads one flag from the device: the only wait of a step.
         """
         cfg, model, seed = self.cfg, self.model, self.cfg.train.seed
-        with nvtx_range("d2v/masks"):
+        with phase("masks"):
             plans = [
                 model.sample_masks(b.source, b.ids, epoch=b.epoch, seed=seed, padding_mask=b.padding_mask)
                 for b in batches
@@ -72,15 +72,16 @@ class Trainer:
         losses: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
         for batch, plan in zip(batches, plans, strict=True):
-            with nvtx_range("d2v/forward"):
+            with phase("forward"):
                 out = model(batch.source, batch.padding_mask, plan)
-            with nvtx_range("d2v/backward"):
+            with phase("backward"):
                 (out.loss_sum / total).backward()
-            _accumulate(losses, out.losses, 1 / total)
-            _accumulate(metrics, out.metrics, 1 / len(batches))
+            with phase("loss"):
+                _accumulate(losses, out.losses, 1 / total)
+                _accumulate(metrics, out.metrics, 1 / len(batches))
         lr = learning_rate(cfg.optim, number - 1, cfg.train.steps)
         decay = teacher_decay(cfg.ema, number)
-        with nvtx_range("d2v/optimizer"):
+        with phase("optimizer"):
             norm, factor = clip_factor(self.parameters, cfg.optim.clip)
             good = bool(torch.isfinite(torch.stack([*losses.values(), norm])).all())
             if good:

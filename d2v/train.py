@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern._nvtx import phase
 
 from . import rng
 from .batching import UNITS, equation, micro_batch
@@ -35,6 +35,7 @@ from .config import Config, LogMelFront, WaveformFront
 from .cpu import tune_allocator
 from .data import Batch, DataError, Pipeline, Position, open_data
 from .health import AlarmLog
+from .nsys import Capture
 from .plot import plot_run
 from .progress import Progress, read_metrics, truncate_metrics
 from .signals import StopRequest
@@ -99,30 +100,33 @@ def run(
     *,
     resume: bool = False,
     stop: Callable[[int], bool] | None = None,
+    capture: tuple[int, int] | None = None,
 ) -> RunResult:
     """Train to `cfg.train.steps` in the run directory `out`.
 
     data: folder, file, tar or embedded data set; on resume it may have moved.
     resume: go on from the newest checkpoint of `out`, with the same maths.
     stop: asked after every step with its number; True saves and returns, as SIGTERM and Ctrl-C do.
+    capture: (start, stop): tell the CUDA profiler when `start` steps are done and when `stop` are.
 
     Seeds the global random generators. Raises ValueError (and its kin DataError), CheckpointError or
     FileNotFoundError for what is wrong before the first step, after which a new `out` is gone again, and
     RunError for what stops the run later.
     """
     out, device = Path(out), pick_device(cfg.train.device)
+    profiler = Capture(capture, device)
     if device.type == "cpu":
         tune_allocator()
     if resume:
         resumed = _Run(cfg, data, out, device, _newest(cfg, out))
         write_config(out, cfg, data)
-        return resumed.loop(stop)
+        return resumed.loop(stop, profiler)
     _claim(out)
     begun = None
     try:
         write_config(out, cfg, data)
         begun = _Run(cfg, data, out, device, None)
-        return begun.loop(stop)
+        return begun.loop(stop, profiler)
     except BaseException:
         if begun is None or begun.place.step == 0:
             shutil.rmtree(out, ignore_errors=True)
@@ -185,18 +189,23 @@ class _Run:
         """Whether the last steps were all bad, too many in a row to go on."""
         return self.place.bad_in_a_row >= self.cfg.train.max_bad_steps
 
-    def loop(self, stop: Callable[[int], bool] | None) -> RunResult:
+    def loop(self, stop: Callable[[int], bool] | None, profiler: Capture) -> RunResult:
         """Step, log and save until the end, a request to stop, or too many bad steps in a row."""
         began, cfg, place = time.perf_counter(), self.cfg.train, self.place
+        unheard = profiler.check(place.step, cfg.steps)
         unit = UNITS[self.cfg.model.modality]
         with (
             StopRequest() as request,
             Progress(self.out, start=place.step, steps=cfg.steps, unit=unit) as progress,
+            profiler,
         ):
             report = self.pipeline.report
             progress.say(f"data {report.path}: {report.total:,} samples, skipped: {report.skipped or 'none'}")
             self._name_unreadable(progress)
             progress.say(equation(self.cfg, place.micro_batch))
+            if unheard is not None:
+                progress.say(f"warning: {unheard}")
+            profiler.reach(place.step)
             start = Position(place.epoch, place.step_in_epoch)
             stream = self.pipeline.micro_batches(start, place.micro_batch)
             while place.step < cfg.steps and not self.too_bad and request.name is None:
@@ -204,6 +213,7 @@ class _Run:
                 if batches is None:
                     break
                 self._step(batches, progress)
+                profiler.reach(place.step)
                 if place.step % cfg.save_every == 0:
                     self._save()
                 if stop is not None and stop(place.step):
@@ -234,7 +244,7 @@ class _Run:
         When the data give out, what was trained is saved first.
         """
         try:
-            with nvtx_range("d2v/data"):
+            with phase("data"):
                 batches = next(stream)
         except DataError as error:
             if self.place.step == 0:
@@ -289,7 +299,8 @@ class _Run:
         if not outcome.good:
             progress.say(f"step {place.step}: loss or gradient is NaN or inf: skipped, nothing was updated")
         if place.step % cfg.log_every == 0 or place.step == cfg.steps or not outcome.good:
-            row, alarms = self.trainer.report(place.step, outcome)
+            with phase("report"):
+                row, alarms = self.trainer.report(place.step, outcome)
             progress.log({**row, "skipped": place.skipped})
             for alarm in self.alarm_log.fresh(alarms):
                 progress.say(f"warning: step {place.step}: {alarm.message}")

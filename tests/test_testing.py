@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2vkern._nvtx import nvtx_range
 from d2vkern.testing import assert_bitwise_equal, assert_no_worse_than_eager, live_memory, peak_memory
 
 MIB = 1 << 20
@@ -89,22 +88,3 @@ def test_live_memory_counts_what_backward_will_need() -> None:
     # The saved output goes, the gradient comes.
     assert abs(change) < 4096
     assert x.grad is not None
-
-
-def test_nvtx_ranges_carry_our_domain(monkeypatch: pytest.MonkeyPatch) -> None:
-    import nvtx
-
-    seen = []
-    annotate = nvtx.annotate
-    monkeypatch.setattr(nvtx, "annotate", lambda name, domain: seen.append((name, domain)) or annotate(name))
-    with nvtx_range("d2vkern/mlp/fwd/eager"):
-        pass
-    assert seen == [("d2vkern/mlp/fwd/eager", "d2vkern")]
-
-
-def test_nvtx_ranges_do_not_break_the_graph() -> None:
-    def marked(x: Tensor) -> Tensor:
-        with nvtx_range("d2vkern/mlp/fwd/eager"):
-            return x + 1
-
-    assert torch.compile(marked, fullgraph=True, backend="eager")(torch.zeros(1)).item() == 1.0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import d2vkern
+from d2vkern._nvtx import phase
 
 from ..config import ImageFront, ModelConfig, TextFront
 from .blocks import AttentionContext
@@ -177,43 +178,48 @@ class Data2Vec(Network):
         """
         plan = self._plan(source, mask, ids, epoch, seed)
         samples, lengths = self._lengths(source, padding_mask)
-        local = self.encoder.local(source, samples, self.compute_dtype)
+        with phase("student/front"):
+            local = self.encoder.local(source, samples, self.compute_dtype)
         if local.shape[1] != plan.tokens:
             raise ValueError(
                 f"Data2Vec: mask must have {local.shape[1]} tokens for this source, got {plan.tokens}"
             )
-        targets = self._targets(source, local.detach(), lengths)
-        x, context = self.encoder.contextualise(local, plan, lengths)
+        with phase("teacher"):
+            targets = self._targets(source, local.detach(), lengths)
+        with phase("student/front"):
+            x, context = self.encoder.contextualise(local, plan, lengths)
         student = run_blocks(self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0)
         decoder = self.encoder.decoder
         assert decoder is not None
         dec = decoder.settings
-        dropped = nn.functional.dropout(student, dec.input_dropout, self.training)
-        noise_seed = int(torch.randint(2**62, ())) if dec.noise_std else 0
-        on_grid = d2vkern.scatter_tokens(dropped, plan, dec.noise_std, noise_seed)
-        prediction = decoder(on_grid, plan)
-        regression = d2vkern.masked_regression_loss(
-            prediction, targets, plan, self.cfg.loss_beta, self.cfg.loss_scale
-        )
-        losses = {}
-        if self.cfg.cls_loss:
-            losses["cls"] = self._cls_loss(student, targets, plan) * regression.count
-        losses[f"{self.modality.upper()}_regression"] = regression.loss
-        return PretrainOutput(
-            loss_sum=torch.stack(list(losses.values())).sum(),
-            sample_size=regression.count,
-            losses={name: value.detach() for name, value in losses.items()},
-            student=student,
-            targets=targets,
-            plan=plan,
-            metrics={"pred_var": regression.pred_var, "target_var": regression.target_var},
-            health={
-                "front": _sample_rows(local),
-                "prediction": _sample_rows(prediction),
-                "target": _sample_rows(targets),
-            },
-            _decode=lambda: decoder.full(on_grid),
-        )
+        with phase("decoder"):
+            dropped = nn.functional.dropout(student, dec.input_dropout, self.training)
+            noise_seed = int(torch.randint(2**62, ())) if dec.noise_std else 0
+            on_grid = d2vkern.scatter_tokens(dropped, plan, dec.noise_std, noise_seed)
+            prediction = decoder(on_grid, plan)
+        with phase("loss"):
+            regression = d2vkern.masked_regression_loss(
+                prediction, targets, plan, self.cfg.loss_beta, self.cfg.loss_scale
+            )
+            losses = {}
+            if self.cfg.cls_loss:
+                losses["cls"] = self._cls_loss(student, targets, plan) * regression.count
+            losses[f"{self.modality.upper()}_regression"] = regression.loss
+            return PretrainOutput(
+                loss_sum=torch.stack(list(losses.values())).sum(),
+                sample_size=regression.count,
+                losses={name: value.detach() for name, value in losses.items()},
+                student=student,
+                targets=targets,
+                plan=plan,
+                metrics={"pred_var": regression.pred_var, "target_var": regression.target_var},
+                health={
+                    "front": _sample_rows(local),
+                    "prediction": _sample_rows(prediction),
+                    "target": _sample_rows(targets),
+                },
+                _decode=lambda: decoder.full(on_grid),
+            )
 
     def features(
         self, source: Tensor, padding_mask: Tensor | None = None, *, teacher: bool = False
@@ -323,16 +329,16 @@ class Data2Vec(Network):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Linear and Embedding N(0, 0.02) with zero bias; then torch's default again for the speech
+        """Linear and Embedding N(0, init_std) with zero bias; then torch's default again for the speech
         projection and for the decoder's of image and audio (REFERENCE.md 23); convolutions keep
         their module's own init.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.weight.normal_(0.0, 0.02)
+                module.weight.normal_(0.0, self.cfg.init_std)
                 module.bias.zero_()
             elif isinstance(module, nn.Embedding):
-                module.weight.normal_(0.0, 0.02)
+                module.weight.normal_(0.0, self.cfg.init_std)
                 if module.padding_idx is not None:
                     module.weight[module.padding_idx].zero_()
         encoder = self.encoder

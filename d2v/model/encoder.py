@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import d2vkern
+from d2vkern._nvtx import phase
 
 from ..config import ImageFront, ModelConfig, TextFront, WaveformFront
 from .blocks import AttentionContext, Block, alibi_slopes, layer_norm
@@ -183,10 +184,11 @@ def run_blocks(blocks: nn.ModuleList, x: Tensor, context: AttentionContext, laye
 
     layerdrop: probability of skipping a block; draws come from torch's CPU generator.
     """
-    for block in blocks:
+    for number, block in enumerate(blocks):
         if layerdrop and float(torch.rand(())) < layerdrop:
             continue
-        x, _ = block(x, context)
+        with phase(f"student/block{number:02d}"):
+            x, _ = block(x, context)
     return x
 
 

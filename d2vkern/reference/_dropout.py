@@ -6,8 +6,8 @@ With an integer seed the bits come from the counter-based generator, equal in ev
              element e reads half-word e % 8 of the counter's 128 bits, low half of a word first;
              it is kept when those bits are >= round(p * 2^16)
 
-Without one they come from torch's generator, on a CPU in 64-bit draws of four decisions each: several times faster
-there than `bernoulli_`, which draws one element at a time.
+Without one they come from torch's generator, on a CPU in 64-bit draws of four decisions each: several times
+faster there than `bernoulli_`, which draws one element at a time.
 """
 
 import math
@@ -15,7 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from .philox import DROPOUT, WORD, philox, split64
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+
+from .philox import DROPOUT, WORD, indices, philox, split64
 
 
 def fresh_seed() -> int:
@@ -46,9 +49,13 @@ def keep_mask(
     return torch.rand(shape, device=device, generator=generator) >= p
 
 
+dropout_mask = op_range("dropout/fwd/eager", _costs.dropout)(keep_mask)
+"""`keep_mask` outside of another op's range"""
+
+
 def _counter_bits(count: int, seed: int, first: int, device: torch.device) -> Tensor:
     """[count] int64 in 0 .. 2^16 - 1: elements first .. first + count - 1 of the dropout layout."""
-    block = torch.arange(first // 8, (first + count + 7) // 8, device=device)
+    block = indices((first + count + 7) // 8 - first // 8, device) + first // 8
     low, high = split64(block)
     words = torch.stack(philox((low, high, 0, DROPOUT << 30), split64(seed)), -1)
     halves = torch.stack((words & 0xFFFF, (words & WORD) >> 16), -1).flatten()

@@ -15,10 +15,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2vkern._nvtx import nvtx_range
-from d2vkern.reference.ema import ema_update_
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+from d2vkern.reference.ema import average_
 
 
+@op_range("adamw_ema/fwd/eager", _costs.adamw_ema)
 def adamw_ema_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -42,37 +44,34 @@ def adamw_ema_(
     steps: this step's number, shared by all and counted from 1, or one 0-dim device tensor per parameter
         (capturable). grads are scaled in place by the fused kernel when a clip factor is given.
     """
-    with nvtx_range("d2vkern/adamw_ema/fwd/eager"):
-        on_fused_device = params[0].device.type in ("cpu", "cuda")
-        if on_fused_device and not isinstance(lr, Tensor) and not isinstance(steps, list):
-            _fused(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                steps,
-                lr,
-                betas,
-                eps,
-                weight_decay,
-                eps_mode,
-                clip_factor,
-            )
-        else:
-            each_step = steps if isinstance(steps, list) else [torch.tensor(steps)] * len(params)
-            for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, each_step, strict=True):
-                g = g if clip_factor is None else g * clip_factor
-                _plain(p, g, m, v, step, lr, betas, eps, weight_decay, eps_mode)
-        for p, low in zip(params, copies, strict=True):
-            if low is not None:
-                low.copy_(p)
+    on_fused_device = params[0].device.type in ("cpu", "cuda")
+    if on_fused_device and not isinstance(lr, Tensor) and not isinstance(steps, list):
+        _fused(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            eps_mode,
+            clip_factor,
+        )
+    else:
+        each_step = steps if isinstance(steps, list) else [torch.tensor(steps)] * len(params)
+        for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, each_step, strict=True):
+            g = g if clip_factor is None else g * clip_factor
+            _plain(p, g, m, v, step, lr, betas, eps, weight_decay, eps_mode)
+    for p, low in zip(params, copies, strict=True):
+        if low is not None:
+            low.copy_(p)
     if ema_decay is not None:
         pairs = [
             (t, p, low) for t, p, low in zip(teachers, params, teacher_copies, strict=True) if t is not None
         ]
-        ema_update_(
-            [t for t, _, _ in pairs], [p for _, p, _ in pairs], ema_decay, [low for _, _, low in pairs]
-        )
+        average_([t for t, _, _ in pairs], [p for _, p, _ in pairs], ema_decay, [low for _, _, low in pairs])
 
 
 def _fused(

@@ -1,10 +1,10 @@
-"""Eager multimask_attention: softmax(q k' * scale + bias) v over the packed projection, a few sequences at a time.
+"""Eager multimask_attention: softmax(q k' * scale + bias) v, packed in and out, a few sequences at a time.
 
     bias_ij = -slope_h * max(alibi_scale_h, 0) * |pos_i - pos_j|, 0 where either position is -1
 
 Only qkv (and the small arguments) are saved: backward recomputes the probabilities chunk by chunk, so no
-[N, H, S, S] tensor outlives its chunk. A chunk's scores take about 1 MB, which on a CPU stay in cache; one long sequence is a chunk
-and is read where it lies, several short ones are copied head by head. Softmax is
+[N, H, S, S] tensor outlives its chunk. A chunk's scores take about 1 MB, which on a CPU stay in cache; one
+long sequence is a chunk and is read where it lies, several short ones are copied head by head. Softmax is
 in fp32 (fp64 for fp64). The gradient of alibi_scale is summed chunk after chunk, in order.
 """
 
@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 
 from ._dropout import fresh_seed, keep_mask
 
@@ -37,6 +40,7 @@ class _Settings(NamedTuple):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
+    @op_range("attention/fwd/eager", _costs.attention)
     def forward(
         ctx: Any,
         qkv: Tensor,
@@ -63,6 +67,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @op_range("attention/bwd/eager")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         given, settings = _Inputs(*ctx.saved_tensors), ctx.settings
         qkv, _, slopes, alibi_scale, lengths = given
@@ -135,7 +140,7 @@ def _key_bias(lengths: Tensor, s: int, dtype: torch.dtype) -> Tensor:
 def _probabilities(
     given: _Inputs, settings: _Settings, chunk: slice
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Scaled q, k, v [n*H,S,Dh], probabilities [n,H,S,S], kept places as 0 and 1 [n,H,S,S], distances [n,1,S,S]."""
+    """Scaled q, k, v [n*H,S,Dh]; probabilities, kept places (0 and 1) [n,H,S,S]; distances [n,1,S,S]."""
     qkv = given.qkv[chunk]
     n, s, _, h, _ = qkv.shape
     wide = _wide(qkv.dtype)

@@ -1,4 +1,4 @@
-"""Eager conv_block: channels-last convolution (same padding) -> LayerNorm over channels -> exact GELU (-> + x).
+"""Eager conv_block: channels-last convolution (same padding) -> LayerNorm -> exact GELU (-> + x).
 
     r = conv(x) + bias;  h = (r - mean) * rstd;  y = gelu(h) (+ x)
 
@@ -6,9 +6,9 @@ Saved for backward: x, r, mean and rstd; h and GELU's gradient are recomputed. P
 sides and an even kernel drops the last output, as the original's SamePad does. Both forms run as one 2-D
 convolution over a channels-last view, so nothing is transposed.
 
-With `plan`, x is [B, T, C] and every masked version reads it with its masked places zeroed: that [N, T, C] input
-lives only while a convolution runs and is rebuilt in backward. With `rows`, outputs exist at those places only,
-as one matrix product per tap over the gathered rows.
+With `plan`, x is [B, T, C] and every masked version reads it with its masked places zeroed: that [N, T, C]
+input lives only while a convolution runs and is rebuilt in backward. With `rows`, outputs exist at those
+places only, as one matrix product per tap over the gathered rows.
 """
 
 from typing import Any
@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 
 from ..ops.masks import MaskPlan
 
@@ -36,8 +39,8 @@ def _conv_backward(
     if kh % 2 == 0 or kw % 2 == 0:  # the dropped outputs had no gradient
         dr_NHWC = F.pad(dr_NHWC, (0, 0, 0, 1 - kw % 2, 0, 1 - kh % 2))
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dr_NHWC.permute(0, 3, 1, 2), x_NHWC.permute(0, 3, 1, 2), weight, None, (1, 1), (kh // 2, kw // 2), (1, 1),
-        False, (0, 0), groups, [needs[0], needs[1], False],
+        dr_NHWC.permute(0, 3, 1, 2), x_NHWC.permute(0, 3, 1, 2), weight, None,
+        (1, 1), (kh // 2, kw // 2), (1, 1), False, (0, 0), groups, [needs[0], needs[1], False],
     )  # fmt: skip
     return (dx.permute(0, 2, 3, 1) if needs[0] else None), (dw if needs[1] else None)
 
@@ -56,7 +59,9 @@ def _rows_conv(x_NTC: Tensor, weight: Tensor, bias: Tensor | None, groups: int, 
     w_KGIO = weight[:, :, 0].view(groups, cout // groups, -1, k).permute(3, 0, 2, 1)
     out = index.new_empty((groups, index.shape[0], cout // groups), dtype=x_NTC.dtype).zero_()
     for tap in range(k):
-        taken = padded.index_select(0, index + tap).view(-1, groups, padded.shape[1] // groups).transpose(0, 1)
+        taken = (
+            padded.index_select(0, index + tap).view(-1, groups, padded.shape[1] // groups).transpose(0, 1)
+        )
         if groups == 1:
             out[0].addmm_(taken[0], w_KGIO[tap, 0])
         else:
@@ -89,6 +94,7 @@ def _rows_conv_backward(
 
 class _ConvBlock(torch.autograd.Function):
     @staticmethod
+    @op_range("conv_block/fwd/eager", _costs.conv_block)
     def forward(
         ctx: Any,
         x: Tensor,
@@ -105,7 +111,11 @@ class _ConvBlock(torch.autograd.Function):
         b = None if bias is None else bias.to(x.dtype)
         if index is not None:
             r = _rows_conv(x[:, 0], w, b, groups, index)
-            skip = x[:, 0].flatten(0, 1).index_select(0, _unpadded(index, x.shape[2], w.shape[3])) if residual else None
+            skip = (
+                x[:, 0].flatten(0, 1).index_select(0, _unpadded(index, x.shape[2], w.shape[3]))
+                if residual
+                else None
+            )
         else:
             source = x if masked is None else _expand(x[:, 0], masked, clones).unsqueeze(1)
             r = _conv(source, w, b, groups)
@@ -120,6 +130,7 @@ class _ConvBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @op_range("conv_block/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, bias, masked, index = ctx.saved_tensors
         groups, residual, clones, eps = ctx.settings
@@ -186,6 +197,11 @@ def conv_block_1d(
 
 
 def conv_block_2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1, residual: bool = False, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    residual: bool = False,
+    eps: float = 1e-5,
 ) -> Tensor:
     return _ConvBlock.apply(x.contiguous(), weight, bias, groups, residual, eps, None, 1, None)

@@ -1,9 +1,9 @@
 """Eager conv_stem: y = gelu(LayerNorm(conv(x), weight, bias)), no padding, channels-last.
 
 The convolution is a few matrix products over strided views, without im2col: `stride` neighbouring inputs of x
-lie side by side in memory, so taps j*stride ... (j+1)*stride - 1 are one [T', stride*C] matrix whose rows do not
-overlap. Kernel 3, stride 2 is two products, kernel 2 one. A first layer with few channels gathers its windows
-(k * C values per frame, less than one output channel's worth) and is one product.
+lie side by side in memory, so taps j*stride ... (j+1)*stride - 1 are one [T', stride*C] matrix whose rows do
+not overlap. Kernel 3, stride 2 is two products, kernel 2 one. A first layer with few channels gathers its
+windows (k * C values per frame, less than one output channel's worth) and is one product.
 
 Saved for backward: x, the convolution's output, mean and rstd; LayerNorm and GELU are recomputed.
 """
@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 
 _NARROW = 64  # window values below which gathering is cheaper than a second pass over the output
 
@@ -38,6 +41,7 @@ def _matrix(weight: Tensor, first: int, taps: int) -> Tensor:
 
 class _ConvStem(torch.autograd.Function):
     @staticmethod
+    @op_range("conv_stem/fwd/eager", _costs.conv_stem)
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, stride: int, norm_weight: Tensor, norm_bias: Tensor, eps: float
     ) -> Tensor:
@@ -61,6 +65,7 @@ class _ConvStem(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @op_range("conv_stem/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, norm_weight, norm_bias = ctx.saved_tensors
         stride, frames, eps = ctx.settings
@@ -70,7 +75,9 @@ class _ConvStem(torch.autograd.Function):
         h = F.layer_norm(r, (cout,), nw, nb, eps)
         dh = torch.ops.aten.gelu_backward(dy.contiguous(), h)
         del h
-        dr, dnw, dnb = torch.ops.aten.native_layer_norm_backward(dh, r, (cout,), mean, rstd, nw, nb, [True, True, True])
+        dr, dnw, dnb = torch.ops.aten.native_layer_norm_backward(
+            dh, r, (cout,), mean, rstd, nw, nb, [True, True, True]
+        )
         del dh
         dx = torch.zeros_like(x) if needs[0] else None
         parts = []

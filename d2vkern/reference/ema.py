@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 
 
+@op_range("ema/fwd/eager", _costs.ema)
 def ema_update_(
     teacher: Sequence[Tensor],
     student: Sequence[Tensor],
@@ -20,25 +22,34 @@ def ema_update_(
     copies: Sequence[Tensor | None],
 ) -> None:
     """In place on `teacher` and `copies`; see d2vkern.ops.ema."""
-    with nvtx_range("d2vkern/ema/fwd/eager"):
-        groups: defaultdict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]]
-        groups = defaultdict(lambda: ([], []))
-        for t, s in zip(teacher, student, strict=True):
-            if t.dtype == s.dtype:
-                group = groups[t.dtype, t.device]
-                group[0].append(t)
-                group[1].append(s.detach())
-            else:
-                t.lerp_(s.detach().to(t.dtype), _weight(decay, t))
-        for teachers, students in groups.values():
-            weight = _weight(decay, teachers[0])
-            if isinstance(weight, Tensor):
-                torch._foreach_lerp_(teachers, students, [weight] * len(teachers))
-            else:
-                torch._foreach_lerp_(teachers, students, weight)
-        for t, copy in zip(teacher, copies, strict=True):
-            if copy is not None:
-                copy.copy_(t)
+    average_(teacher, student, decay, copies)
+
+
+def average_(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    decay: float | Tensor,
+    copies: Sequence[Tensor | None],
+) -> None:
+    """`ema_update_` as a part of another op, without a range of its own."""
+    groups: defaultdict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]]
+    groups = defaultdict(lambda: ([], []))
+    for t, s in zip(teacher, student, strict=True):
+        if t.dtype == s.dtype:
+            group = groups[t.dtype, t.device]
+            group[0].append(t)
+            group[1].append(s.detach())
+        else:
+            t.lerp_(s.detach().to(t.dtype), _weight(decay, t))
+    for teachers, students in groups.values():
+        weight = _weight(decay, teachers[0])
+        if isinstance(weight, Tensor):
+            torch._foreach_lerp_(teachers, students, [weight] * len(teachers))
+        else:
+            torch._foreach_lerp_(teachers, students, weight)
+    for t, copy in zip(teacher, copies, strict=True):
+        if copy is not None:
+            copy.copy_(t)
 
 
 def _weight(decay: float | Tensor, like: Tensor) -> float | Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 from d2vkern.reference.philox import element_normals
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def scatter_tokens(x: Tensor, plan: MaskPlan, noise_std: float, seed: int | Tens
 
 class _Gather(torch.autograd.Function):
     @staticmethod
+    @op_range("gather/fwd/eager", _costs.gather)
     def forward(
         ctx: Any,
         x_BTD: Tensor,
@@ -54,47 +56,47 @@ class _Gather(torch.autograd.Function):
         extras = 0 if extra_ED is None else extra_ED.shape[0]
         ctx.save_for_backward(ids_NK)
         ctx.clones, ctx.extras, ctx.x_shape = clones, extras, x_BTD.shape
-        with nvtx_range("d2vkern/gather/fwd/eager"):
-            B, T, D = x_BTD.shape
-            N, K = ids_NK.shape
-            source = x_BTD if positions_TD is None else x_BTD + positions_TD
-            sample_N = torch.arange(N, device=ids_NK.device) // clones
-            # Extra tokens read a dummy row first: one index_select then writes the whole output.
-            ids_NS = pad(ids_NK, (extras, 0))
-            out = source.reshape(B * T, D).index_select(0, _flat(ids_NS, sample_N, T))
-            out_NSD = out.view(N, extras + K, D)
-            if extra_ED is not None:
-                out_NSD[:, :extras] = extra_ED
-            if per_mask_NTD is not None:
-                for part, flat in _parts(ids_NK, clones, T):
-                    picked = per_mask_NTD[part].reshape(B * T, D).index_select(0, flat)
-                    out_NSD[part, extras:] += picked.view(B, K, D)
-            return out_NSD
+        B, T, D = x_BTD.shape
+        N, K = ids_NK.shape
+        source = x_BTD if positions_TD is None else x_BTD + positions_TD
+        sample_N = torch.arange(N, device=ids_NK.device) // clones
+        # Extra tokens read a dummy row first: one index_select then writes the whole output.
+        ids_NS = pad(ids_NK, (extras, 0))
+        out = source.reshape(B * T, D).index_select(0, _flat(ids_NS, sample_N, T))
+        out_NSD = out.view(N, extras + K, D)
+        if extra_ED is not None:
+            out_NSD[:, :extras] = extra_ED
+        if per_mask_NTD is not None:
+            for part, flat in _parts(ids_NK, clones, T):
+                picked = per_mask_NTD[part].reshape(B * T, D).index_select(0, flat)
+                out_NSD[part, extras:] += picked.view(B, K, D)
+        return out_NSD
 
     @staticmethod
+    @op_range("gather/bwd/eager")
     def backward(ctx: Any, dout_NSD: Tensor) -> tuple[Tensor | None, ...]:
         (ids_NK,) = ctx.saved_tensors
         clones, extras = ctx.clones, ctx.extras
         B, T, D = ctx.x_shape
         need_x, _, _, need_extra, need_positions, need_per_mask = ctx.needs_input_grad
         dx = dextra = dpositions = dper_mask = None
-        with nvtx_range("d2vkern/gather/bwd/eager"):
-            if need_x or need_positions:
-                sum_BTD = _sum_clones(dout_NSD[:, extras:], ids_NK, clones, T)
-                dx = sum_BTD.to(dout_NSD.dtype) if need_x else None
-                dpositions = sum_BTD.sum(0).to(dout_NSD.dtype) if need_positions else None
-            if need_extra:
-                dextra = dout_NSD[:, :extras].sum(0, dtype=_wide(dout_NSD.dtype)).to(dout_NSD.dtype)
-            if need_per_mask:
-                dper_mask = dout_NSD.new_zeros(B * clones, T, D)
-                for part, flat in _parts(ids_NK, clones, T):
-                    dkept = dout_NSD[part, extras:].flatten(0, 1)
-                    dper_mask[part].view(B * T, D).index_copy_(0, flat, dkept)
+        if need_x or need_positions:
+            sum_BTD = _sum_clones(dout_NSD[:, extras:], ids_NK, clones, T)
+            dx = sum_BTD.to(dout_NSD.dtype) if need_x else None
+            dpositions = sum_BTD.sum(0).to(dout_NSD.dtype) if need_positions else None
+        if need_extra:
+            dextra = dout_NSD[:, :extras].sum(0, dtype=_wide(dout_NSD.dtype)).to(dout_NSD.dtype)
+        if need_per_mask:
+            dper_mask = dout_NSD.new_zeros(B * clones, T, D)
+            for part, flat in _parts(ids_NK, clones, T):
+                dkept = dout_NSD[part, extras:].flatten(0, 1)
+                dper_mask[part].view(B * T, D).index_copy_(0, flat, dkept)
         return dx, None, None, dextra, dpositions, dper_mask
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
+    @op_range("scatter/fwd/eager", _costs.scatter)
     def forward(
         ctx: Any,
         x_NSD: Tensor,
@@ -107,26 +109,25 @@ class _Scatter(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(ids_NK)
         ctx.extras = x_NSD.shape[1] - ids_NK.shape[1]
-        with nvtx_range("d2vkern/gather/scatter_fwd/eager"):
-            N, _, D = x_NSD.shape
-            shape = (N, tokens, D)
-            out_NTD = x_NSD.new_zeros(shape) if ids_mask_NU is None else x_NSD.new_empty(shape)
-            for part, flat in _parts(ids_NK, clones, tokens):
-                out_NTD[part].flatten(0, 1).index_copy_(0, flat, x_NSD[part, ctx.extras :].flatten(0, 1))
-            if ids_mask_NU is not None:
-                _write_noise(out_NTD.view(N * tokens, D), ids_mask_NU, tokens, noise_std, seed)
-            return out_NTD
+        N, _, D = x_NSD.shape
+        shape = (N, tokens, D)
+        out_NTD = x_NSD.new_zeros(shape) if ids_mask_NU is None else x_NSD.new_empty(shape)
+        for part, flat in _parts(ids_NK, clones, tokens):
+            out_NTD[part].flatten(0, 1).index_copy_(0, flat, x_NSD[part, ctx.extras :].flatten(0, 1))
+        if ids_mask_NU is not None:
+            _write_noise(out_NTD.view(N * tokens, D), ids_mask_NU, tokens, noise_std, seed)
+        return out_NTD
 
     @staticmethod
+    @op_range("scatter/bwd/eager")
     def backward(ctx: Any, dout_NTD: Tensor) -> tuple[Tensor | None, ...]:
         (ids_NK,) = ctx.saved_tensors
-        with nvtx_range("d2vkern/gather/scatter_bwd/eager"):
-            N, T, D = dout_NTD.shape
-            row_N = torch.arange(N, device=ids_NK.device)
-            ids_NS = pad(ids_NK, (ctx.extras, 0))
-            dx = dout_NTD.reshape(N * T, D).index_select(0, _flat(ids_NS, row_N, T))
-            dx_NSD = dx.view(N, ids_NS.shape[1], D)
-            dx_NSD[:, : ctx.extras] = 0
+        N, T, D = dout_NTD.shape
+        row_N = torch.arange(N, device=ids_NK.device)
+        ids_NS = pad(ids_NK, (ctx.extras, 0))
+        dx = dout_NTD.reshape(N * T, D).index_select(0, _flat(ids_NS, row_N, T))
+        dx_NSD = dx.view(N, ids_NS.shape[1], D)
+        dx_NSD[:, : ctx.extras] = 0
         return dx_NSD, None, None, None, None, None, None
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 from d2vkern.ops.masks import MaskPlan
 
 _VARIANCE_EPS = 1e-6
@@ -33,6 +34,7 @@ def masked_regression_loss(
 
 class _MaskedRegression(torch.autograd.Function):
     @staticmethod
+    @op_range("loss/fwd/eager", _costs.loss)
     def forward(
         ctx: Any,
         pred: Tensor,
@@ -43,18 +45,17 @@ class _MaskedRegression(torch.autograd.Function):
         scale: float,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        with nvtx_range("d2vkern/loss/fwd/eager"):
-            loss, pred_var, target_var, grad = _walk(pred, target, ids_mask, clones, beta, scale, needs_grad)
+        loss, pred_var, target_var, grad = _walk(pred, target, ids_mask, clones, beta, scale, needs_grad)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(pred_var, target_var)
         return loss, pred_var, target_var
 
     @staticmethod
     @once_differentiable
+    @op_range("loss/bwd/eager")
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        with nvtx_range("d2vkern/loss/bwd/eager"):
-            (grad,) = ctx.saved_tensors
-            dpred = grad * dloss if _graph_is_kept() else grad.mul_(dloss)
+        (grad,) = ctx.saved_tensors
+        dpred = grad * dloss if _graph_is_kept() else grad.mul_(dloss)
         return dpred, None, None, None, None, None, None
 
 

@@ -19,12 +19,14 @@ known without looking at values: no device sync, and torch.compile(fullgraph=Tru
 import torch
 from torch import Tensor
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 from d2vkern.reference.philox import CENTRES, PRIORITIES, below, row_draws
 
 MaskTensors = tuple[Tensor, Tensor, Tensor]
 
 
+@op_range("masks/fwd/eager", _costs.masks)
 def inverse_block_mask(
     ids: Tensor,
     clones: int,
@@ -37,35 +39,34 @@ def inverse_block_mask(
     epoch: int,
 ) -> MaskTensors:
     """Visible squares of side `length` on a grid, the rest masked; exactly `kept` cells are visible."""
-    with nvtx_range("d2vkern/masks/fwd/eager"):
-        height, width = grid
-        cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), height * width)
-        reach = torch.arange(length, device=ids.device) - length // 2
-        rows_NCR = (cells_NC[..., None] // width + reach).clamp_(0, height - 1)
-        cols_NCR = (cells_NC[..., None] % width + reach).clamp_(0, width - 1)
-        blocks_NX = (rows_NCR[..., :, None] * width + cols_NCR[..., None, :]).flatten(1)
-        marked = _mark(blocks_NX, height * width)
-        visible = _equalise(marked, kept, ids, clones, seed, epoch)
-        return plan_tensors(~visible, kept)
+    height, width = grid
+    cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), height * width)
+    reach = torch.arange(length, device=ids.device) - length // 2
+    rows_NCR = (cells_NC[..., None] // width + reach).clamp_(0, height - 1)
+    cols_NCR = (cells_NC[..., None] % width + reach).clamp_(0, width - 1)
+    blocks_NX = (rows_NCR[..., :, None] * width + cols_NCR[..., None, :]).flatten(1)
+    marked = _mark(blocks_NX, height * width)
+    visible = _equalise(marked, kept, ids, clones, seed, epoch)
+    return plan_tensors(~visible, kept)
 
 
+@op_range("masks/fwd/eager", _costs.masks)
 def span_mask(
     ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, seed: int, epoch: int
 ) -> MaskTensors:
     """Masked spans of `length` tokens; exactly `masked` tokens are masked."""
-    with nvtx_range("d2vkern/masks/fwd/eager"):
-        cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), tokens)
-        reach = torch.arange(length, device=ids.device) - length // 2
-        spans_NX = (cells_NC[..., None] + reach).clamp_(0, tokens - 1).flatten(1)
-        mask = _equalise(_mark(spans_NX, tokens), masked, ids, clones, seed, epoch)
-        return plan_tensors(mask, tokens - masked)
+    cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), tokens)
+    reach = torch.arange(length, device=ids.device) - length // 2
+    spans_NX = (cells_NC[..., None] + reach).clamp_(0, tokens - 1).flatten(1)
+    mask = _equalise(_mark(spans_NX, tokens), masked, ids, clones, seed, epoch)
+    return plan_tensors(mask, tokens - masked)
 
 
+@op_range("masks/fwd/eager", _costs.masks)
 def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, seed: int, epoch: int) -> MaskTensors:
     """The `kept` tokens of smallest (priority, t) stay, the others are masked."""
-    with nvtx_range("d2vkern/masks/fwd/eager"):
-        unmarked = torch.zeros(ids.shape[0] * clones, tokens, dtype=torch.bool, device=ids.device)
-        return plan_tensors(~_equalise(unmarked, kept, ids, clones, seed, epoch), kept)
+    unmarked = torch.zeros(ids.shape[0] * clones, tokens, dtype=torch.bool, device=ids.device)
+    return plan_tensors(~_equalise(unmarked, kept, ids, clones, seed, epoch), kept)
 
 
 def plan_tensors(mask: Tensor, kept: int) -> MaskTensors:

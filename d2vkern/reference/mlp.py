@@ -1,6 +1,6 @@
 """Eager gelu_mlp: y = keep * gelu(x w1' + b1) / (1 - p) w2' + b2, GELU exact (erf).
 
-Only x and the pre-activation are kept; backward recomputes GELU, so the [.., hidden] activation is never stored.
+Only x and the pre-activation are kept; backward recomputes GELU: the [.., hidden] activation is never stored.
 """
 
 from typing import Any
@@ -10,13 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._dropout import keep_mask
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+
+from ._dropout import dropout_mask
 
 
 class _GeluMLP(torch.autograd.Function):
     @staticmethod
+    @op_range("mlp/fwd/eager", _costs.mlp)
     def forward(
-        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: Tensor | None, scale: float
+        ctx: Any,
+        x: Tensor,
+        w1: Tensor,
+        b1: Tensor | None,
+        w2: Tensor,
+        b2: Tensor | None,
+        keep: Tensor | None,
+        scale: float,
     ) -> Tensor:
         v1, v2 = w1.to(x.dtype), w2.to(x.dtype)
         pre = F.linear(x, v1, None if b1 is None else b1.to(x.dtype))
@@ -30,6 +41,7 @@ class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @op_range("mlp/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, w1, b1, w2, b2, keep = ctx.saved_tensors
         needs = ctx.needs_input_grad
@@ -66,5 +78,5 @@ def gelu_mlp(
     dropout_p: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    keep = keep_mask((*x.shape[:-1], w1.shape[0]), dropout_p, x.device, seed) if dropout_p else None
+    keep = dropout_mask((*x.shape[:-1], w1.shape[0]), dropout_p, x.device, seed) if dropout_p else None
     return _GeluMLP.apply(x, w1, b1, w2, b2, keep, 1.0 / (1.0 - dropout_p))

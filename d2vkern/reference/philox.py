@@ -77,6 +77,14 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> Wo
     return c0, c1, c2, c3
 
 
+def indices(count: int, device: torch.device) -> Tensor:
+    """[count] int64 0, 1, 2, ..., to be the first or third word of a counter.
+
+    A running sum: Inductor (torch 2.13) computes `arange` times a constant in 32 bits, where it overflows.
+    """
+    return torch.ones(count, dtype=torch.int64, device=device).cumsum_(0).sub_(1)
+
+
 def split64(value: Word) -> tuple[Word, Word]:
     """Low and high 32-bit word of a 64-bit integer (int64 tensor or int), two's complement."""
     return value & WORD, (value >> 32) & WORD
@@ -100,8 +108,9 @@ def element_normals(rows: Tensor, tokens: Tensor, width: int, *, seed: Word) -> 
 
     rows, tokens: [R] int64. Returns [R, width] fp32.
     """
-    block = torch.arange(-(-width // 4), device=rows.device)
-    words = philox((block, tokens[:, None], rows[:, None], NOISE << 30), split64(seed))
+    words = philox(
+        (indices(-(-width // 4), rows.device), tokens[:, None], rows[:, None], NOISE << 30), split64(seed)
+    )
     return normal(words).flatten(1)[:, :width]
 
 

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._dropout import keep_mask
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+
+from ._dropout import dropout_mask
 
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
+    @op_range("residual_norm/fwd/eager", _costs.residual_norm)
     def forward(
         ctx: Any,
         x: Tensor,
@@ -38,6 +42,7 @@ class _ResidualNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @op_range("residual_norm/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, mean, rstd, weight, bias, update_bias, keep = ctx.saved_tensors
         w = None if weight is None else weight.to(z.dtype)
@@ -74,10 +79,10 @@ def residual_norm(
     update_bias: Tensor | None = None,
     seed: int | None = None,
 ) -> Tensor:
-    keep = keep_mask(update.shape, dropout_p, x.device, seed) if dropout_p else None
+    keep = dropout_mask(update.shape, dropout_p, x.device, seed) if dropout_p else None
     if drop_path_p:
         rows = (x.shape[0], *([1] * (x.dim() - 1)))
-        path = keep_mask(rows, drop_path_p, x.device, None if seed is None else seed ^ 1)
+        path = dropout_mask(rows, drop_path_p, x.device, None if seed is None else seed ^ 1)
         keep = path if keep is None else keep & path
     scale = 1.0 / ((1.0 - dropout_p) * (1.0 - drop_path_p))
     return _ResidualNorm.apply(x, update, weight, bias, update_bias, keep, scale, eps)

@@ -13,33 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2vkern._nvtx import nvtx_range
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
 
 EPS = 1e-5
 # Elements of a slice: 1 MiB of fp32, half of one core's L2 cache.
 _SLICE = 1 << 18
 
 
+@op_range("targets/fwd/eager", _costs.targets)
 def accumulate(accumulator: Tensor | None, layer: Tensor, norm: str | None) -> Tensor:
     """Add one normalised layer [B,T,D] to the fp32 accumulator (in place; made when None) and return it."""
-    with nvtx_range("d2vkern/targets/fwd/eager"):
-        if accumulator is None:
-            dtype = torch.float64 if layer.dtype == torch.float64 else torch.float32
-            accumulator = torch.zeros(layer.shape, dtype=dtype, device=layer.device)
-        for total, x in _slices(norm, accumulator, layer):
-            x = x.to(total.dtype)
-            total.add_(x if norm is None else _NORMS[norm](x))
-        return accumulator
+    if accumulator is None:
+        dtype = torch.float64 if layer.dtype == torch.float64 else torch.float32
+        accumulator = torch.zeros(layer.shape, dtype=dtype, device=layer.device)
+    for total, x in _slices(norm, accumulator, layer):
+        x = x.to(total.dtype)
+        total.add_(x if norm is None else _NORMS[norm](x))
+    return accumulator
 
 
+@op_range("targets/fwd/eager", _costs.targets_finish)
 def finish(accumulator: Tensor, layers: int, final: str | None) -> Tensor:
     """Turn the sum of `layers` layers into their normalised average, in place."""
-    with nvtx_range("d2vkern/targets/fwd/eager"):
-        accumulator.div_(layers)
-        if final is not None:
-            for (total,) in _slices(final, accumulator):
-                total.copy_(_NORMS[final](total))
-        return accumulator
+    accumulator.div_(layers)
+    if final is not None:
+        for (total,) in _slices(final, accumulator):
+            total.copy_(_NORMS[final](total))
+    return accumulator
 
 
 def _slices(norm: str | None, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

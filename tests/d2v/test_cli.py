@@ -123,8 +123,8 @@ def test_overrides_reach_the_run(monkeypatch, tmp_path):
 
     seen = {}
 
-    def fake_run(cfg, data, out, *, resume):
-        seen.update(cfg=cfg, data=data, out=out, resume=resume)
+    def fake_run(cfg, data, out, *, resume, capture):
+        seen.update(cfg=cfg, data=data, out=out, resume=resume, capture=capture)
         return d2v.train.RunResult(out, 0, False, 1, 0.0, [])
 
     monkeypatch.setattr(d2v.train, "run", fake_run)
@@ -140,7 +140,7 @@ def test_overrides_reach_the_run(monkeypatch, tmp_path):
     ]
     assert main(["train", "image_tiny", "--data", "digits", "--out", "r", *overrides]) == 1
     cfg = seen.pop("cfg")
-    assert seen == {"data": "digits", "out": "r", "resume": False}
+    assert seen == {"data": "digits", "out": "r", "resume": False, "capture": None}
     assert (cfg.preset, cfg.model.front.height, cfg.model.front.width) == ("image_tiny", 32, 24)
     assert (cfg.data.batch, cfg.train.micro_batch, cfg.optim.clip) == (4, 2, None)
 
@@ -155,7 +155,7 @@ def test_overrides_reach_the_run(monkeypatch, tmp_path):
         (
             ["probe", "r", "--data", "d"],
             "d2v.probe.run_probe", ("r", "d"),
-            {"layer": "mean", "weights": "student", "kinds": ["linear", "knn"]},
+            {"layer": -1, "weights": "student", "kinds": ["linear", "knn"]},
         ),
         (
             ["extract", "r", "--data", "d", "--out", "f.npz", "--pool", "none"],

@@ -157,9 +157,9 @@ def test_the_phases_of_a_step_are_marked_for_profilers(monkeypatch, images):
     cfg = tiny("image", batch=4)
     (batches,) = batches_of(images, cfg, 1, micro=2)
     phases = []
-    monkeypatch.setattr("d2v.step.nvtx_range", lambda name: phases.append(name) or contextlib.nullcontext())
+    monkeypatch.setattr("d2v.step.phase", lambda name: phases.append(name) or contextlib.nullcontext())
     Trainer(cfg, CPU).step(1, batches)
-    assert phases == ["d2v/masks", *["d2v/forward", "d2v/backward"] * 2, "d2v/optimizer"]
+    assert phases == ["masks", *["forward", "backward", "loss"] * 2, "optimizer"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
