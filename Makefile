@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | wheel | clean: each creates what it needs, in .venv beside this file.
+# make demo | test | lint | bench | results | wheel | clean: each creates what it needs, in .venv beside this file.
 # Another Python or torch: make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),'torch==2.13.0$(comma)!=2.13.0+cpu','torch==2.13.0')
 comma := ,
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench results wheel clean
 
 demo: $(INSTALLED)
 	$(RUN) -m d2v demo
@@ -27,6 +27,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.run
+
+# README's tables and the plots, from benchmarks/results/*.json
+results: $(INSTALLED)
+	$(RUN) -m benchmarks.results_table
 
 wheel: $(INSTALLED)
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -1,0 +1,89 @@
+"""What becomes of measured rows: shares of the machine's ceilings, tables, comparison with old ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+SCHEMA = 1
+KEY = ("stem", "op", "case", "preset", "shape", "dtype", "direction", "variant")
+
+
+def add_ceilings(rows: list[dict[str, Any]], copy: float, matmul: dict[str, float]) -> None:
+    """Rates, the floor and the share of it, and the time over eager's, into every row that has a time.
+
+    copy: bytes/s; matmul: FLOP/s by dtype name. The floor is the larger of bytes at the copy rate and FLOPs
+    at the matmul rate; `share` is floor over time, so of whichever ceiling bounds the op.
+    """
+    eager = {_key(row)[:-1]: row["us"] for row in rows if row["variant"] == "eager" and row["status"] == "ok"}
+    for row in rows:
+        moving, computing = row["bytes"] / copy * 1e6, row["flops"] / matmul[row["dtype"]] * 1e6
+        row["floor_us"] = max(moving, computing)
+        row["bound"] = "copy" if moving >= computing else "matmul"
+        if row["status"] == "ok":
+            row["GB/s"] = row["bytes"] / row["us"] / 1e3
+            row["GFLOP/s"] = row["flops"] / row["us"] / 1e3
+            row["share"] = row["floor_us"] / row["us"]
+            before = eager.get(_key(row)[:-1])
+            row["against_eager"] = None if before is None else before / row["us"]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: one block per case and direction, variants side by side in lines."""
+    lines: list[str] = []
+    heading = None
+    for row in rows:
+        title = f"{row['op']} ({row['case']}), " + ", ".join(row[name] for name in KEY[3:-1])
+        if title != heading:
+            heading = title
+            lines += ["", f"**{title}**: floor {row['floor_us']:.4g} us by {row['bound']}", "",
+                      "| variant | us | IQR | GB/s | GFLOP/s | of ceiling | peak MiB | speed over eager |",
+                      "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+        if row["status"] != "ok":
+            lines.append(f"| {row['variant']} | {row['status']}: {row['reason']} | | | | | | |")
+            continue
+        over = "" if row["against_eager"] is None else f"{row['against_eager']:.2f}"
+        lines.append(
+            f"| {row['variant']} | {row['us']:.4g} | {row['iqr_us']:.2g} | {row['GB/s']:.4g} "
+            f"| {row['GFLOP/s']:.4g} | {row['share']:.0%} | {row['peak_MiB']:.4g} | {over} |"
+        )
+    return "\n".join(lines)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> tuple[list[str], bool]:
+    """Lines with new time over old, and whether one of our backends is too slow or gone wrong.
+
+    threshold: 0.05 allows 5%. Only rows of ours count; torch's and peers' are shown. A row that had a time
+    and now has a reason instead counts; a row that is absent this time does not.
+    """
+    for results, name in ((old, "old"), (new, "new")):
+        if results.get("schema") != SCHEMA:
+            raise ValueError(
+                f"compare: {name} results must have schema {SCHEMA}, got {results.get('schema')!r}"
+            )
+    lines = []
+    for field in ("cpu", "gpu", "driver", "torch", "triton", "threads"):
+        before, now = old["provenance"].get(field), new["provenance"].get(field)
+        if before != now:
+            lines.append(f"note: {field} was {before}, is {now}")
+    timed = {_key(row): row for row in old["rows"] if row["status"] == "ok"}
+    worse = False
+    for row in new["rows"]:
+        before = timed.get(_key(row))
+        if before is None:
+            continue
+        label = ", ".join(_key(row)[1:])
+        if row["status"] != "ok":
+            bad = row["ours"]
+            lines.append(f"{'WORSE' if bad else '     '}      - {label}: {row['status']}: {row['reason']}")
+        else:
+            ratio = row["us"] / before["us"]
+            bad = row["ours"] and ratio > 1 + threshold
+            lines.append(f"{'WORSE' if bad else '     '} {ratio:6.3f} {label}")
+        worse = worse or bad
+    if len(timed) and not any(_key(row) in timed for row in new["rows"]):
+        raise ValueError("compare: no case of the new results is in the old ones")
+    return lines, worse
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)

@@ -1,0 +1,234 @@
+"""README's tables are what the JSON gives; the fixtures here have the layouts that the benchmarks write."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import add_ceilings
+from benchmarks.results_table import MARKED, ROOT, load, main, render, section, short
+
+PROVENANCE = {
+    "device": "cpu", "cpu": "Some CPU", "gpu": None, "threads": 2, "torch": "2.13.0", "driver": None,
+    "commit": "0123456789", "uncommitted_changes": False, "date": "2026-11-22T10:00:00+00:00",
+}  # fmt: skip
+STEP = {
+    "provenance": {"cpu": "Some CPU", "torch": "2.13.0", "commit": "abcdefg", "date": "2026-11-22"},
+    "results": [
+        {"preset": "image_base", "precision": "fp32", "seconds": 3.0149, "share_of_fp32_matmul": 0.668,
+         "peak_MiB": 2890.7, "original": {"seconds": 3.41, "share": 0.59, "MiB": 3107}},
+        {"preset": "text_base", "precision": "bf16", "seconds": 12.5, "share_of_fp32_matmul": 0.9,
+         "peak_MiB": 4000.0},
+    ],
+}  # fmt: skip
+CURVE = {"preset": "image_tiny", "axis": "masks", "precision": "fp32", "time_exponent": 0.913,
+         "memory_exponent": 0.5, "points": [{"x": 1, "seconds": 0.01, "peak_MiB": 4.0},
+                                            {"x": 8, "seconds": 0.0667, "peak_MiB": 11.31}]}  # fmt: skip
+PROBES = {name: {"linear": {"test": value}, "knn": {"test": value - 0.1}}
+          for name, value in (("raw", 0.5), ("untrained", 0.6123), ("trained", 0.9))}  # fmt: skip
+DEMO = {
+    "image": {"label": "which digit", "probe": PROBES, "steps": 3000, "seconds": 211.4},
+    "seconds": 211.5, "scale": 1.0, "machine": {"device": "cpu", "cores": 2, "threads": 2, "torch": "2.13.0"},
+}  # fmt: skip
+PROFILE = {
+    "preset": "image_base", "shape": [2, 3, 224, 224], "precision": "fp32", "device": "cpu",
+    "environment": {"cpu": "Some CPU", "torch_threads": 2, "gpus": [], "torch": "2.13.0", "commit": "0" * 40},
+    "reports": [{"backend": "eager", "wall": 3.25, "coverage": 0.9912, "rows": [
+        {"name": "student linear", "seconds": 2.0, "share": 0.62, "calls": 150, "bytes": 10, "flops": 10,
+         "of_copy": 0.1, "of_matmul": 0.81},
+        {"name": "masks other", "seconds": 0.02, "share": 0.0099, "calls": 2, "bytes": 0, "flops": 0,
+         "of_copy": 0.0, "of_matmul": 0.0}]}],
+}  # fmt: skip
+
+
+def op_row(variant, ours, us, direction="forward", **values):
+    row = {
+        "stem": "mlp", "op": "gelu_mlp", "case": "student", "preset": "image_base", "shape": "N16",
+        "dtype": "float32", "direction": direction, "variant": variant, "ours": ours, "bytes": 4e6,
+        "flops": 2e9, "status": "ok", "us": us, "iqr_us": 1.0, "peak_MiB": 7.5,
+    }  # fmt: skip
+    return row | values
+
+
+def ops():
+    rows = [
+        op_row("eager", True, 999.0),
+        op_row("eager", True, 4000.0, "forward+backward"),
+        op_row("compile", False, 3500.0, "forward+backward"),
+        op_row("triton", True, None, "forward+backward", status="skipped", reason="no CUDA"),
+        op_row("pytorch", False, 5000.0, "forward+backward"),
+        op_row("apex", False, None, "forward+backward", status="skipped", reason="not installed"),
+    ]
+    add_ceilings(rows, copy=2e10, matmul={"float32": 1e12})
+    return {"schema": 1, "provenance": PROVENANCE, "rows": rows, "steps": []}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A folder with one file for each table."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    files = {"step_cpu": STEP, "ops_cpu": ops(), "demo_cpu": DEMO, "profile_image": PROFILE,
+             "scaling_cpu": {"provenance": PROVENANCE, "curves": [CURVE]}}  # fmt: skip
+    for name, data in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    return folder
+
+
+@pytest.fixture
+def readme(tmp_path):
+    path = tmp_path / "README.md"
+    tables = "\n".join(f"## {n}\n<!-- results:{n} -->\n<!-- /results:{n} -->\n"
+                       for n in ("step", "ops", "profile", "scaling", "demo"))  # fmt: skip
+    path.write_text(f"# Title\n\n{tables}\nThe end.\n")
+    return path
+
+
+def update(readme, results, *more):
+    return main(["--readme", str(readme), "--results", str(results), *more])
+
+
+def test_readme_says_what_the_json_gives():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not MARKED.search(text):
+        pytest.skip("README.md has no result tables")
+    assert render(text, load(ROOT / "benchmarks" / "results")) == text, "run `make results`"
+
+
+def test_tables_hold_the_numbers_of_the_files(readme, results):
+    assert update(readme, results) == 0
+    lines = readme.read_text().splitlines()
+    for line in (
+        "| image_base | fp32 | 3.01 | 67% | 2,890 | 3.41 | 59% | 3,110 |",
+        "| text_base | bf16 | 12.5 | 90% | 4,000 | not measured | not measured | not measured |",
+        "| gelu_mlp, student | image_base | N16 float32 | 2,000 | 4,000 | 50% | 7.5 | 3,500 "
+        "| 5,000 (pytorch) |",
+        "| student linear | 2,000 | 62% | 150 | 10% | 81% |",
+        "| image_tiny | masks 1 to 8 | 10 to 66.7 | 0.91 | 4 to 11.3 | 0.50 |",
+        "| image | which digit | test | 50.0 | 61.2 | 90.0 | 80.0 | 3,000 | 211 |",
+        "`ops_cpu.json`: Some CPU, threads 2, torch 2.13.0, commit 0123456, 2026-11-22.",
+        "`step_cpu.json`: Some CPU, torch 2.13.0, commit abcdefg, 2026-11-22.",
+        "`demo_cpu.json`: cpu, cores 2, threads 2, torch 2.13.0.",
+        "`profile_image.json`: Some CPU, threads 2, torch 2.13.0, commit 0000000.",
+    ):
+        assert line in lines
+    assert lines.count("On a GPU: not measured.") == 4
+    assert not any("masks other" in line for line in lines)
+    assert (lines[0], lines[-1]) == ("# Title", "The end.")
+
+
+def test_twice_is_once(readme, results):
+    update(readme, results)
+    once = {path: path.read_bytes() for path in (readme, *results.iterdir())}
+    assert {path.name for path in results.glob("*.png")} == {"step_cpu.png", "ops_cpu.png", "scaling_cpu.png"}
+    stamps = {path: path.stat().st_mtime_ns for path in results.glob("*.png")}
+    assert update(readme, results) == 0
+    assert {path: path.read_bytes() for path in (readme, *results.iterdir())} == once
+    assert {path: path.stat().st_mtime_ns for path in results.glob("*.png")} == stamps
+
+
+def test_a_typed_number_is_found_and_undone(readme, results, capsys):
+    update(readme, results)
+    right = readme.read_text()
+    assert update(readme, results, "--check") == 0
+    readme.write_text(right.replace("| 3.01 |", "| 2.01 |"))
+    assert update(readme, results, "--check") == 1
+    out = capsys.readouterr().out
+    assert "table step is not what" in out and "table ops" not in out
+    assert "| 2.01 |" in readme.read_text()  # --check writes nothing
+    update(readme, results)
+    assert readme.read_text() == right
+
+
+def test_new_measurements_change_table_and_plot(readme, results):
+    update(readme, results)
+    plot = (results / "step_cpu.png").read_bytes()
+    faster = copy.deepcopy(STEP)
+    faster["results"][0]["seconds"] = 1.5
+    (results / "step_cpu.json").write_text(json.dumps(faster))
+    assert update(readme, results, "--check") == 1
+    update(readme, results)
+    assert "| image_base | fp32 | 1.5 |" in readme.read_text()
+    assert (results / "step_cpu.png").read_bytes() != plot
+
+
+def test_without_files_nothing_is_claimed(readme, tmp_path):
+    assert update(readme, tmp_path / "nowhere") == 0
+    text = readme.read_text()
+    assert text.count("On a GPU: not measured.") == 4 and text.count("Not measured.") == 1
+    assert "|" not in text
+
+
+def test_gpu_results_end_the_not_measured_line(results):
+    data = ops()
+    data["provenance"] = PROVENANCE | {"device": "cuda", "gpu": "NVIDIA H200", "driver": "570.1"}
+    (results / "ops_h200.json").write_text(json.dumps(data))
+    text = section("ops", load(results)["ops"])
+    assert "not measured." not in text
+    assert "`ops_h200.json`: NVIDIA H200, threads 2, driver 570.1," in text
+    assert text.index("ops_cpu") < text.index("ops_h200")
+
+
+def test_a_new_backend_gets_its_column_and_the_share_is_of_the_fastest(results):
+    data = ops()
+    rows = data["rows"] + [op_row("triton", True, 2500.0, "forward+backward", peak_MiB=3.0)]
+    rows = [row for row in rows if not (row["variant"] == "triton" and row["status"] != "ok")]
+    add_ceilings(rows, copy=2e10, matmul={"float32": 1e12})
+    (results / "ops_cpu.json").write_text(json.dumps(data | {"rows": rows}))
+    text = section("ops", load(results)["ops"])
+    assert "| floor us | eager us | triton us | of ceiling | peak MiB |" in text
+    assert "| 2,000 | 4,000 | 2,500 | 80% | 3 |" in text
+
+
+def test_failed_gates_have_no_number(results):
+    data = ops()
+    for row in data["rows"]:
+        row |= {"status": "failed", "reason": "gate: out"}
+    (results / "ops_cpu.json").write_text(json.dumps(data))
+    assert "| 2,000 | not measured | not measured | not measured | not measured | not measured |" in section(
+        "ops", load(results)["ops"]
+    )
+
+
+def test_variants_of_the_step_get_a_column(results):
+    data = copy.deepcopy(STEP)
+    data["results"] = [data["results"][0] | {"variant": name} for name in ("eager", "compile")]
+    (results / "step_cpu.json").write_text(json.dumps(data))
+    text = section("step", load(results)["step"])
+    assert "| image_base | fp32 | eager | 3.01 |" in text and "| image_base | fp32 | compile | 3.01 |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- results:step -->\n", "must be closed"),
+        ("<!-- /results:step -->\n", "must be closed"),
+        ("<!-- results:step -->\n<!-- /results:ops -->\n", "must be closed"),
+        ("<!-- results:steps -->\n<!-- /results:steps -->\n", "marker must be one of step, ops"),
+    ],
+)
+def test_markers_that_cannot_be_used(text, message, readme, results, capsys):
+    readme.write_text(text)
+    assert update(readme, results) == 2
+    assert message in capsys.readouterr().err
+    assert readme.read_text() == text
+
+
+def test_a_file_of_no_table_is_named(readme, results, capsys):
+    (results / "speed.json").write_text("{}")
+    assert update(readme, results) == 2
+    assert "speed.json must begin with one of step, ops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "not measured"), (0, "0"), (0.00123456, "0.00123"), (9.996, "10"), (123456, "123,000")],
+)
+def test_three_digits(value, text):
+    assert short(value) == text
+
+
+def test_make_results_is_there():
+    makefile = Path(ROOT / "Makefile").read_text()
+    assert "results: $(INSTALLED)\n\t$(RUN) -m benchmarks.results_table\n" in makefile
