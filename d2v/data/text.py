@@ -66,9 +66,8 @@ class TextSource(Source):
         return np.concatenate(([BOS], self._map[index * size : (index + 1) * size]), dtype=np.int64)
 
     def collate(self, items: list[np.ndarray], ids: np.ndarray, epoch: int | None) -> Batch:
-        """source [B,T] int64; padding_mask [B,T], nowhere True."""
-        source = torch.from_numpy(np.stack(items))
-        return Batch(source, torch.from_numpy(ids), epoch or 0, torch.zeros_like(source, dtype=torch.bool))
+        """source [B,T] int64; no padding mask, for every block is full."""
+        return Batch(torch.from_numpy(np.stack(items)), torch.from_numpy(ids), epoch or 0)
 
 
 def _tokenizer(corpus: Corpus, cfg: Config, run_dir: Path | None, cache: Path) -> tuple[Tokenizer, Path]:

@@ -286,13 +286,13 @@ def test_diff_maths():
     assert diff_maths(old, old) == []
     neutral = changed("train", save_every=7, keep=3, log_every=1, device="cpu", min_rank=0.0, alarm_after=1)
     assert diff_maths(old, neutral) == [] and diff_maths(old, changed("data", workers=3, prefetch=9)) == []
-    assert diff_maths(old, changed("train", steps=10)) == ["train.steps: 3000 -> 10"]
+    assert diff_maths(old, changed("train", steps=10)) == [f"train.steps: {old.train.steps} -> 10"]
     assert diff_maths(old, changed("optim", clip=None)) == ["optim.clip: 4.0 -> none"]
     assert diff_maths(old, changed("train", micro_batch=8)) == ["train.micro_batch: none -> 8"]
     assert diff_maths(old, changed("train", micro_batch=8), exact=False) == []
     assert diff_maths(old, old, data=("a", "b")) == ["data: a -> b"]
     new = changed("model", depth=5, mask=dataclasses.replace(old.model.mask, clones=2))
-    assert diff_maths(old, new) == ["model.depth: 4 -> 5", "model.mask.clones: 4 -> 2"]
+    assert diff_maths(old, new) == ["model.depth: 4 -> 5", "model.mask.clones: 8 -> 2"]
 
 
 def test_environment(tmp_path):

@@ -401,7 +401,7 @@ def test_digits_hold_out_base_digits(monkeypatch: pytest.MonkeyPatch):
     try:
         cfg = preset("image_tiny")
         (batch,) = first(open_data("digits", cfg), micro=32)
-        assert batch.source.shape == (32, 1, 24, 24)
+        assert batch.source.shape == (cfg.data.batch, 1, 24, 24)
         again = first(open_data("digits", cfg), micro=32)[0]
         assert torch.equal(batch.source, again.source)
         labelled = open_labelled("digits", cfg)

@@ -148,9 +148,9 @@ def test_changed_maths_are_refused_with_both_values(tmp_path, capsys, images):
     assert main(["train", "--resume", str(tmp_path / "r"), *changes]) == 2
     err = capsys.readouterr().err
     for line in (
-        "optim.lr: 0.002 -> 0.5",
+        "optim.lr: 0.005 -> 0.5",
         "train.steps: 4 -> 8",
-        "model.mask.clones: 4 -> 2",
+        "model.mask.clones: 8 -> 2",
     ):
         assert line in err
     assert "log_every" not in err

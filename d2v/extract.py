@@ -1,0 +1,170 @@
+"""Frozen features: opening a model with the data settings it was trained with, and `d2v extract`.
+
+A layer is the output of one main block, so the last one is the encoder's output and what fine-tuning starts
+from (targets are made of something else: FFN outputs, before residual and norm). "mean" is the average over
+all blocks, "all" puts them side by side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import load
+from .checkpoint import read_config
+from .config import Config, DataConfig, TextFront
+from .data import open_data
+from .model import Data2Vec
+from .train import pick_device
+
+Layer = int | Literal["mean", "all"]
+Weights = Literal["student", "teacher"]
+
+BATCH = {"image": 64, "audio": 1, "text": 32}
+"""samples of a forward pass; utterances go alone, as the positional convolution of speech sees padding"""
+
+
+def open_model(path: str | Path) -> tuple[Data2Vec, Config, Path | None]:
+    """A model, its config and the folder of its tokenizer, from a run, a checkpoint folder or a `.pt` file.
+
+    A run's images are normalised as they were in training. An original text model needs `tokenizer.json`
+    beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
+    """
+    path = Path(path)
+    model = load(path, device=pick_device("auto"))
+    if path.is_dir():
+        is_run = (path / "config.toml").exists()
+        run = path if is_run else path.resolve().parent.parent
+        cfg, _ = read_config(run)
+        return model, dataclasses.replace(cfg, data=_as_trained(cfg.data, run)), run
+    front, data = model.cfg.front, DataConfig()
+    if isinstance(front, TextFront):
+        if not (path.parent / "tokenizer.json").is_file():
+            raise ValueError(f"{path}: tokenizer.json must lie beside a text model of the original")
+        data = dataclasses.replace(data, block=min(data.block, front.max_positions))
+    return model, Config(preset=path.stem, model=model.cfg, data=data), path.parent
+
+
+def _as_trained(data: DataConfig, run: Path) -> DataConfig:
+    """With the mean and deviation that the run measured on its images."""
+    file = run / "data.json"
+    meta = json.loads(file.read_text(encoding="utf-8"))["meta"] if file.is_file() else {}
+    if data.mean is not None or "mean" not in meta:
+        return data
+    return dataclasses.replace(data, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+
+
+@torch.no_grad()
+def token_features(
+    model: Data2Vec, source: Tensor, padding_mask: Tensor | None, *, layer: Layer, weights: Weights
+) -> tuple[Tensor, Tensor | None]:
+    """Features [B,E+T,D] fp32 of whole samples, extra tokens first, and the padding [B,T] (True) or None.
+
+    layer: index of a main block, negative from the last, "mean", or "all" ([B,E+T,depth*D]). ValueError when
+        there is no such block.
+    """
+    depth = model.cfg.depth
+    if not isinstance(layer, str) and not -depth <= layer < depth:
+        raise ValueError(f"features: layer must be in {-depth}..{depth - 1}, mean or all, got {layer}")
+    teacher = weights == "teacher"
+    owner = model.teacher if teacher else model
+    blocks = owner if isinstance(owner, nn.ModuleList) else owner.get_submodule("blocks").children()
+    outputs: list[Tensor] = []
+    hooks = [
+        block.register_forward_hook(lambda block, given, made: outputs.append(made[0])) for block in blocks
+    ]
+    try:
+        padding = model.features(source, padding_mask, teacher=teacher).padding_mask
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if layer == "mean":
+        return torch.stack(outputs).mean(0).float(), padding
+    chosen = torch.cat(outputs, dim=-1) if layer == "all" else outputs[layer]
+    return chosen.float(), padding
+
+
+def mean_over_tokens(x: Tensor, padding: Tensor | None) -> Tensor:
+    """[B,T,D] to [B,D], padding left out."""
+    if padding is None:
+        return x.mean(1)
+    real = (~padding).unsqueeze(-1)
+    return (x * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def run_extract(
+    path: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    layer: Layer = -1,
+    pool: Literal["mean", "cls", "none"] = "mean",
+    weights: Weights = "student",
+) -> Path:
+    """Features of every readable sample of `data`, in its order, to the file `out` (.npz), atomically.
+
+    Keys: `features` [n,D] float32, or with pool "none" the tokens of all samples [sum of lengths, D] with
+    `lengths` [n] int64; `ids` [n] int64; `names` [n]. Of an embedded data set the held-out part is taken.
+    pool: mean over tokens; the last extra (CLS) token; none. Text counts <s> and </s> as tokens.
+    Raises ValueError (DataError), CheckpointError, OSError.
+    """
+    model, cfg, folder = open_model(path)
+    extra, out = model.cfg.front.extra_tokens, Path(out)
+    if pool == "cls" and not extra:
+        raise ValueError(f"extract: pool must be mean or none for a model without CLS token, got {pool!r}")
+    device = next(model.parameters()).device
+    pipeline = open_data(data, cfg, device=device, purpose="eval", run_dir=folder)
+    columns: dict[str, list[np.ndarray]] = {"features": [], "ids": [], "names": []}
+    if pool == "none":
+        columns["lengths"] = []
+    for names, batch in pipeline.in_order(BATCH[model.modality]):
+        x, padding = token_features(model, batch.source, batch.padding_mask, layer=layer, weights=weights)
+        tokens = x[:, extra:]
+        if pool == "none":
+            rows = list(_unpadded(tokens, padding))
+            columns["lengths"].append(np.array([len(row) for row in rows]))
+            columns["features"] += rows
+        else:
+            pooled = x[:, extra - 1] if pool == "cls" else mean_over_tokens(tokens, padding)
+            columns["features"].append(pooled.cpu().numpy())
+        columns["ids"].append(batch.ids.cpu().numpy())
+        columns["names"].append(np.array(names))
+    if not columns["ids"]:
+        raise ValueError(f"extract: {data} has no readable sample")
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    _save_npz(out, arrays)
+    shape = " x ".join(f"{size:,}" for size in arrays["features"].shape)
+    print(f"{out}: {len(arrays['ids']):,} samples, features {shape}")
+    for name, reason in pipeline.report.unreadable.items():
+        print(f"  unreadable {name}: {reason}")
+    return out
+
+
+def _unpadded(tokens: Tensor, padding: Tensor | None) -> Iterator[np.ndarray]:
+    """The real tokens of each sample, [t,D]."""
+    for i, row in enumerate(tokens):
+        yield (row if padding is None else row[~padding[i]]).cpu().numpy()
+
+
+def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """All or nothing: a failure leaves what was there before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            np.savez(file, allow_pickle=False, **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
