@@ -38,7 +38,7 @@ class Task:
     """what the probe reads from the features"""
     minutes: float
     """of training that two idle cores need at most"""
-    layer: Layer = -1
+    layer: Layer = "all"
     weights: Weights = "student"
     over_untrained: float = 0.0
     """points that the linear probe should gain on every test split"""
@@ -46,7 +46,7 @@ class Task:
 
 
 TASKS = {
-    "image": Task("image_tiny", "digits", "which digit", 5, layer="all", over_untrained=15, over_raw=20),
+    "image": Task("image_tiny", "digits", "which digit", 5, over_untrained=15, over_raw=20),
     "audio": Task("audio_tiny", "speech", "phone of each frame", 2),
     "text": Task("text_tiny", "text", "area of the library", 2),
 }

@@ -176,15 +176,16 @@ def audio_tiny() -> Config:
         preset="audio_tiny",
         model=ModelConfig(
             front=LogMelFront(position_groups=8, position_layers=2, position_width=38),
-            mask=MaskConfig(prob=0.5, length=5, adjust=0.05, clones=6),
+            mask=MaskConfig(prob=0.5, length=5, adjust=0.05, clones=8),
             decoder=DecoderConfig(dim=96, groups=8, kernel=7, layers=3),
             target=TargetConfig(top_k=3, norm="instance"),
             dim=96, heads=4, depth=4, encoder_dropout=0.0, attention_dropout=0.0, post_mlp_dropout=0.0,
+            init_std=0.06,
         ),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=4.0, warmup=50),
+        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=4.0, warmup=50),
         ema=EMAConfig(decay=0.998, end_decay=0.9999, anneal=1_000),
-        data=DataConfig(batch=16, max_seconds=2.0, min_seconds=0.5),
-        train=TrainConfig(steps=400, save_every=200),
+        data=DataConfig(batch=12, max_seconds=2.0, min_seconds=0.5),
+        train=TrainConfig(steps=500, save_every=250),
     )  # fmt: skip
 
 
