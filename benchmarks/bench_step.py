@@ -1,6 +1,6 @@
 """Model FLOPs per second of whole training steps, over the same machine's matmul rate in the same run.
 
-    python benchmarks/bench_step.py [--presets image_base audio_base text_base] [--precision fp32 bf16]
+    python -m benchmarks.bench_step [--presets image_base audio_base text_base] [--precision fp32 bf16]
         [--steps 3]
 
 A step is everything a run does between two batches: masks, forward with teacher, backward, gradient norm and
