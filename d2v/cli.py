@@ -191,20 +191,17 @@ class CheckOptions:
     preset: Annotated[str | None, arg(metavar="NAME")] = None
     """whose front end reads the data (channels, sample rate, tokenizer)"""
     modality: Literal["image", "audio", "text"] | None = None
-    """in place of a preset: the published base preset of this modality"""
+    """in place of a preset: the published base preset of this modality; none: what most files are"""
 
 
 def check(arguments: Sequence[str]) -> int:
     """See `CheckOptions`."""
     given = _parse(CheckOptions, arguments, "check")
     embedded = {"digits": "image_tiny", "speech": "audio_tiny", "text": "text_tiny"}
-    name = given.preset or (f"{given.modality}_base" if given.modality else embedded.get(given.data))
-    if name is None:
-        raise UsageError("d2v check: needs --preset NAME or --modality image|audio|text")
-    cfg = preset(name)
+    from .data import check_data, guess_modality
 
-    from .data import check_data
-
+    name = given.preset or (None if given.modality else embedded.get(given.data))
+    cfg = preset(name or f"{given.modality or guess_modality(given.data)}_base")
     return _print_report(check_data(given.data, cfg))
 
 

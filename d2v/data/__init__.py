@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..fronts import Modality
 
 MAX_UNREADABLE = 0.01
 """share of a data set that may be unreadable before a run stops"""
@@ -205,6 +207,28 @@ def open_labelled(
 def check_data(path: str, cfg: Config) -> Report:
     """Read everything once: counts, sizes, histograms and every unreadable file with its reason."""
     return _module(path, cfg).check_data(path, cfg)
+
+
+def guess_modality(path: str) -> Modality:
+    """The modality that most files under `path` belong to, by their suffixes.
+
+    Raises DataError when `path` does not exist or holds no file of any modality.
+    """
+    from .audio_files import SUFFIXES
+    from .corpus import EXTENSIONS as TEXT
+    from .image_store import EXTENSIONS as IMAGE
+
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"data: {path} does not exist")
+    kinds: dict[Modality, set[str]] = {
+        "image": {*IMAGE, ".npz", ".tar"}, "audio": {*SUFFIXES, ".tsv"}, "text": set(TEXT)
+    }  # fmt: skip
+    files = [root] if root.is_file() else root.rglob("*")
+    found = Counter(kind for file in files for kind, known in kinds.items() if file.suffix.lower() in known)
+    if not found:
+        raise DataError(f"data: {path} holds no image, audio or text file")
+    return found.most_common(1)[0][0]
 
 
 def _path(value: str | Path | None) -> Path | None:

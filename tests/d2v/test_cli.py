@@ -7,6 +7,7 @@ import pytest
 
 from d2v import cli
 from d2v.cli import main
+from d2v.data import guess_modality
 
 
 def refused(capsys, *arguments):
@@ -103,7 +104,8 @@ def test_a_word_for_a_number_names_its_flag(capsys):
         (["train", "image_tiny", "--data", "digits"], "d2v train: --out RUN is missing"),
         (["train", "image_tiny", "--resume", "r"], "goes without a preset"),
         (["train", "--resume", "nowhere"], "not a run directory"),
-        (["check", "--data", "folder"], "needs --preset NAME or --modality"),
+        (["check", "--data", "folder"], "folder does not exist"),
+        (["check", "--data", "."], "holds no image, audio or text file"),
         (["check", "--data", "nowhere", "--modality", "image"], "nowhere does not exist"),
         (["probe", "r", "--data", "d", "--layer", "top"], "--layer"),
         (["probe", "r"], "--data"),
@@ -213,3 +215,14 @@ def test_exit_codes_of_failures_while_running(error, code, monkeypatch, capsys):
     monkeypatch.setitem(cli.COMMANDS, "plot", (failing, ""))
     assert main(["plot"]) == code
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_check_knows_the_modality_by_the_files(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    for name, text in (("a/one.txt", "rain"), ("two.TXT", "sun"), ("labels.npz", "")):
+        (tmp_path / name).write_text(text)
+    assert guess_modality(".") == "text" and guess_modality("labels.npz") == "image"
+    (tmp_path / "two.TXT").rename("two.txt")
+    assert main(["check", "--data", "a"]) == 0
+    assert "a: 1 samples, 0 unreadable" in capsys.readouterr().out
