@@ -17,7 +17,7 @@ from .fronts import WaveformFront as WaveformFront
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which tokens the student does not see; the modality picks the sampler (DESIGN.md, masks)."""
+    """Which tokens the student does not see; the modality picks the sampler (`d2vkern.ops.masks`)."""
 
     prob: float = 0.8
     """share of tokens masked"""
@@ -157,7 +157,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     decay_all: bool = True
     """decay biases, norms and ALiBi scales too: what official training did, its own override being
-    ignored by the optimizer (REFERENCE.md 19)"""
+    ignored by the optimizer (fairseq, FairseqCompositeOptimizer)"""
     clip: float | None = None
     """largest gradient norm; none: no clipping"""
     schedule: Literal["cosine", "tri_stage", "polynomial", "constant"] = "cosine"

@@ -50,7 +50,7 @@ REPEAT_AFTER = 10
 def deviation(rows: Tensor) -> Tensor:
     """Mean over channels of the deviation over tokens: rows [n, D] -> 0-dim fp32, 0 for fewer than two rows.
 
-    The 1e-6 under the root is the original's (`pred_var`, REFERENCE.md 22), so 1e-3 means "all equal".
+    The 1e-6 under the root is the original's (`pred_var` in data2vec2.py), so 1e-3 means "all equal".
     """
     if rows.shape[0] < 2:
         return rows.new_zeros((), dtype=torch.float32)

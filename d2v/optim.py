@@ -71,7 +71,7 @@ def param_groups(model: nn.Module | Teaching, cfg: OptimConfig) -> list[dict[str
     """Trained parameters as optimizer groups: one, or without `decay_all` one with and one without decay.
 
     Without decay are biases, other 1-D parameters and ALiBi scales: what the original's overrides ask for and
-    its optimizer ignores (REFERENCE.md 19).
+    its optimizer ignores (fairseq, FairseqCompositeOptimizer).
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if cfg.decay_all:

@@ -2,7 +2,7 @@
 
 `state["cfg"]["model"]` becomes our `ModelConfig`. The published models use a narrow path through the
 original's switches; a setting that leaves it is refused by name instead of being ignored, settings
-that only concern optimisation, logging or initial values are skipped. REFERENCE: fairseq,
+that only concern optimisation, logging or initial values are skipped. Source: fairseq,
 models/data2vec2.py and models/modalities/{base,audio,images,text}.py.
 """
 
@@ -96,7 +96,7 @@ def load_original(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def _canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTensor]:
-    """Today's key names and shapes; older files have other ones (REFERENCE 25)."""
+    """Today's key names and shapes; older files have other ones, which the original renames on load."""
     flat = {key: value for key, value in weights.items() if key != "_ema"}
     teacher = weights.get("_ema") or {}
     flat.update({f"_ema.{key}": value for key, value in teacher.items()})

@@ -330,7 +330,7 @@ class Data2Vec(Network):
     @torch.no_grad()
     def _initialise(self) -> None:
         """Linear and Embedding N(0, init_std) with zero bias; then torch's default again for the speech
-        projection and for the decoder's of image and audio (REFERENCE.md 23); convolutions keep
+        projection and for the decoder's of image and audio, as the original does; convolutions keep
         their module's own init.
         """
         for module in self.modules():
