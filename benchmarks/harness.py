@@ -33,7 +33,8 @@ from benchmarks.cases import (
     tensors,
 )
 from benchmarks.gate import Gate
-from benchmarks.machine import last_level_cache, synchronize
+from benchmarks.machine import last_level_cache
+from d2v.machine import synchronize
 from d2vkern._backend import REGISTRY, gaps
 from d2vkern.testing import peak_memory
 

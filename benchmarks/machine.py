@@ -1,30 +1,16 @@
-"""What numbers are held against and where they come from: this machine's copy and matmul rates."""
+"""Where numbers come from: this machine, its caches and versions. `d2v.machine` measures its rates."""
 
 from __future__ import annotations
 
 import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
-# Beyond every last-level cache in use; small ones serve --smoke, whose numbers mean nothing.
-_COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
-_MATMUL = {"cpu": (2048, 768, 3072), "cuda": (8192, 8192, 8192)}
-_SMOKE_COPY_BYTES, _SMOKE_MATMUL = 8 << 20, (256, 256, 256)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device's work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def last_level_cache(device: torch.device) -> int:
@@ -34,30 +20,6 @@ def last_level_cache(device: torch.device) -> int:
     sizes = [path.read_text().strip() for path in _CPU_CACHE.glob("index*/size")]
     units = {"K": 1 << 10, "M": 1 << 20}
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 << 20)
-
-
-def rates(device: torch.device, dtypes: list[torch.dtype], smoke: bool = False) -> dict[str, float]:
-    """Measured ceilings: "copy" in bytes/s (read plus written), FLOP/s of a matmul under each dtype."""
-    size = _SMOKE_COPY_BYTES if smoke else _COPY_BYTES[device.type]
-    source = torch.ones(size // 4, device=device)
-    found = {"copy": 2 * size / _median_seconds(partial(torch.empty_like(source).copy_, source), device)}
-    del source
-    m, k, n = _SMOKE_MATMUL if smoke else _MATMUL[device.type]
-    for dtype in dtypes:
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
-        found[str(dtype)] = 2 * m * k * n / _median_seconds(partial(torch.mm, a, b), device)
-    return found
-
-
-def _median_seconds(call: Callable[[], object], device: torch.device, repeats: int = 9) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

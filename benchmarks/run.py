@@ -28,10 +28,11 @@ import torch
 from benchmarks import bench_step
 from benchmarks.cases import Settings
 from benchmarks.harness import measure_case
-from benchmarks.machine import provenance, rates
+from benchmarks.machine import provenance
 from benchmarks.report import SCHEMA, add_ceilings, compare, table
 from benchmarks.shapes import Size
 from d2v.cpu import tune_allocator
+from d2v.machine import rates
 from d2v.presets import PRESETS
 from d2vkern._backend import STEMS
 
@@ -56,9 +57,9 @@ def measure_ops(
                     if key in seen:
                         continue
                     seen.add(key)
-                    ceiling = rates(settings.device, [case.dtype], smoke)
+                    ceiling = rates(settings.device, [case.dtype], quick=smoke)
                     measured = measure_case(stem, case, settings)
-                    again = rates(settings.device, [case.dtype], smoke)
+                    again = rates(settings.device, [case.dtype], quick=smoke)
                     copy, matmul = ((ceiling[name] + again[name]) / 2 for name in ("copy", str(case.dtype)))
                     name = str(case.dtype).removeprefix("torch.")
                     add_ceilings(measured, copy, {name: matmul})
@@ -126,7 +127,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     presets = args.presets or (TINY if args.smoke else BASE)
     precisions = args.precision or ["bf16" if device.type == "cuda" else "fp32"]
     stems = [name for name in args.ops or STEMS if name != "step"]
-    ceilings = rates(device, [PRECISIONS[name] for name in precisions], args.smoke)
+    ceilings = rates(device, [PRECISIONS[name] for name in precisions], quick=args.smoke)
     print(f"copy {ceilings['copy'] / 1e9:.4g} GB/s", end="")
     for name in precisions:
         print(f", {name} matmul {ceilings[str(PRECISIONS[name])] / 1e9:.4g} GFLOP/s", end="")

@@ -29,10 +29,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.machine import provenance, synchronize
+from benchmarks.machine import provenance
 from d2v.config import Config, ImageFront, TextFront
 from d2v.cpu import tune_allocator
 from d2v.data import Batch
+from d2v.machine import synchronize
 from d2v.presets import PRESETS
 from d2v.presets import preset as load_preset
 from d2v.step import Trainer

@@ -116,9 +116,11 @@ class Data2Vec(Network):
     def update_teacher(self, decay: float) -> None:
         """teacher = decay * teacher + (1 - decay) * student; parameters without gradient are copied."""
         teacher, student = self.teacher_pairs()
-        moving = [(t, s) for t, s in zip(teacher, student, strict=True) if s.requires_grad]
+        moving = []
         for t, s in zip(teacher, student, strict=True):
-            if not s.requires_grad:
+            if s.requires_grad:
+                moving.append((t, s))
+            else:
                 t.copy_(s)
         d2vkern.ema_update_([t for t, _ in moving], [s for _, s in moving], decay)
 
