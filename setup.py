@@ -27,6 +27,6 @@ setup(
         "d2v.model",
     ],
     package_dir={"d2vkern.kernels": "kernels"},
-    package_data={"d2vkern": ["py.typed"], "d2v.data": ["assets/*"]},
+    package_data={"d2vkern": ["py.typed"], "d2vkern.kernels": ["*.json"], "d2v.data": ["assets/*"]},
     include_package_data=False,
 )

@@ -73,6 +73,10 @@ class TrainOptions:
     """run directory to make"""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """run directory to continue, exactly"""
+    compile: bool = False
+    """short for --train.compile"""
+    cuda_graph: bool = False
+    """short for --train.cuda-graph"""
     profile: Literal["nsys"] | None = None
     """nsys: capture --profile-steps for Nsight Systems; run it with benchmarks/nsys.sh"""
     profile_steps: Annotated[str, arg(metavar="START:STOP")] = "10:20"
@@ -99,7 +103,7 @@ def train(arguments: Sequence[str]) -> int:
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
     given = _parse(TrainOptions, rest, command, defaults)
-    cfg = Config(preset=base.preset, **{key: getattr(given, key) for key in sections})
+    cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
     if name is None and given.resume is None:
         raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
     if given.resume is not None and given.out is not None:
@@ -112,6 +116,16 @@ def train(arguments: Sequence[str]) -> int:
     from .train import run
 
     return run(cfg, given.path, out, resume=given.resume is not None, capture=captured).exit_code
+
+
+def _with_modes(given: TrainOptions | ProfileOptions, cfg: Config) -> Config:
+    """The config with --compile and --cuda-graph switched on where they are given."""
+    train = dataclasses.replace(
+        cfg.train,
+        compile=cfg.train.compile or given.compile,
+        cuda_graph=cfg.train.cuda_graph or given.cuda_graph,
+    )
+    return dataclasses.replace(cfg, train=train)
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -320,6 +334,10 @@ class ProfileOptions:
     """samples of a step; none: data.batch, on a CPU as many as 1 TFLOP of work allows"""
     precision: Literal["fp32", "bf16"] | None = None
     """in place of train.precision"""
+    compile: bool = False
+    """short for --train.compile"""
+    cuda_graph: bool = False
+    """short for --train.cuda-graph: the step's time is that of the graph, the rows those of plain steps"""
     model: ModelConfig
     optim: OptimConfig
     ema: EMAConfig
@@ -337,7 +355,7 @@ def profile(arguments: Sequence[str]) -> int:
     given = _parse(ProfileOptions, rest, f"profile {name or 'PRESET'}", defaults)
     if name is None:
         raise UsageError(f"d2v profile: the preset is missing; presets: {', '.join(PRESETS)}")
-    cfg = Config(preset=base.preset, **{key: getattr(given, key) for key in sections})
+    cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
     if given.precision is not None:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=given.precision))
 

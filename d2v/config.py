@@ -220,6 +220,9 @@ class DataConfig:
     """audio: shorter utterances are skipped and counted"""
     pad: bool = False
     """audio: pad a batch to its longest utterance (with lengths) instead of cropping to its shortest"""
+    bucket_seconds: float = 0.0
+    """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
+    any. Few shapes are what train.compile and train.cuda_graph need"""
     block: int = 512
     """text: tokens per block"""
     tokenizer: str | None = None
@@ -229,6 +232,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("batch", "prefetch", "block"):
             check(getattr(self, name) > 0, f"data.{name}", "positive", getattr(self, name))
+        check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
         check(self.workers >= 0, "data.workers", "at least 0", self.workers)
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", "0 < low <= high <= 1", self.crop_scale)
@@ -248,6 +252,10 @@ class TrainConfig:
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: activations and matrix products in bf16, weights, teacher and optimizer in fp32"""
+    compile: bool = False
+    """torch.compile of the front end, every block and the decoder"""
+    cuda_graph: bool = False
+    """the whole step, masks to teacher update, as one CUDA graph per shape"""
     micro_batch: int | None = None
     """samples (audio: seconds) per forward; none: derived from free memory"""
     device: str = "auto"

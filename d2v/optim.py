@@ -101,7 +101,7 @@ def build_optimizer(model: Teaching, cfg: Config, *, capturable: bool = False) -
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
     """Put `lr` into every group, times the group's `lr_scale` (layer decay) where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

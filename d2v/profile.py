@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity
 import d2vkern
 from d2vkern._nvtx import Tally, force_ranges, phase, tally_costs
 
+from . import graph
 from .batching import UNITS, micro_batch
 from .checkpoint import write_environment
 from .config import Config, ImageFront, TextFront
@@ -38,6 +39,7 @@ from .step import Trainer
 CPU_FLOPS = 1e12
 """work of a step on a CPU when no batch is asked for: as many samples as fit, at least 1"""
 WARMUP = 2
+"""plain steps before anything is measured"""
 
 
 @dataclass
@@ -87,6 +89,9 @@ class Profile:
     """of the source of one step"""
     unit: str
     precision: str
+    compile: bool
+    cuda_graph: bool
+    """of the timed steps; the traced ones are plain, for a replay has no ranges"""
     device: str
     steps: int
     model_flops: int
@@ -139,7 +144,7 @@ def run_profile(
     before = rates(device, dtypes, quick=quick)
     names = [backend or "auto", *([against] if against else [])]
     runners = [_Runner(cfg, device, source, name) for name in names]
-    for _ in range(WARMUP):
+    for _ in range(WARMUP + (graph.WARMUP if cfg.train.cuda_graph else 0)):
         for runner in runners:
             runner.step()
     for _ in range(steps):  # the backends take turns: what disturbs the machine disturbs both
@@ -158,6 +163,8 @@ def run_profile(
         shape=runners[0].shape,
         unit=UNITS[cfg.model.modality],
         precision=cfg.train.precision,
+        compile=cfg.train.compile,
+        cuda_graph=cfg.train.cuda_graph,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         steps=steps,
         model_flops=runners[0].model_flops // steps,
@@ -268,7 +275,8 @@ class _Runner:
             self.walls.append(time.perf_counter() - start)
 
     def traced_step(self, chrome: Path | None = None) -> None:
-        """With both; chrome: file for this step's trace."""
+        """With both, not as a replay; chrome: file for this step's trace."""
+        self.trainer.graphs = None
         with (
             force_ranges(True),
             tally_costs() as tallies,
@@ -363,13 +371,14 @@ def table(profile: Profile) -> list[str]:
     ours, *others = profile.reports
     base = {_without_backend(row.name): row.seconds for other in others for row in other.rows}
     width = max(len(row.name) for row in ours.rows)
+    modes = "".join(f", {name}" for name in ("compile", "cuda_graph") if getattr(profile, name))
     head = (
         f"{'hot path':<{width}} {'ms':>9} {'share':>6} {'calls':>6} {'MB':>8} {'GFLOP':>8} {'GB/s':>7} "
         f"{'GFLOP/s':>8} {'%copy':>6} {'%matmul':>7} {'peak MiB':>8}"
     )
     lines = [
-        f"{profile.preset}, {profile.precision}, source {tuple(profile.shape)}, on {profile.device}: backend "
-        f"{ours.backend}, {profile.steps} steps; copy {profile.rates['copy'] / 1e9:,.1f} GB/s, "
+        f"{profile.preset}, {profile.precision}{modes}, source {tuple(profile.shape)}, on {profile.device}: "
+        f"backend {ours.backend}, {profile.steps} steps; copy {profile.rates['copy'] / 1e9:,.1f} GB/s, "
         f"matmul {profile.matmul / 1e9:,.0f} GFLOP/s",
         head + "".join(f" {other.backend + ' ms':>10} {'times':>6}" for other in others),
     ]

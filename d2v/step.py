@@ -1,11 +1,13 @@
 """One global step: micro-batches -> masks -> forward and backward of each -> clip -> AdamW + EMA.
 
 The gradient is that of (sum of all losses) / (masked tokens of the global batch), as in the original,
-so it does not depend on the micro-batch.
+so it does not depend on the micro-batch. Nothing in a step waits for a GPU: what the host wants to know
+stays on the device until somebody asks (`Trainer.report`, `Trainer.count_bad`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +20,19 @@ from . import rng
 from .checkpoint import Checkpoint, fill_model
 from .config import Config
 from .data import Batch
+from .graph import CudaCapture, StepGraphs
 from .health import Alarm, judge, measure
 from .model import Data2Vec
 from .optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, teacher_decay
+from .regions import compile_regions
 
 
 @dataclass
 class Outcome:
     """What one global step leaves for the log: device tensors, read on log steps only."""
 
-    good: bool
-    """whether loss and gradient were finite and the step was taken"""
+    good: Tensor
+    """0-dim bool: whether loss and gradient were finite and the step was taken"""
     losses: dict[str, Tensor]
     """each summed loss over the masked tokens of the global batch, 0-dim"""
     grad_norm: Tensor
@@ -37,36 +41,60 @@ class Outcome:
     """`out.metrics`, averaged over the micro-batches"""
     health: dict[str, Tensor]
     """token rows [n, D] of the last micro-batch"""
-    lr: float
-    decay: float
+    lr: float | Tensor
+    decay: float | Tensor
 
 
 class Trainer:
     """Model, optimizer and the global step; knows nothing of files, signals or terminals.
 
-    Seeds the global random generators with `train.seed`.
+    capturable: take decisions on the device, reading nothing there; None: except on a CPU, where reading is
+        free.
+    Seeds the global random generators with `train.seed`. ValueError for train.cuda_graph without a GPU.
     """
 
-    def __init__(self, cfg: Config, device: torch.device) -> None:
+    def __init__(self, cfg: Config, device: torch.device, *, capturable: bool | None = None) -> None:
+        if cfg.train.cuda_graph and device.type != "cuda":
+            raise ValueError(f"config: train.cuda_graph needs a CUDA GPU, got device {device}")
         self.cfg, self.device = cfg, device
+        self.capturable = device.type != "cpu" if capturable is None else capturable
         rng.seed_all(cfg.train.seed)
         self.model = Data2Vec(cfg.model).to(device)
         self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
         self.model.train()
-        self.optimizer = build_optimizer(self.model, cfg)
+        self.model.graph_safe = cfg.train.cuda_graph
+        if cfg.train.compile:
+            compile_regions(self.model)
+        self.optimizer = build_optimizer(self.model, cfg, capturable=self.capturable)
         self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(self._named.values())
+        self.bad = torch.zeros(2, dtype=torch.int64, device=device)
+        """bad steps so far, and bad steps in a row now"""
+        self.graphs = StepGraphs(self, CudaCapture(device)) if cfg.train.cuda_graph else None
 
     def step(self, number: int, batches: list[Batch]) -> Outcome:
         """Global step `number`, counted from 1. NaN or inf in loss or gradient leaves everything as it was.
 
-        That check reads one flag from the device: the only wait of a step.
+        With train.cuda_graph the outcome's tensors are overwritten by the next step.
         """
+        if self.graphs is not None:
+            return self.graphs.step(number, batches)
+        lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
+        return self.work(batches, [batch.epoch for batch in batches], lr, teacher_decay(self.cfg.ema, number))
+
+    def work(
+        self,
+        batches: list[Batch],
+        epochs: Sequence[int | Tensor],
+        lr: float | Tensor,
+        decay: float | Tensor,
+    ) -> Outcome:
+        """What a step does, given its schedules: numbers, or 0-dim tensors on the device."""
         cfg, model, seed = self.cfg, self.model, self.cfg.train.seed
         with phase("masks"):
             plans = [
-                model.sample_masks(b.source, b.ids, epoch=b.epoch, seed=seed, padding_mask=b.padding_mask)
-                for b in batches
+                model.sample_masks(b.source, b.ids, epoch=epoch, seed=seed, padding_mask=b.padding_mask)
+                for b, epoch in zip(batches, epochs, strict=True)
             ]
         total = sum(plan.clones * plan.samples * (plan.tokens - plan.kept) for plan in plans)
         losses: dict[str, Tensor] = {}
@@ -79,16 +107,23 @@ class Trainer:
             with phase("loss"):
                 _accumulate(losses, out.losses, 1 / total)
                 _accumulate(metrics, out.metrics, 1 / len(batches))
-        lr = learning_rate(cfg.optim, number - 1, cfg.train.steps)
-        decay = teacher_decay(cfg.ema, number)
         with phase("optimizer"):
             norm, factor = clip_factor(self.parameters, cfg.optim.clip)
-            good = bool(torch.isfinite(torch.stack([*losses.values(), norm])).all())
-            if good:
-                set_learning_rate(self.optimizer, lr)
+            good = torch.isfinite(torch.stack([*losses.values(), norm])).all()
+            set_learning_rate(self.optimizer, lr)
+            if self.capturable:
+                self.optimizer.step(clip_factor=factor, ema_decay=decay, found_inf=(~good).float())
+            elif good:
                 self.optimizer.step(clip_factor=factor, ema_decay=decay)
             self.optimizer.zero_grad(set_to_none=True)
+            self.bad.add_(~good)
+            self.bad[1].mul_(~good)
         return Outcome(good, losses, norm, metrics, out.health, lr, decay)
+
+    def count_bad(self) -> tuple[int, int]:
+        """Bad steps so far, and in a row now; waits for the device."""
+        skipped, in_a_row = self.bad.tolist()
+        return skipped, in_a_row
 
     def report(self, number: int, outcome: Outcome) -> tuple[dict[str, Any], list[Alarm]]:
         """The numbers of a log step, read from the device, and the alarms they raise."""
@@ -103,8 +138,8 @@ class Trainer:
             "step": number,
             "loss": sum(read[name] for name in parts),
             **read,
-            "lr": outcome.lr,
-            "ema_decay": outcome.decay,
+            "lr": float(outcome.lr),
+            "ema_decay": float(outcome.decay),
             **{f"{s.part.short}_var": s.variance for s in states if f"{s.part.short}_var" not in read},
             **{f"{s.part.short}_rank": s.rank for s in states},
             "alarms": [alarm.kind for alarm in alarms],

@@ -178,6 +178,7 @@ class _Run:
             self.place = Place(**checkpoint.trainer)
             if self.place.bad_in_a_row >= cfg.train.max_bad_steps:
                 self.place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
+            self.trainer.bad[0], self.trainer.bad[1] = self.place.skipped, self.place.bad_in_a_row
         self.saved = None if checkpoint is None else checkpoint.step
         self.alarm_log = AlarmLog()
         self.named = 0
@@ -293,29 +294,41 @@ class _Run:
         outcome = self.trainer.step(place.step + 1, batches)
         place.step += 1
         place.epoch, place.step_in_epoch = self.pipeline.position
-        place.bad_in_a_row = 0 if outcome.good else place.bad_in_a_row + 1
-        place.skipped += not outcome.good
         progress.tick(place.step, sum(map(self._amount, batches)))
-        if not outcome.good:
-            progress.say(f"step {place.step}: loss or gradient is NaN or inf: skipped, nothing was updated")
-        if place.step % cfg.log_every == 0 or place.step == cfg.steps or not outcome.good:
+        log = place.step % cfg.log_every == 0 or place.step == cfg.steps
+        if log or self.device.type == "cpu":  # a GPU is asked on log steps only
+            log |= self._count_bad(progress)
+        if log:
             with phase("report"):
                 row, alarms = self.trainer.report(place.step, outcome)
             progress.log({**row, "skipped": place.skipped})
             for alarm in self.alarm_log.fresh(alarms):
                 progress.say(f"warning: step {place.step}: {alarm.message}")
 
+    def _count_bad(self, progress: Progress) -> bool:
+        """Bring the count of bad steps up to date; whether there are new ones."""
+        before = self.place.skipped
+        self.place.skipped, self.place.bad_in_a_row = self.trainer.count_bad()
+        new = self.place.skipped - before
+        if new:
+            which = "" if new == 1 and self.place.bad_in_a_row else f"{new} steps up to this one: "
+            progress.say(
+                f"step {self.place.step}: {which}loss or gradient is NaN or inf: skipped, nothing was updated"
+            )
+        return new > 0
+
     def _amount(self, batch: Batch) -> float:
         """Samples of a batch in the unit of `data.batch`: for audio, seconds without padding."""
         front = self.cfg.model.front
         if not isinstance(front, (WaveformFront, LogMelFront)):
             return len(batch)
-        padded = 0 if batch.padding_mask is None else int(batch.padding_mask.sum())
-        return (batch.source.numel() - padded) / front.sample_rate
+        samples = batch.source.numel() if batch.unpadded is None else batch.unpadded
+        return samples / front.sample_rate
 
     def _save(self) -> None:
         if self.saved == self.place.step:
             return
+        self.place.skipped, self.place.bad_in_a_row = self.trainer.count_bad()
         try:
             save_checkpoint(
                 self.out,

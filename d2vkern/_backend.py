@@ -42,6 +42,8 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
+TRITON_STEMS: tuple[str, ...] = ()
+"""ops with a file in kernels/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
 
 _logger = logging.getLogger("d2vkern")
@@ -58,17 +60,37 @@ class Implementation:
     module: import path of a module with the op's functions, whose arguments arrive checked.
     unsupported: given the call's tensors, the reasons why this one cannot take them (none: it can).
         It is traced by Dynamo, so it may look at dtypes, devices and shapes only.
+    auto: device types on which auto may choose it; None: on all.
     """
 
     module: str
     unsupported: Callable[..., list[str]] | None = None
+    auto: tuple[str, ...] | None = None
 
 
-# stem -> backend -> implementation, in auto's order of preference; eager takes everything, so what stands
-# after it runs on request only.
-REGISTRY: dict[str, dict[str, Implementation]] = {
-    stem: {"eager": Implementation(f"d2vkern.reference.{stem}")} for stem in STEMS
-}
+def _triton_gaps(*tensors: Tensor) -> list[str]:
+    """Why Triton kernels cannot take these tensors. On meta tensors they compute nothing, as torch's ops."""
+    reasons = []
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        reasons.append("fp64 tensors run on eager only")
+    if any(tensor.device.type == "cpu" for tensor in tensors):
+        if not _interpreted():
+            reasons.append("CPU tensors need Triton's interpreter, TRITON_INTERPRET=1")
+        elif any(tensor.dtype == torch.bfloat16 for tensor in tensors):
+            reasons.append("Triton's interpreter is wrong in bf16")
+    return reasons
+
+
+def _table(stem: str) -> dict[str, Implementation]:
+    """Backend -> implementation, in auto's order of preference; eager takes everything, so what stands after
+    it runs on request only."""
+    table = {}
+    if stem in TRITON_STEMS:
+        table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto=("cuda",))
+    return table | {"eager": Implementation(f"d2vkern.reference.{stem}")}
+
+
+REGISTRY: dict[str, dict[str, Implementation]] = {stem: _table(stem) for stem in STEMS}
 
 
 class _ThreadState(threading.local):
@@ -150,8 +172,10 @@ def _request(stem: str, backend: str | None) -> tuple[str | None, str]:
 
 
 def _choose(stem: str, tensors: tuple[Tensor, ...]) -> str:
-    for name in REGISTRY[stem]:
-        if not gaps(stem, name, *tensors):
+    device = tensors[0].device.type if tensors else "cpu"
+    for name, implementation in REGISTRY[stem].items():
+        wanted = implementation.auto is None or device in implementation.auto
+        if wanted and not gaps(stem, name, *tensors):
             _announce(stem, name)
             return name
     raise AssertionError(f"{stem}: no implementation takes the call, not even eager")
@@ -242,9 +266,15 @@ def _machine_gaps(backend: str) -> tuple[str, ...]:
     if backend in ("triton", "xformers"):
         if importlib.util.find_spec(backend) is None:
             reasons.append(f"{backend} is not installed")
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() and not (backend == "triton" and _interpreted()):
             reasons.append("no CUDA device")
     return tuple(reasons)
+
+
+@_constant_while_tracing
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on CPU tensors; Triton reads this when imported."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes")
 
 
 @_constant_while_tracing

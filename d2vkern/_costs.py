@@ -28,6 +28,10 @@ class Cost(NamedTuple):
     flops: int = 0
     backward: tuple[int, int] = (0, 0)
 
+    def of_backward(self) -> Cost:
+        """The backward call's own work."""
+        return Cost(self.bucket, *self.backward)
+
 
 def bucket(**sizes: int) -> str:
     """`bucket(N=12, D=768)` is "N16 D1024"."""

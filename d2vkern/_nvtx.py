@@ -99,7 +99,8 @@ def op_range(name: str, cost: Callable[..., Cost] | None = None) -> Callable[[Fu
     """Decorator: calls of the function are the range `name`, "<op>/<fwd|bwd>/<backend>".
 
     cost: takes the arguments of the function; for the forward of an autograd.Function without ctx, but with
-        grad=ctx.needs_input_grad. Its backward needs none: what the forward found waits for it on ctx.
+        grad=ctx.needs_input_grad. Its backward needs none: what the forward found waits for it on ctx. A
+        backward that is registered as an op of its own gives what `Cost.of_backward` returns.
     """
     backward = name.split("/")[1] == "bwd"
 
@@ -109,7 +110,7 @@ def op_range(name: str, cost: Callable[..., Cost] | None = None) -> Callable[[Fu
             if torch.compiler.is_compiling() or not ranges_are_on():
                 return function(*args, **kwargs)
             work = Cost("")
-            if backward:
+            if backward and cost is None:
                 forward = getattr(args[0], "range_cost", work)
                 work = Cost(forward.bucket, *forward.backward)
             elif cost is not None and args and hasattr(args[0], "needs_input_grad"):

@@ -6,14 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU the Triton kernels run in their interpreter, on CPU tensors; Triton reads this when imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if torch.cuda.is_available():
+            if "triton_device" in getattr(item, "fixturenames", ()):
+                item.add_marker("gpu")
+        elif "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
@@ -26,6 +31,13 @@ def seeded() -> None:
 def no_backend_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests choose their backends themselves."""
     monkeypatch.delenv("D2VKERN_BACKEND", raising=False)
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton kernels run here: the GPU, or the CPU by Triton's interpreter (fp32 and fp16 only)."""
+    pytest.importorskip("triton")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -325,3 +325,78 @@ def test_refusals() -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="adamw_ema: amsgrad must be False, got True in the loaded state"):
         optimizer.load_state_dict(torch.optim.AdamW([p], amsgrad=True).state_dict())
+
+
+@pytest.mark.parametrize("eps_mode", ["torch", "fairseq"])
+def test_capturable_equals_host_steps(eps_mode: str) -> None:
+    weights = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size)) for size in (5, 3)]
+        teachers = [p.detach().clone() for p in params]
+        lr = torch.tensor(0.03) if capturable else 0.03
+        optimizer = AdamWEMA(
+            params, lr, eps=1e-3, eps_mode=eps_mode, teacher=teachers, capturable=capturable, weight_decay=0.1
+        )
+        for step in range(5):
+            for number, p in enumerate(params):
+                # the second parameter has no gradient in step 1 and so counts one step fewer
+                p.grad = None if step == 1 and number else torch.randn(p.shape)
+            optimizer.step(clip_factor=0.7, ema_decay=torch.tensor(0.9) if capturable else 0.9)
+        assert [float(optimizer.state[p]["step"]) for p in params] == [5, 4]
+        weights.append([*(p.detach() for p in params), *teachers])
+    for ours, theirs in zip(*weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("eps_mode", ["torch", "fairseq"])
+def test_found_inf_leaves_everything_as_it_was(eps_mode: str) -> None:
+    def run(found: list[float]) -> list[Tensor]:
+        torch.manual_seed(0)
+        weight, frozen = torch.nn.Parameter(torch.randn(5)), torch.randn(3)
+        teachers = {weight: weight.detach().clone(), frozen: torch.zeros(3)}
+        low, low_teacher = torch.zeros(5, dtype=torch.bfloat16), torch.zeros(5, dtype=torch.bfloat16)
+        optimizer = AdamWEMA(
+            [weight], 0.1, eps_mode=eps_mode, teacher=teachers, capturable=True,
+            copies={weight: low}, teacher_copies={weight: low_teacher},
+        )  # fmt: skip
+        for value in found:
+            weight.grad = torch.full((5,), float("nan")) if value else torch.randn(5)
+            clip = torch.tensor(float("nan") if value else 0.5)
+            optimizer.step(clip_factor=clip, ema_decay=0.9, found_inf=torch.tensor(value))
+        state = optimizer.state[weight]
+        return [weight.detach(), teachers[weight], low, low_teacher, *state.values()]
+
+    for ours, theirs in zip(run([1.0, 0.0, 1.0, 0.0, 1.0]), run([0.0, 0.0]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_found_inf_needs_capturable() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    with pytest.raises(ValueError, match="adamw_ema: found_inf must be None unless capturable"):
+        AdamWEMA([weight]).step(found_inf=torch.tensor(0.0))
+    optimizer = AdamWEMA([weight], capturable=True)
+    with pytest.raises(TypeError, match="adamw_ema: found_inf must have dtype float32"):
+        optimizer.step(found_inf=torch.tensor(False))
+    with pytest.raises(ValueError, match=r"adamw_ema: found_inf must have shape \(\), got \(1,\)"):
+        optimizer.step(found_inf=torch.zeros(1))
+    assert torch.equal(weight.detach(), torch.ones(2))
+
+
+def test_compiled_capturable_steps_are_compiled_once_state_exists() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamWEMA([weight], teacher=[torch.ones(2)], capturable=True)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    step = torch.compile(lambda: optimizer.step(ema_decay=0.5), fullgraph=True, backend=count)
+    weight.grad = torch.ones(2)
+    for _ in range(5):
+        step()
+    assert len(graphs) <= 2
+    torch._dynamo.reset()

@@ -98,6 +98,7 @@ def test_argument_that_cannot_be_met_names_every_reason() -> None:
 def test_impossible_context_and_environment_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     words = "cannot run: not built yet in this version; .*no CUDA device.* Available here: eager, native"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with d2vkern.use_backend("triton"), pytest.raises(BackendError, match="context use_backend, " + words):
         add(X)
     monkeypatch.setenv("D2VKERN_BACKEND", "triton")

@@ -12,6 +12,12 @@ from d2vkern import _backend, info
 from d2vkern._backend import STEMS, Implementation
 
 
+@pytest.fixture(autouse=True)
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As users see it."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
 def test_json_reports_versions_and_every_op() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "d2vkern.info", "--json"], check=True, capture_output=True, text=True

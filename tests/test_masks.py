@@ -146,6 +146,28 @@ def test_every_part_of_the_key_counts(generate):
     assert torch.equal(generate(ids, 4).mask, base.mask)
 
 
+def assert_same_plan(actual, expected):
+    for field in ("mask", "ids_keep", "slot"):
+        assert torch.equal(getattr(actual, field), getattr(expected, field))
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 5])
+@pytest.mark.parametrize("epoch", [0, 7, (1 << 32) - 1])
+def test_seed_and_epoch_may_be_tensors(generate, seed, epoch):
+    ids = torch.tensor([5, -4, 2**33])
+    expected = generate(ids, 2, seed=seed, epoch=epoch)
+    given = {"seed": torch.tensor(seed), "epoch": torch.tensor(epoch)}
+    assert_same_plan(generate(ids, 2, **given), expected)
+    assert_same_plan(generate(ids, 2, seed=seed, epoch=given["epoch"]), expected)
+    assert (given["seed"], given["epoch"]) == (seed, epoch)
+
+
+def test_of_an_epoch_tensor_the_low_word_counts(generate):
+    expected = generate(torch.arange(3), 2, epoch=5)
+    assert_same_plan(generate(torch.arange(3), 2, epoch=torch.tensor(2**32 + 5)), expected)
+    assert_same_plan(generate(torch.arange(3), 2, epoch=torch.tensor(5 - 2**32)), expected)
+
+
 def test_plans_are_consistent(generate):
     plan = generate(torch.arange(20), 4)
     masked = {196: 157, 249: 124, 128: 62}[plan.tokens]
@@ -281,6 +303,24 @@ ARGUMENTS = {
     "prob 1": ({"prob": 1.0}, ValueError, r"prob must be in \(0, 1\), got 1.0"),
     "prob nan": ({"prob": float("nan")}, ValueError, r"prob must be in \(0, 1\), got nan"),
     "epoch": ({"epoch": -1}, ValueError, "epoch must be >= 0"),
+    "epoch many": ({"epoch": 1 << 32}, ValueError, "epoch must be .* <= 4294967295, got 4294967296"),
+    "epoch rank": (
+        {"epoch": torch.tensor([1])},
+        ValueError,
+        r"epoch must have shape \(\), got \(1,\)",
+    ),
+    "epoch dtype": (
+        {"epoch": torch.tensor(1, dtype=torch.int32)},
+        TypeError,
+        "epoch must have dtype int64, got int32",
+    ),
+    "epoch device": (
+        {"epoch": torch.tensor(1, device="meta")},
+        ValueError,
+        "epoch must be on cpu like ids, got meta",
+    ),
+    "seed rank": ({"seed": torch.zeros(0).long()}, ValueError, r"seed must have shape \(\), got \(0,\)"),
+    "seed dtype": ({"seed": torch.tensor(1.0)}, TypeError, "seed must have dtype int64, got float32"),
     "length": ({"length": 0}, ValueError, "length must be >= 1, got 0"),
     "adjust": ({"adjust": -0.1}, ValueError, "adjust must be >= 0.0"),
     "tokens": ({"tokens": 0, "grid": (0, 4)}, ValueError, "must be >= 1.*, got 0"),
@@ -322,6 +362,21 @@ def test_argument_errors(op, case):
 def test_fullgraph(generate):
     compiled = torch.compile(lambda ids: generate(ids, 3, seed=5, epoch=1), fullgraph=True, backend="eager")
     ids = torch.tensor([4, 2**40])
-    plan, expected = compiled(ids), generate(ids, 3, seed=5, epoch=1)
-    for field in ("mask", "ids_keep", "slot"):
-        assert torch.equal(getattr(plan, field), getattr(expected, field))
+    assert_same_plan(compiled(ids), generate(ids, 3, seed=5, epoch=1))
+
+
+def test_one_graph_serves_every_epoch_and_seed(generate):
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda ids, epoch, seed: generate(ids, 3, seed=seed, epoch=epoch), fullgraph=True, backend=count
+    )
+    ids = torch.tensor([4, 2**40])
+    for seed, epoch in ((5, 1), (-5, 2), (2**40, 2**32 - 1)):
+        plan = compiled(ids, torch.tensor(epoch), torch.tensor(seed))
+        assert_same_plan(plan, generate(ids, 3, seed=seed, epoch=epoch))
+    assert len(graphs) == 1

@@ -69,7 +69,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
         for path in (ROOT / package).rglob("*.py")
         if path != ROOT / "d2vkern" / "kernels" / "__init__.py"
     }
-    expected |= {f"d2vkern/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"d2vkern/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     expected |= {f"d2v/data/assets/{path.name}" for path in (ROOT / "d2v" / "data" / "assets").iterdir()}
     assert names == expected | {"d2vkern/py.typed"}
 

@@ -55,6 +55,8 @@ class Batch:
     """[B,samples] or [B,T] bool, True where padded"""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """what `Source.finish` needs besides the source (for images: crop boxes and flips)"""
+    unpadded: int | None = None
+    """audio: samples that are not padding, known without asking the device; None: all"""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -67,6 +69,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`; asynchronous from pinned memory."""
         return self._map(lambda t: t.to(device, non_blocking=True))
+
+    def clone(self) -> Batch:
+        """A copy that shares nothing."""
+        return self._map(Tensor.clone)
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when pinning is on."""

@@ -3,7 +3,8 @@
 An utterance is normalised (zero mean, unit variance) before it is cropped. A global step takes as many
 utterances of neighbouring length as fit into `data.batch` seconds and cuts them to the shortest, at an
 offset drawn from (seed, epoch, utterance), or with `data.pad` pads them to the longest. To what length is a
-matter of the whole step, so that micro-batches do not change it.
+matter of the whole step, so that micro-batches do not change it. With `data.bucket_seconds` it is a
+multiple of that, so that a run has few shapes.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class AudioSource(Source):
         assert isinstance(cfg.model.front, (WaveformFront, LogMelFront))
         self.rate = cfg.model.front.sample_rate
         self.pad = cfg.data.pad
+        self.multiple = max(1, round(cfg.data.bucket_seconds * self.rate))
         self.capped = np.minimum(utterances.lengths, int(cfg.data.max_seconds * self.rate))
         """[n] int64: samples of each utterance after the crop to data.max_seconds"""
         self._epochs: dict[int, _Epoch] = {}
@@ -77,8 +79,7 @@ class AudioSource(Source):
 
     def split(self, ids: np.ndarray, micro: int) -> list[np.ndarray]:
         """At most `micro` seconds each, but at least one utterance."""
-        each = self.capped[ids].max() if self.pad else self.capped[ids].min()
-        return super().split(ids, max(1, int(micro * self.rate // each)))
+        return super().split(ids, max(1, int(micro * self.rate // self._common_length(ids))))
 
     def substitute(self, index: int, epoch: int, attempt: int) -> int:
         """Another utterance of the same step, which is cropped alike; of any step when there is none."""
@@ -110,7 +111,8 @@ class AudioSource(Source):
         padding = None
         if min(lengths) < samples:
             padding = torch.arange(samples) >= torch.tensor(lengths)[:, None]
-        return Batch(source, torch.from_numpy(ids), epoch or 0, padding)
+        unpadded = sum(min(length, samples) for length in lengths)
+        return Batch(source, torch.from_numpy(ids), epoch or 0, padding, unpadded=unpadded)
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
@@ -118,6 +120,13 @@ class AudioSource(Source):
             self._epochs = {e: table for e, table in self._epochs.items() if abs(e - epoch) == 1}
             self._epochs[epoch] = self._plan(epoch)
         return self._epochs[epoch]
+
+    def _common_length(self, ids: np.ndarray) -> int:
+        """Samples that the utterances of a step are padded or cropped to."""
+        if self.pad:
+            return -int(-self.capped[ids].max() // self.multiple) * self.multiple
+        shortest = int(self.capped[ids].min())
+        return shortest // self.multiple * self.multiple or shortest
 
     def _plan(self, epoch: int) -> _Epoch:
         """Sort by length, longest first and ties by chance, cut into steps, shuffle the steps.
@@ -129,7 +138,9 @@ class AudioSource(Source):
         order = np.lexsort((tie, self.capped // int(BUCKET * self.rate)))[::-1]
         budget, longest, first = self.batch * self.rate, 0, 0
         cuts: list[int] = []
-        for place, length in enumerate(self.capped[order].tolist()):
+        # counted at the upper end of the bucket, so that a bucket's steps hold equally many
+        counted = np.minimum(-(-self.capped // self.multiple) * self.multiple, budget)
+        for place, length in enumerate(counted[order].tolist()):
             longest = max(longest, length)
             if (place - first + 1) * longest > budget:
                 cuts.append(place)
@@ -140,5 +151,5 @@ class AudioSource(Source):
         steps = [parts[i] for i in rng.permutation(len(parts))]
         for number, ids in enumerate(steps):
             step_of[ids] = number
-            target[ids] = self.capped[ids].max() if self.pad else self.capped[ids].min()
+            target[ids] = self._common_length(ids)
         return _Epoch(steps, step_of, target)

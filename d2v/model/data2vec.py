@@ -81,6 +81,8 @@ class Data2Vec(Network):
         super().__init__(cfg, local=True, decoder=True)
         self.cfg = cfg
         self.compute_dtype = torch.float32
+        self.graph_safe = False
+        """layerdrop decides on the device, so that a recorded graph decides anew at each replay"""
         self._initialise()
         if cfg.ema_encoder_only:
             self._ema: nn.Module = Network(cfg, local=False, decoder=False).blocks
@@ -135,7 +137,7 @@ class Data2Vec(Network):
         source: Tensor,
         ids: Tensor,
         *,
-        epoch: int = 0,
+        epoch: int | Tensor = 0,
         seed: int = 0,
         padding_mask: Tensor | None = None,
     ) -> d2vkern.MaskPlan:
@@ -190,13 +192,15 @@ class Data2Vec(Network):
             targets = self._targets(source, local.detach(), lengths)
         with phase("student/front"):
             x, context = self.encoder.contextualise(local, plan, lengths)
-        student = run_blocks(self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0)
+        student = run_blocks(
+            self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0, self.graph_safe
+        )
         decoder = self.encoder.decoder
         assert decoder is not None
         dec = decoder.settings
         with phase("decoder"):
             dropped = nn.functional.dropout(student, dec.input_dropout, self.training)
-            noise_seed = int(torch.randint(2**62, ())) if dec.noise_std else 0
+            noise_seed = torch.randint(2**62, (), device=dropped.device) if dec.noise_std else 0
             on_grid = d2vkern.scatter_tokens(dropped, plan, dec.noise_std, noise_seed)
             prediction = decoder(on_grid, plan)
         with phase("loss"):

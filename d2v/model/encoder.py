@@ -179,16 +179,25 @@ class Network(nn.Module):
         return encoder
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, context: AttentionContext, layerdrop: float = 0.0) -> Tensor:
+def run_blocks(
+    blocks: nn.ModuleList,
+    x: Tensor,
+    context: AttentionContext,
+    layerdrop: float = 0.0,
+    graph_safe: bool = False,
+) -> Tensor:
     """Through all blocks: [N,S,D].
 
     layerdrop: probability of skipping a block; draws come from torch's CPU generator.
+    graph_safe: they come from the device's, every block is computed and the output of a skipped one dropped.
     """
     for number, block in enumerate(blocks):
-        if layerdrop and float(torch.rand(())) < layerdrop:
+        if layerdrop and not graph_safe and float(torch.rand(())) < layerdrop:
             continue
         with phase(f"student/block{number:02d}"):
-            x, _ = block(x, context)
+            out, _ = block(x, context)
+            skip = torch.rand((), device=x.device) < layerdrop if layerdrop and graph_safe else None
+            x = out if skip is None else torch.where(skip, x, out)
     return x
 
 

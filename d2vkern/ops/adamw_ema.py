@@ -7,7 +7,7 @@ can.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,20 @@ from d2vkern.ops.ema import check_lists, ema_update_
 _MASTER_DTYPES = (torch.float32, torch.float64)
 _Attached = Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
 _T = TypeVar("_T")
+
+
+class _History(NamedTuple):
+    """Parameters of one history have one step count, which a capturable optimizer may not read.
+
+    It changes only when a gradient is missing, so that compiled steps need not be compiled anew.
+    """
+
+    loaded: float
+    """step count in the loaded state"""
+    begun: int
+    """which of the calls that made new states made this one"""
+    missed: int = 0
+    """steps since then without a gradient; steps that found inf are skipped by all"""
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -66,6 +80,8 @@ class AdamWEMA(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         self.backend = backend
+        self._histories: dict[Tensor, _History] = {}
+        self._begun = 0
         self._teachers = self._by_param("teacher", teacher)
         self._copies = self._by_param("copies", copies)
         self._teacher_copies = self._by_param("teacher_copies", teacher_copies)
@@ -101,6 +117,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also takes the groups and steps of a torch.optim.AdamW state dict."""
         super().__setstate__(state)
+        self._histories, self._begun = {}, 0
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -111,6 +128,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 if p in self.state:
                     device = p.device if group["capturable"] else torch.device("cpu")
                     step = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
+                    self._histories[p] = _History(float(step), 0)
                     self.state[p]["step"] = step.to(device)
 
     @torch.no_grad()
@@ -120,12 +138,15 @@ class AdamWEMA(torch.optim.Optimizer):
         *,
         clip_factor: float | Tensor | None = None,
         ema_decay: float | Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> _T | None:
         """One update; returns the closure's value.
 
         clip_factor: gradients count times this (a 0-dim tensor is not read on the host); backends may leave
             them scaled in `.grad`.
         ema_decay: see `ema_update_`; None or the number 1 leaves teachers untouched.
+        found_inf: 0-dim fp32 tensor on the parameters' device, for `capturable` only; when it is not 0,
+            nothing changes. It is not read on the host.
         Parameters without gradient are skipped, their teachers are not.
         """
         result = None
@@ -136,9 +157,11 @@ class AdamWEMA(torch.optim.Optimizer):
             check_range("adamw_ema", "ema_decay", ema_decay, minimum=0.0, maximum=1.0)
             if ema_decay == 1.0:
                 ema_decay = None
+        if found_inf is not None:
+            self._check_found_inf(found_inf)
         updated: set[Tensor] = set()
         for group in self.param_groups:
-            for steps, params in self._alike(group):
+            for steps, params in self._alike(group, found_inf):
                 grads = [p.grad for p in params if p.grad is not None]
                 select("adamw_ema", self.backend, *params, *grads).adamw_ema_(
                     params,
@@ -156,17 +179,34 @@ class AdamWEMA(torch.optim.Optimizer):
                     ema_decay=ema_decay,
                     copies=[self._copies.get(p) for p in params],
                     teacher_copies=[self._teacher_copies.get(p) for p in params],
+                    found_inf=found_inf,
                 )
                 updated.update(params)
         if ema_decay is not None:
+            if found_inf is not None:
+                ema_decay = torch.where(found_inf == 0, ema_decay, 1.0)
             self._update_teachers([p for p in self._teachers if p not in updated], ema_decay)
         return result
 
-    def _alike(self, group: dict[str, Any]) -> list[tuple[float | list[Tensor], list[Tensor]]]:
+    def _check_found_inf(self, found_inf: Tensor) -> None:
+        check_shape("adamw_ema", "found_inf", found_inf, ())
+        check_dtype("adamw_ema", "found_inf", found_inf, (torch.float32,))
+        if not all(group["capturable"] for group in self.param_groups):
+            raise ValueError(
+                "adamw_ema: found_inf must be None unless capturable: without it the step count lives on the "
+                "host, which does not know whether a step was skipped"
+            )
+
+    def _alike(
+        self, group: dict[str, Any], found_inf: Tensor | None
+    ) -> list[tuple[float | list[Tensor], list[Tensor]]]:
         """(steps, parameters) of each call: parameters with a gradient, of one step, dtype and device."""
         buckets: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        begun = len(self._histories)
         for p in group["params"]:
             if p.grad is None:
+                if p in self._histories:
+                    self._histories[p] = self._histories[p]._replace(missed=self._histories[p].missed + 1)
                 continue
             if p.grad.is_sparse:
                 raise ValueError("adamw_ema: gradients must be dense, got a sparse one")
@@ -174,13 +214,19 @@ class AdamWEMA(torch.optim.Optimizer):
             if not state:
                 device = p.device if group["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                self._histories[p] = _History(0.0, self._begun)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["step"].add_(1)
-            step = None if group["capturable"] else float(state["step"])
+            if group["capturable"]:
+                state["step"].add_(1 if found_inf is None else (found_inf == 0))
+                step: float | _History = self._histories[p]
+            else:
+                state["step"].add_(1)
+                step = float(state["step"])
             buckets[step, p.dtype, p.device].append(p)
+        self._begun += len(self._histories) > begun
         return [
-            ([self.state[p]["step"] for p in params] if step is None else step, params)
+            ([self.state[p]["step"] for p in params] if group["capturable"] else step, params)
             for (step, *_), params in buckets.items()
         ]
 

@@ -21,7 +21,7 @@ def multimask_attention(
     lengths: Tensor | None = None,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     padded_rows: str = "zero",
     backend: str | None = None,
 ) -> Tensor:
@@ -34,7 +34,8 @@ def multimask_attention(
     slopes: (H,) ALiBi slopes; None: no bias. alibi_scale: (H,) learned factor, clamped at 0; None: 1.
     lengths: (N,) int32 or int64: keys from lengths[n] on are ignored; a length of 0 gives finite values.
     softmax_scale: None is Dh ** -0.5.
-    dropout_p: in [0, 1), on the probabilities; seed: counter-based, None draws from torch's generator.
+    dropout_p: in [0, 1), on the probabilities; seed: counter-based, an int or a 0-dim int64 tensor, which is
+        not read on the host; None draws from torch's generator.
     padded_rows: "zero" sets the outputs of padded queries to 0; "attend" lets them attend to the real keys,
         as the original does (its convolutional decoder reads them).
     Returns (N, S, H * Dh) in qkv's dtype; softmax in fp32. Gradients: qkv, alibi_scale (exactly 0 where

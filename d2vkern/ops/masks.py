@@ -131,8 +131,8 @@ def inverse_block_mask(
     prob: float,
     length: int,
     adjust: float = 0.0,
-    seed: int = 0,
-    epoch: int = 0,
+    seed: int | Tensor = 0,
+    epoch: int | Tensor = 0,
     backend: str | None = None,
 ) -> MaskPlan:
     """Image masks: visible squares are placed, the rest is masked (compute_block_mask_2d with inverse_mask).
@@ -145,14 +145,16 @@ def inverse_block_mask(
     adjust: in [0, 1], added to the visible share when squares are counted; int(T * ((1 - prob + adjust) /
         length^2)) are placed, centres uniform with replacement, truncated at the border; then uniformly
         chosen single cells are added or removed until the count is exact.
-    seed, epoch: 64-bit seed and epoch number; a change of either changes every mask.
-    Raises ValueError for values out of range and when nothing would be kept.
+    seed, epoch: 64-bit seed and epoch number (0 .. 2^32 - 1); a change of either changes every mask. Each is
+        an int, or a 0-dim int64 tensor on the device of ids (read there, so that a replayed CUDA graph can be
+        given another; the values are not checked, of an epoch the low 32 bits count).
+    Raises ValueError or TypeError for arguments out of range, and ValueError when nothing would be kept.
     """
     op = "inverse_block_mask"
     check_range(op, "grid rows", grid[0], minimum=1)
     check_range(op, "grid columns", grid[1], minimum=1)
     tokens = grid[0] * grid[1]
-    _check_common(op, ids, clones, tokens, prob, epoch)
+    _check_common(op, ids, clones, tokens, prob, seed, epoch)
     _check_blocks(op, length, adjust)
     visible = 1.0 - prob
     centres = int(tokens * ((visible + adjust) / length**2))
@@ -172,8 +174,8 @@ def span_mask(
     prob: float,
     length: int,
     adjust: float = 0.0,
-    seed: int = 0,
-    epoch: int = 0,
+    seed: int | Tensor = 0,
+    epoch: int | Tensor = 0,
     backend: str | None = None,
 ) -> MaskPlan:
     """Speech masks: masked spans, equalised by single time steps (compute_block_mask_1d).
@@ -184,7 +186,7 @@ def span_mask(
     Other arguments and errors as in `inverse_block_mask`.
     """
     op = "span_mask"
-    _check_common(op, ids, clones, tokens, prob, epoch)
+    _check_common(op, ids, clones, tokens, prob, seed, epoch)
     _check_blocks(op, length, adjust)
     centres = int(tokens * ((prob + adjust) / length))
     masked = int(tokens * prob)
@@ -201,8 +203,8 @@ def random_mask(
     tokens: int,
     *,
     prob: float,
-    seed: int = 0,
-    epoch: int = 0,
+    seed: int | Tensor = 0,
+    epoch: int | Tensor = 0,
     backend: str | None = None,
 ) -> MaskPlan:
     """Text masks: tokens chosen one by one (random_masking).
@@ -211,7 +213,7 @@ def random_mask(
     Other arguments and errors as in `inverse_block_mask`.
     """
     op = "random_mask"
-    _check_common(op, ids, clones, tokens, prob, epoch)
+    _check_common(op, ids, clones, tokens, prob, seed, epoch)
     kept = int(tokens * (1.0 - prob))
     _check_counts(op, tokens, kept, prob)
     mask, ids_keep, slot = select("masks", backend, ids).random_mask(
@@ -220,12 +222,20 @@ def random_mask(
     return MaskPlan(mask, ids_keep, slot, clones)
 
 
-def _check_common(op: str, ids: Tensor, clones: int, tokens: int, prob: float, epoch: int) -> None:
+def _check_common(
+    op: str, ids: Tensor, clones: int, tokens: int, prob: float, seed: int | Tensor, epoch: int | Tensor
+) -> None:
     check_shape(op, "ids", ids, ("B",))
     check_dtype(op, "ids", ids, (torch.int64,))
     check_range(op, "clones", clones, minimum=1, maximum=MAX_CLONES)
     check_range(op, "tokens", tokens, minimum=1, maximum=MAX_TOKENS)
-    check_range(op, "epoch", epoch, minimum=0, maximum=MAX_EPOCH)
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if isinstance(value, Tensor):
+            check_shape(op, name, value, ())
+            check_dtype(op, name, value, (torch.int64,))
+            check_same_device(op, **{"ids": ids, name: value})
+    if not isinstance(epoch, Tensor):
+        check_range(op, "epoch", epoch, minimum=0, maximum=MAX_EPOCH)
     if not 0.0 < prob < 1.0:
         raise ValueError(f"{op}: prob must be in (0, 1), got {prob}")
 

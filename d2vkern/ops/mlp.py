@@ -15,7 +15,7 @@ def gelu_mlp(
     b2: Tensor | None,
     *,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """gelu(x w1' + b1) w2' + b2, GELU exact (erf).

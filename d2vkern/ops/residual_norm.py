@@ -17,7 +17,7 @@ def residual_norm(
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     update_bias: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """LayerNorm(x + path * dropout(update + update_bias)) over the last dimension.

@@ -1,6 +1,7 @@
 """Keep-masks for dropout: 16 random bits a decision, so `p` is rounded to a multiple of 2^-16.
 
-With an integer seed the bits come from the counter-based generator, equal in every backend:
+With a seed, an int or a 0-dim int64 tensor, the bits come from the counter-based generator and are equal in
+every backend:
 
     dropout  c0, c1 = low and high word of e // 8, c2 = 0, c3 = purpose << 30     (element e, purpose 3)
              element e reads half-word e % 8 of the counter's 128 bits, low half of a word first;
@@ -30,7 +31,7 @@ def keep_mask(
     shape: tuple[int, ...],
     p: float,
     device: torch.device,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     first: int = 0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -53,7 +54,7 @@ dropout_mask = op_range("dropout/fwd/eager", _costs.dropout)(keep_mask)
 """`keep_mask` outside of another op's range"""
 
 
-def _counter_bits(count: int, seed: int, first: int, device: torch.device) -> Tensor:
+def _counter_bits(count: int, seed: int | Tensor, first: int, device: torch.device) -> Tensor:
     """[count] int64 in 0 .. 2^16 - 1: elements first .. first + count - 1 of the dropout layout."""
     block = indices((first + count + 7) // 8 - first // 8, device) + first // 8
     low, high = split64(block)

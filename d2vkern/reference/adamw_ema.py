@@ -11,6 +11,7 @@ more (78 to 98 ms).
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch import Tensor
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.reference.ema import average_
+
+ENDLESS = 1e9
+"""a step whose bias corrections are 1"""
 
 
 @op_range("adamw_ema/fwd/eager", _costs.adamw_ema)
@@ -38,32 +42,25 @@ def adamw_ema_(
     ema_decay: float | Tensor | None,
     copies: Sequence[Tensor | None],
     teacher_copies: Sequence[Tensor | None],
+    found_inf: Tensor | None = None,
 ) -> None:
     """Update in place tensors that share dtype and device.
 
-    steps: this step's number, shared by all and counted from 1, or one 0-dim device tensor per parameter
-        (capturable). grads are scaled in place by the fused kernel when a clip factor is given.
+    steps: this step's number, counted from 1, or it as one 0-dim device tensor per parameter (capturable);
+        all are equal. grads are scaled in place by the fused kernel when a clip factor is given.
+    found_inf: 0-dim; when it is not 0, nothing changes.
     """
-    on_fused_device = params[0].device.type in ("cpu", "cuda")
-    if on_fused_device and not isinstance(lr, Tensor) and not isinstance(steps, list):
-        _fused(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            steps,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            eps_mode,
-            clip_factor,
-        )
+    scalars = _Scalars(lr, betas, eps, weight_decay, eps_mode, clip_factor)
+    if torch.compiler.is_compiling() and isinstance(steps, list):
+        for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+            _traced(p, g, m, v, steps[0], scalars, found_inf)
+    elif isinstance(steps, list) or isinstance(lr, Tensor):
+        step = steps[0] if isinstance(steps, list) else torch.tensor(steps, device=params[0].device)
+        _fused_on_device(params, grads, exp_avgs, exp_avg_sqs, step, scalars, found_inf)
     else:
-        each_step = steps if isinstance(steps, list) else [torch.tensor(steps)] * len(params)
-        for p, g, m, v, step in zip(params, grads, exp_avgs, exp_avg_sqs, each_step, strict=True):
-            g = g if clip_factor is None else g * clip_factor
-            _plain(p, g, m, v, step, lr, betas, eps, weight_decay, eps_mode)
+        _fused(params, grads, exp_avgs, exp_avg_sqs, steps, scalars)
+    if found_inf is not None and ema_decay is not None:
+        ema_decay = torch.where(found_inf == 0, ema_decay, 1.0)
     for p, low in zip(params, copies, strict=True):
         if low is not None:
             low.copy_(p)
@@ -74,25 +71,31 @@ def adamw_ema_(
         average_([t for t, _, _ in pairs], [p for _, p, _ in pairs], ema_decay, [low for _, _, low in pairs])
 
 
+class _Scalars(NamedTuple):
+    """What is the same for all tensors of a call."""
+
+    lr: float | Tensor
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    eps_mode: str
+    clip_factor: float | Tensor | None
+
+
 def _fused(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     step: float,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    eps_mode: str,
-    clip_factor: float | Tensor | None,
+    s: _Scalars,
 ) -> None:
+    """Step and lr are numbers; fairseq's eps is made torch's."""
     device = params[0].device
-    grad_scale = None
+    clip = s.clip_factor
     # On a CPU the factor can be looked at for free, and 1 spares the kernel a write of every gradient.
-    if clip_factor is not None and not (device.type == "cpu" and float(clip_factor) == 1.0):
-        # The kernel divides by its scale, as after loss scaling.
-        grad_scale = torch.as_tensor(clip_factor, dtype=torch.float32, device=device).reciprocal()
+    if clip is not None and device.type == "cpu" and float(clip) == 1.0:
+        clip = None
     torch._fused_adamw_(
         params,
         grads,
@@ -100,33 +103,89 @@ def _fused(
         exp_avg_sqs,
         [],
         [torch.full((), step, dtype=torch.float32, device=device)] * len(params),
-        lr=lr,
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=weight_decay,
-        eps=eps / (1.0 - betas[1] ** step) ** 0.5 if eps_mode == "fairseq" else eps,
+        lr=s.lr,
+        beta1=s.betas[0],
+        beta2=s.betas[1],
+        weight_decay=s.weight_decay,
+        eps=s.eps / (1.0 - s.betas[1] ** step) ** 0.5 if s.eps_mode == "fairseq" else s.eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=grad_scale,
+        grad_scale=_divisor(clip, device),
     )
 
 
-def _plain(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
+def _fused_on_device(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
     step: Tensor,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    eps_mode: str,
+    s: _Scalars,
+    found_inf: Tensor | None,
 ) -> None:
-    """One parameter with step and lr on the device; 0-dim factors in fp64, because 1 - beta^t cancels."""
-    bias1, root_bias2 = 1.0 - betas[0] ** step.double(), (1.0 - betas[1] ** step.double()).sqrt()
-    p.mul_(1.0 - lr * weight_decay)
-    m.lerp_(g, 1.0 - betas[0])
-    v.mul_(betas[1]).addcmul_(g, g, value=1.0 - betas[1])
-    eps_on_root: float | Tensor = eps if eps_mode == "fairseq" else eps * root_bias2
-    p.sub_((m / (v.sqrt() + eps_on_root)).mul_(lr * root_bias2 / bias1))
+    """Step and lr stay on the device.
+
+    The kernel's eps is a number, and fairseq's as torch's would depend on the step. So there an endless step
+    switches the kernel's bias corrections off; they go into lr, and weight decay is a pass of its own.
+    """
+    device = params[0].device
+    lr = _on_device(s.lr, torch.float64, device)
+    decay, count = s.weight_decay, step
+    if s.eps_mode == "fairseq":
+        # fp64, because 1 - beta^t cancels; a skipped first step has t = 0 and changes nothing
+        t = step.double().clamp(min=1.0)
+        if decay:
+            shrink = 1.0 - lr * decay
+            if found_inf is not None:
+                shrink = torch.where(found_inf == 0, shrink, 1.0)
+            torch._foreach_mul_(params, shrink.to(params[0].dtype))
+        lr = lr * (1.0 - s.betas[1] ** t).sqrt() / (1.0 - s.betas[0] ** t)
+        decay, count = 0.0, torch.full_like(step, ENDLESS)
+    torch._fused_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        [count] * len(params),
+        lr=lr.float(),
+        beta1=s.betas[0],
+        beta2=s.betas[1],
+        weight_decay=decay,
+        eps=s.eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=_divisor(s.clip_factor, device),
+        found_inf=found_inf,
+    )
+
+
+def _traced(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: Tensor, s: _Scalars, found_inf: Tensor | None
+) -> None:
+    """One parameter in plain torch: the fused kernel with lr on the device has no meta function."""
+    t = step.double().clamp(min=1.0)
+    bias1, root_bias2 = 1.0 - s.betas[0] ** t, (1.0 - s.betas[1] ** t).sqrt()
+    g = g if s.clip_factor is None else g * s.clip_factor
+    new_m = m.lerp(g, 1.0 - s.betas[0])
+    new_v = (v * s.betas[1]).addcmul(g, g, value=1.0 - s.betas[1])
+    eps_on_root = s.eps if s.eps_mode == "fairseq" else s.eps * root_bias2
+    new_p = p * (1.0 - s.lr * s.weight_decay) - new_m / (new_v.sqrt() + eps_on_root) * (
+        s.lr * root_bias2 / bias1
+    )
+    for old, new in ((p, new_p), (m, new_m), (v, new_v)):
+        old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
+
+
+def _divisor(clip_factor: float | Tensor | None, device: torch.device) -> Tensor | None:
+    """The kernel divides by its scale, as after loss scaling."""
+    if clip_factor is None:
+        return None
+    return _on_device(clip_factor, torch.float32, device).reciprocal()
+
+
+def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """0-dim; a number is filled in, since copying one from pageable memory would wait for the device."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype)
+    return torch.full((), value, dtype=dtype, device=device)

@@ -33,7 +33,7 @@ class _Inputs(NamedTuple):
 class _Settings(NamedTuple):
     scale: float
     dropout_p: float
-    seed: int | None  # counter-based dropout
+    seed: int | Tensor | None  # counter-based dropout
     local_seed: int  # dropout from torch's generator, repeated in backward
     zero_padded: bool
 
@@ -199,12 +199,17 @@ def multimask_attention(
     lengths: Tensor | None = None,
     softmax_scale: float | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     padded_rows: str = "zero",
 ) -> Tensor:
     scale = qkv.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     given = _Inputs(qkv, positions, slopes, alibi_scale, lengths)
     if torch.compiler.is_compiling():
         return _traced(given, _Settings(scale, dropout_p, seed, 0, padded_rows == "zero"))
-    local_seed = fresh_seed() if dropout_p and seed is None else 0
+    local_seed = 0
+    if dropout_p and seed is None:
+        if qkv.device.type == "cpu":
+            local_seed = fresh_seed()
+        else:  # counter-based, so that a recorded graph draws anew at each replay
+            seed = torch.randint(2**62, (), device=qkv.device)
     return _Attention.apply(*given, _Settings(scale, dropout_p, seed, local_seed, padded_rows == "zero"))

@@ -11,7 +11,8 @@ integers. Each cell t has a 32-bit priority (draw t of its own stream) and
 where `unmarked` is 0 in the union and 1 outside. Equal priorities (one pair in 2^32) go to the smaller t.
 
 All functions take checked arguments and return (mask, ids_keep, slot), the tensors of a MaskPlan. Shapes are
-known without looking at values: no device sync, and torch.compile(fullgraph=True) traces them.
+known without looking at values: no device sync, and torch.compile(fullgraph=True) traces them. Seed and epoch
+are ints or 0-dim int64 tensors.
 """
 
 # B samples, M clones per sample, N = B * M rows, T tokens, K kept
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
-from d2vkern.reference.philox import CENTRES, PRIORITIES, below, row_draws
+from d2vkern.reference.philox import CENTRES, PRIORITIES, Word, below, row_draws
 
 MaskTensors = tuple[Tensor, Tensor, Tensor]
 
@@ -35,8 +36,8 @@ def inverse_block_mask(
     centres: int,
     kept: int,
     length: int,
-    seed: int,
-    epoch: int,
+    seed: Word,
+    epoch: Word,
 ) -> MaskTensors:
     """Visible squares of side `length` on a grid, the rest masked; exactly `kept` cells are visible."""
     height, width = grid
@@ -52,7 +53,7 @@ def inverse_block_mask(
 
 @op_range("masks/fwd/eager", _costs.masks)
 def span_mask(
-    ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, seed: int, epoch: int
+    ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, seed: Word, epoch: Word
 ) -> MaskTensors:
     """Masked spans of `length` tokens; exactly `masked` tokens are masked."""
     cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), tokens)
@@ -63,7 +64,7 @@ def span_mask(
 
 
 @op_range("masks/fwd/eager", _costs.masks)
-def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, seed: int, epoch: int) -> MaskTensors:
+def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, seed: Word, epoch: Word) -> MaskTensors:
     """The `kept` tokens of smallest (priority, t) stay, the others are masked."""
     unmarked = torch.zeros(ids.shape[0] * clones, tokens, dtype=torch.bool, device=ids.device)
     return plan_tensors(~_equalise(unmarked, kept, ids, clones, seed, epoch), kept)
@@ -93,7 +94,7 @@ def _mark(cells: Tensor, tokens: int) -> Tensor:
     return torch.zeros(cells.shape[0], tokens, dtype=torch.bool, device=cells.device).scatter_(1, cells, True)
 
 
-def _equalise(marked: Tensor, target: int, ids: Tensor, clones: int, seed: int, epoch: int) -> Tensor:
+def _equalise(marked: Tensor, target: int, ids: Tensor, clones: int, seed: Word, epoch: Word) -> Tensor:
     """The `target` smallest cells of each row by (unmarked, priority, position), as a [N, T] bool."""
     tokens = marked.shape[1]
     priority = row_draws(ids, clones, tokens, PRIORITIES, seed=seed, epoch=epoch)

@@ -76,7 +76,7 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     keep = dropout_mask((*x.shape[:-1], w1.shape[0]), dropout_p, x.device, seed) if dropout_p else None
     return _GeluMLP.apply(x, w1, b1, w2, b2, keep, 1.0 / (1.0 - dropout_p))

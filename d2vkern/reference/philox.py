@@ -90,16 +90,17 @@ def split64(value: Word) -> tuple[Word, Word]:
     return value & WORD, (value >> 32) & WORD
 
 
-def row_draws(ids: Tensor, clones: int, draws: int, purpose: int, *, seed: int, epoch: int) -> Tensor:
+def row_draws(ids: Tensor, clones: int, draws: int, purpose: int, *, seed: Word, epoch: Word) -> Tensor:
     """The first `draws` words of each of the N = B * clones rows, in the masks layout.
 
-    ids: [B] int64 sample ids. Returns [N, draws] int64, row b * clones + m for clone m of sample b.
+    ids: [B] int64 sample ids. seed, epoch: ints or 0-dim int64 tensors; of an epoch the low 32 bits count.
+    Returns [N, draws] int64, row b * clones + m for clone m of sample b.
     """
     blocks = -(-draws // 4)
     index = torch.arange(blocks, device=ids.device)
     clone = torch.arange(clones, device=ids.device)[:, None]
     low, high = split64(ids[:, None, None])
-    words = philox((low, high, epoch, purpose << 30 | clone << 18 | index), split64(seed))
+    words = philox((low, high, epoch & WORD, purpose << 30 | clone << 18 | index), split64(seed))
     return torch.stack(words, -1).view(ids.shape[0] * clones, 4 * blocks)[:, :draws]
 
 

@@ -77,7 +77,7 @@ def residual_norm(
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     update_bias: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     keep = dropout_mask(update.shape, dropout_p, x.device, seed) if dropout_p else None
     if drop_path_p:

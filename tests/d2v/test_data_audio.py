@@ -64,6 +64,27 @@ def epoch(pipeline: Pipeline, number: int = 0, micro: int = 4) -> list[list[Batc
 
 
 @pytest.mark.parametrize("pad", [False, True], ids=["crop", "pad"])
+def test_buckets_leave_few_shapes(folder: Path, pad: bool) -> None:
+    shapes: dict[float, set[tuple[int, ...]]] = {0.0: set(), 0.5: set()}
+    for bucket, found in shapes.items():
+        pipeline = open_data(str(folder), config(pad=pad, bucket_seconds=bucket, batch=4))
+        for number in range(4):
+            ids = []
+            for step in epoch(pipeline, number, micro=4):
+                for batch in step:
+                    found.add(tuple(batch.source.shape))
+                    ids += batch.ids.tolist()
+                    mask = batch.padding_mask
+                    assert batch.unpadded == batch.source.numel() - (0 if mask is None else int(mask.sum()))
+                    assert sum(b.source.numel() for b in step) <= 4 * RATE
+            assert sorted(ids) == list(range(24))
+    lengths = {length for _, length in shapes[0.5]}
+    # utterances shorter than a bucket are cropped to the shortest of them, as without buckets
+    assert all(length % (RATE // 2) == 0 for length in lengths if length > RATE // 2)
+    assert len(shapes[0.5]) <= 7 and len(shapes[0.5]) < len(shapes[0.0]), shapes
+
+
+@pytest.mark.parametrize("pad", [False, True], ids=["crop", "pad"])
 def test_every_utterance_once_and_no_batch_too_long(folder: Path, pad: bool) -> None:
     pipeline = open_data(str(folder), config(pad=pad))
     orders = []

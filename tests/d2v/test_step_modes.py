@@ -1,0 +1,282 @@
+"""train.compile and train.cuda_graph: same numbers, no waiting for the device, no frozen values."""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from d2v import graph
+from d2v.cli import TrainOptions, _with_modes
+from d2v.config import Config
+from d2v.data import Batch
+from d2v.graph import StepGraphs
+from d2v.profile import run_profile
+from d2v.step import Outcome, Trainer
+from d2v.train import run
+from tests.d2v.tiny_models import make_source
+from tests.d2v.tiny_runs import make_data, tiny
+
+CPU = torch.device("cpu")
+MODALITIES = ["image", "audio", "text"]
+
+
+def batch(modality: str, step: int, size: int = 4, epoch: int = 0) -> Batch:
+    source = make_source(modality, size)
+    source = source.roll(step, 0) if modality == "text" else source + 0.1 * step
+    return Batch(source, torch.arange(size) + step, epoch)
+
+
+def quiet(cfg: Config) -> Config:
+    """Without layerdrop and attention dropout, which draw from host generators on a CPU."""
+    model = dataclasses.replace(cfg.model, layerdrop=0.0, attention_dropout=0.0)
+    return dataclasses.replace(cfg, model=model)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_compiled_training_gives_the_loss_curve(modality: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    # what Dynamo traces is in question here; Inductor takes minutes and is in the profile's test
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    curves = []
+    for compile in (False, True):
+        cfg = quiet(tiny(modality, train={"compile": compile, "steps": 4}, optim={"lr": 1e-2}))
+        dropped = {name: 0.0 for name in ("encoder_dropout", "post_mlp_dropout", "prenet_dropout")}
+        decoder = dataclasses.replace(cfg.model.decoder, input_dropout=0.0)
+        cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, decoder=decoder, **dropped))
+        trainer = Trainer(cfg, CPU)
+        names = set(trainer.model.state_dict())
+        losses = []
+        for step in range(1, 5):
+            outcome = trainer.step(step, [batch(modality, step, size=3), batch(modality, step, size=3)])
+            losses.append(float(torch.stack([*outcome.losses.values()]).sum()))
+        curves.append(losses)
+        assert names == set(Trainer(cfg, CPU).model.state_dict())
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[1] != [curves[1][0]] * 4
+    torch._dynamo.reset()
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on every operator whose result the host has to wait for."""
+
+    WAITING = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique",
+               "_unique2", "allclose", "bincount", "repeat_interleave.Tensor")  # fmt: skip
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        overload = f"{name}.{func._overloadname}"
+        # repeat_interleave with tensor counts reads their sum, unless the size of the output is given
+        sized = "output_size" in (kwargs or {})
+        if name in self.WAITING or (overload in self.WAITING and not sized):
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def no_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Also without what reads a CPU tensor past the dispatcher, where a GPU tensor would be copied."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the host reads a tensor")
+
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "numpy", "__array__", "cpu"):
+            patch.setattr(Tensor, name, refuse)
+        with NoHostReads():
+            yield
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("bad", [False, True], ids=["good", "bad"])
+def test_a_step_never_waits_for_the_device(modality: str, bad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if bad and modality == "text":
+        pytest.skip("token ids have no NaN")
+    trainer = Trainer(quiet(tiny(modality)), CPU, capturable=True)
+    for step in (1, 2):
+        given = [batch(modality, step, size) for size in (3, 2)]
+        if bad and step == 2:
+            given[0].source[0] = float("nan")
+        with no_host_reads(monkeypatch):
+            outcome = trainer.step(step, given)
+    assert trainer.count_bad() == ((1, 1) if bad else (0, 0))
+    assert bool(outcome.good) is not bad
+
+
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda x: x.item(), "float": float, "bool": bool, "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0], "equal": lambda x: torch.equal(x, x), "list": lambda x: x.tolist(),
+    "numpy": lambda x: x.numpy(), "cpu": lambda x: x.cpu(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_the_watch_sees_host_reads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(())
+    with pytest.raises(AssertionError, match="waits|reads"), no_host_reads(monkeypatch):
+        READS[name](x)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_device_decisions_equal_host_decisions(modality: str) -> None:
+    states = []
+    for capturable in (False, True):
+        trainer = Trainer(tiny(modality), CPU, capturable=capturable)
+        for step in range(1, 5):
+            given = batch(modality, step)
+            if step == 3 and modality != "text":
+                given.source[0] = float("inf")
+            trainer.step(step, [given])
+        states.append((trainer.model.state_dict(), trainer.count_bad()))
+    assert states[0][1] == states[1][1]
+    for name, ours in states[0][0].items():
+        torch.testing.assert_close(states[1][0][name], ours, rtol=2e-5, atol=2e-6, msg=name)
+
+
+class FxCapture:
+    """In a CUDA graph's place: every operator of the work, recorded with the tensors it touches.
+
+    What the work takes from the host is a constant of the recording, as in a CUDA graph, and as there
+    recording changes no state.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.recorded = self.replayed = 0
+
+    def warmup(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def __call__(self, work: Callable[[], Outcome]) -> tuple[Callable[[], None], Outcome]:
+        state = [*self.trainer.model.state_dict().values(), self.trainer.bad]
+        state += [t for fields in self.trainer.optimizer.state.values() for t in fields.values()]
+        before, rng = [t.detach().clone() for t in state], torch.get_rng_state()
+        kept: list[Outcome] = []
+
+        def flat() -> list[Tensor]:
+            kept.append(work())
+            return self._tensors(kept[-1])
+
+        recording = make_fx(flat)()
+        with torch.no_grad():
+            for t, value in zip(state, before, strict=True):
+                t.copy_(value)
+        torch.set_rng_state(rng)
+        outcome = copy.copy(kept[-1])
+        outcome.good = torch.zeros((), dtype=torch.bool)
+        outcome.losses = {name: torch.zeros(()) for name in outcome.losses}
+        outcome.grad_norm, outcome.metrics, outcome.health = torch.zeros(()), {}, {}
+        outcome.lr, outcome.decay = torch.zeros(2, dtype=torch.float64)
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch.no_grad():
+                for ours, value in zip(self._tensors(outcome), recording(), strict=True):
+                    ours.copy_(value)
+
+        return replay, outcome
+
+    @staticmethod
+    def _tensors(outcome: Outcome) -> list[Tensor]:
+        assert isinstance(outcome.lr, Tensor) and isinstance(outcome.decay, Tensor)
+        return [outcome.good, outcome.grad_norm, outcome.lr, outcome.decay, *outcome.losses.values()]
+
+
+def graphed(cfg: Config) -> tuple[Trainer, FxCapture]:
+    trainer = Trainer(cfg, CPU, capturable=True)
+    trainer.model.graph_safe = True
+    capture = FxCapture(trainer)
+    trainer.graphs = StepGraphs(trainer, capture)
+    return trainer, capture
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_replayed_steps_equal_plain_ones(modality: str) -> None:
+    # a large eps: the key bias has no gradient but rounding, which Adam would blow up
+    cfg = quiet(tiny(modality, steps=12, optim={"warmup": 3, "eps": 1e-3}))
+    cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, layerdrop=0.3))
+    plain = Trainer(cfg, CPU, capturable=True)
+    plain.model.graph_safe = True
+    results = []
+    for trainer, capture in ((plain, None), graphed(cfg)):
+        torch.manual_seed(3)
+        seen = []
+        for step in range(1, 9):
+            given = batch(modality, step, size=3 if step % 2 else 2, epoch=step // 3)
+            if step == 8 and modality != "text":
+                given.source[0] = float("nan")
+            outcome = trainer.step(step, [given])
+            seen.append([float(sum(outcome.losses.values())), float(outcome.grad_norm)])
+        results.append((seen, trainer.model.state_dict(), trainer.count_bad()))
+        if capture is not None:
+            assert (capture.recorded, capture.replayed) == (2, 2)
+    (ours, state, bad), (theirs, expected, _) = results[1], results[0]
+    assert bad == results[0][2] == ((0, 0) if modality == "text" else (1, 1))
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6, equal_nan=True)
+    for name, value in expected.items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_replay_draws_anew_and_follows_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "WARMUP", 1)
+    cfg = tiny("image", steps=50, optim={"warmup": 40, "lr": 1e-3})
+    trainer, capture = graphed(cfg)
+    same = batch("image", 1)
+    seen = []
+    for step in range(1, 6):
+        outcome = trainer.step(step, [dataclasses.replace(same, epoch=step)])
+        row, _ = trainer.report(step, outcome)
+        seen.append((row["loss_IMAGE_regression"], row["lr"], row["ema_decay"]))
+    assert capture.replayed == 4
+    losses, rates, decays = zip(*seen, strict=True)
+    assert len(set(losses)) == len(set(rates)) == len(set(decays)) == 5
+    assert list(rates) == sorted(rates)
+
+
+def test_no_more_graphs_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "WARMUP", 0)
+    monkeypatch.setattr(graph, "MOST", 1)
+    trainer, capture = graphed(tiny("image"))
+    for step, size in enumerate((2, 3, 2, 3), 1):
+        assert trainer.step(step, [batch("image", step, size)]).good
+    assert (capture.recorded, capture.replayed) == (1, 2)
+
+
+def test_a_cuda_graph_needs_a_gpu(tmp_path: Any) -> None:
+    cfg = tiny("image", train={"cuda_graph": True})
+    with pytest.raises(ValueError, match=r"config: train\.cuda_graph needs a CUDA GPU, got device cpu"):
+        run(cfg, make_data("image", tmp_path / "data"), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_short_options_switch_the_modes() -> None:
+    cfg = tiny("image")
+    sections = {name: getattr(cfg, name) for name in ("model", "optim", "ema", "data", "train")}
+    given = TrainOptions(compile=True, **sections)
+    assert _with_modes(given, cfg) == dataclasses.replace(
+        cfg, train=dataclasses.replace(cfg.train, compile=True)
+    )
+    assert _with_modes(TrainOptions(**sections), cfg) == cfg
+
+
+@pytest.mark.slow
+def test_profile_of_compiled_steps(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    result = run_profile(tiny("image", train={"compile": True}), tmp_path, steps=1, batch=2, quick=True)
+    torch._dynamo.reset()
+    assert result.compile and not result.cuda_graph
+    (report,) = result.reports
+    assert report.coverage >= 0.98
+    named = {row.name for row in report.rows}
+    # phases around compiled regions keep their names
+    assert {"masks/fwd/eager", "adamw_ema/fwd/eager"} <= named
+    assert {"student other", "teacher other", "decoder other"} <= named
+    assert "image_tiny, fp32, compile, source" in capsys.readouterr().out
