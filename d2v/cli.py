@@ -64,7 +64,8 @@ def _parse(options: type[T], arguments: Sequence[str], command: str, default: T 
 class TrainOptions:
     """Pretrain: `d2v train PRESET --data PATH --out RUN`, or `d2v train --resume RUN`.
 
-    Every value of the preset can be overridden by its name.
+    Every value of the preset can be overridden by its name. --backend NAME is short for --train.backend, and
+    --backend.OP=NAME chooses for one op.
     """
 
     path: Annotated[str | None, arg(name="data", metavar="PATH")] = None
@@ -102,7 +103,7 @@ def train(arguments: Sequence[str]) -> int:
         base, source = read_config(resumed)
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
-    given = _parse(TrainOptions, rest, command, defaults)
+    given = _parse(TrainOptions, _join_backends(rest, "--train.backend"), command, defaults)
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
     if name is None and given.resume is None:
         raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
@@ -126,6 +127,23 @@ def _with_modes(given: TrainOptions | ProfileOptions, cfg: Config) -> Config:
         cuda_graph=cfg.train.cuda_graph or given.cuda_graph,
     )
     return dataclasses.replace(cfg, train=train)
+
+
+def _join_backends(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments with every --backend X and --backend.OP Y joined into one `option`."""
+    rest: list[str] = []
+    parts: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--backend")
+        if name == flag or (name and not name.startswith(".")):
+            rest.append(word)
+            continue
+        if not equals and (value := next(words, "")) == "":
+            raise UsageError(f"d2v: {flag} needs the name of a backend")
+        parts.append(f"{name[1:]}={value}" if name else value)
+    return [*rest, option, ",".join(parts)] if parts else rest
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -325,7 +343,7 @@ class ProfileOptions:
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """folder to write into; none: runs/profile_PRESET"""
     backend: Annotated[str | None, arg(metavar="NAME")] = None
-    """as D2VKERN_BACKEND takes it (eager,attention=triton); none: auto"""
+    """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: auto"""
     against: Annotated[str | None, arg(metavar="NAME")] = None
     """a second backend, such as eager, shown beside the first"""
     steps: int = 5
@@ -352,7 +370,7 @@ def profile(arguments: Sequence[str]) -> int:
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = ProfileOptions(**{key: getattr(base, key) for key in sections})
     rest = arguments if name is None else arguments[1:]
-    given = _parse(ProfileOptions, rest, f"profile {name or 'PRESET'}", defaults)
+    given = _parse(ProfileOptions, _join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)
     if name is None:
         raise UsageError(f"d2v profile: the preset is missing; presets: {', '.join(PRESETS)}")
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))

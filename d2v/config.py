@@ -252,6 +252,8 @@ class TrainConfig:
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: activations and matrix products in bf16, weights, teacher and optimizer in fp32"""
+    backend: str = "auto"
+    """of d2vkern's ops: auto, eager, triton, native, or op by op: triton,attention=eager"""
     compile: bool = False
     """torch.compile of the front end, every block and the decoder"""
     cuda_graph: bool = False

@@ -8,7 +8,6 @@ GB/s say how near an implementation is to what the op must move, not how busy it
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import statistics
@@ -22,10 +21,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity
 
-import d2vkern
 from d2vkern._nvtx import Tally, force_ranges, phase, tally_costs
 
 from . import graph
+from .backends import AUTO, use_backends
 from .batching import UNITS, micro_batch
 from .checkpoint import write_environment
 from .config import Config, ImageFront, TextFront
@@ -132,7 +131,7 @@ def run_profile(
     if steps < 1 or (batch is not None and batch < 1):
         raise ValueError(f"profile: steps and batch must be positive, got {steps} and {batch}")
     for request in (backend, against):
-        with _use(request):
+        with use_backends(request or AUTO):
             pass
     device = pick_device(cfg.train.device)
     if device.type == "cpu":
@@ -142,7 +141,7 @@ def run_profile(
     cfg, source = _inputs(cfg, device, data, batch, out)
     dtypes = {torch.float32, _dtype(cfg)}
     before = rates(device, dtypes, quick=quick)
-    names = [backend or "auto", *([against] if against else [])]
+    names = [backend or AUTO, *([against] if against else [])]
     runners = [_Runner(cfg, device, source, name) for name in names]
     for _ in range(WARMUP + (graph.WARMUP if cfg.train.cuda_graph else 0)):
         for runner in runners:
@@ -185,18 +184,6 @@ def run_profile(
 def _dtype(cfg: Config) -> torch.dtype:
     """Of activations and matrix products."""
     return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-
-
-def _use(request: str | None) -> contextlib.AbstractContextManager[None]:
-    """`use_backend` of a request as D2VKERN_BACKEND takes it. BackendError for what is not known."""
-    default, per_op = None, {}
-    for part in (request or "").split(","):
-        stem, equals, name = part.strip().partition("=")
-        if equals:
-            per_op[stem] = name
-        elif stem and stem != "auto":
-            default = stem
-    return d2vkern.use_backend(default, **per_op)
 
 
 def _inputs(
@@ -260,7 +247,7 @@ class _Runner:
     def step(self) -> list[Batch]:
         """One step; returns its micro-batches."""
         self.number += 1
-        with _use(self.backend), phase("step"):
+        with use_backends(self.backend), phase("step"):
             with phase("data"):
                 batches = next(self.stream)
             self.trainer.step(self.number, batches)

@@ -17,6 +17,7 @@ from torch import Tensor
 from d2vkern._nvtx import phase
 
 from . import rng
+from .backends import use_backends
 from .checkpoint import Checkpoint, fill_model
 from .config import Config
 from .data import Batch
@@ -50,12 +51,15 @@ class Trainer:
 
     capturable: take decisions on the device, reading nothing there; None: except on a CPU, where reading is
         free.
-    Seeds the global random generators with `train.seed`. ValueError for train.cuda_graph without a GPU.
+    Seeds the global random generators with `train.seed`. ValueError for train.cuda_graph without a GPU and
+    for backends that are not known.
     """
 
     def __init__(self, cfg: Config, device: torch.device, *, capturable: bool | None = None) -> None:
         if cfg.train.cuda_graph and device.type != "cuda":
             raise ValueError(f"config: train.cuda_graph needs a CUDA GPU, got device {device}")
+        with use_backends(cfg.train.backend):
+            pass  # names are checked before anything is made
         self.cfg, self.device = cfg, device
         self.capturable = device.type != "cpu" if capturable is None else capturable
         rng.seed_all(cfg.train.seed)
@@ -77,10 +81,12 @@ class Trainer:
 
         With train.cuda_graph the outcome's tensors are overwritten by the next step.
         """
-        if self.graphs is not None:
-            return self.graphs.step(number, batches)
-        lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
-        return self.work(batches, [batch.epoch for batch in batches], lr, teacher_decay(self.cfg.ema, number))
+        with use_backends(self.cfg.train.backend):
+            if self.graphs is not None:
+                return self.graphs.step(number, batches)
+            lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
+            decay = teacher_decay(self.cfg.ema, number)
+            return self.work(batches, [batch.epoch for batch in batches], lr, decay)
 
     def work(
         self,

@@ -14,13 +14,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v import graph
-from d2v.cli import TrainOptions, _with_modes
+from d2v.cli import TrainOptions, _join_backends, _with_modes
 from d2v.config import Config
 from d2v.data import Batch
 from d2v.graph import StepGraphs
 from d2v.profile import run_profile
 from d2v.step import Outcome, Trainer
 from d2v.train import run
+from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source
 from tests.d2v.tiny_runs import make_data, tiny
 
@@ -280,3 +281,32 @@ def test_profile_of_compiled_steps(tmp_path: Any, capsys: pytest.CaptureFixture[
     assert {"masks/fwd/eager", "adamw_ema/fwd/eager"} <= named
     assert {"student other", "teacher other", "decoder other"} <= named
     assert "image_tiny, fp32, compile, source" in capsys.readouterr().out
+
+
+def test_the_backend_of_a_run_is_used() -> None:
+    cfg = tiny("image", train={"backend": "eager,masks=eager"}, steps=1)
+    with backend_spy() as calls:
+        Trainer(cfg, CPU).step(1, [batch("image", 1)])
+    assert {name for _, name in calls} == {"eager"}
+    for backend, words in (("eagre", "unknown backend 'eagre'"), ("eager,mask=eager", "unknown op 'mask'")):
+        wrong = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, backend=backend))
+        with pytest.raises(ValueError, match=words):
+            Trainer(wrong, CPU)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--backend", "eager", "--out", "x"], ["--out", "x", "--train.backend", "eager"]),
+        (["--backend=triton", "--backend.attention=eager"], ["--train.backend", "triton,attention=eager"]),
+        (["--backend.loss", "eager"], ["--train.backend", "loss=eager"]),
+        (["--backends", "x", "--train.backend", "eager"], ["--backends", "x", "--train.backend", "eager"]),
+    ],
+)
+def test_backend_options_are_joined(arguments: list[str], expected: list[str]) -> None:
+    assert _join_backends(arguments, "--train.backend") == expected
+
+
+def test_a_backend_option_needs_a_name() -> None:
+    with pytest.raises(ValueError, match="--backend.loss needs the name of a backend"):
+        _join_backends(["--backend.loss"], "--train.backend")
