@@ -6,10 +6,11 @@ are not there. A launch on meta tensors computes nothing.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -67,6 +68,17 @@ def launch(
         recorder.append(Launch(kernel, tuple(grid), args, constexprs, num_warps, num_stages, fp_fusion))
     if any(isinstance(value, Tensor) and value.device.type == "meta" for value in args):
         return
-    kernel[tuple(grid)](
-        *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs
-    )
+    with _device_of(args):
+        kernel[tuple(grid)](
+            *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs
+        )
+
+
+def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
+    """Makes the GPU of the first tensor current where it is not: Triton starts kernels there."""
+    for value in args:
+        if isinstance(value, Tensor):
+            if value.is_cuda and value.device.index != torch.cuda.current_device():
+                return torch.cuda.device(value.device)
+            break
+    return nullcontext()

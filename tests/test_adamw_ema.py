@@ -400,3 +400,23 @@ def test_compiled_capturable_steps_are_compiled_once_state_exists() -> None:
         step()
     assert len(graphs) <= 2
     torch._dynamo.reset()
+
+
+def test_gradients_of_other_strides_are_read_by_their_strides() -> None:
+    weights = []
+    for transposed in (False, True):
+        weight = torch.nn.Parameter(torch.arange(12.0).view(3, 4))
+        grad = torch.linspace(-1, 1, 12).view(3, 4)
+        weight.grad = grad.t().contiguous().t() if transposed else grad
+        AdamWEMA([weight], lr=0.1).step(clip_factor=0.5)
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+def test_found_inf_keeps_the_digits_of_the_decay() -> None:
+    weight = torch.nn.Parameter(torch.ones(1))
+    weight.grad = torch.zeros(1)
+    teacher = torch.zeros(1)
+    optimizer = AdamWEMA([weight], lr=0.0, teacher=[teacher], capturable=True)
+    optimizer.step(ema_decay=0.99999, found_inf=torch.tensor(0.0))
+    assert teacher.item() == pytest.approx(1e-5, rel=1e-6)

@@ -1,6 +1,7 @@
-"""kernels/_common.py in the Triton interpreter: GELU's accuracy, Philox's bits; both compile for GPUs."""
+"""kernels/_common.py in the Triton interpreter and on a GPU: GELU's accuracy, Philox's bits, the normals."""
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -19,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tests" / "interpret_common.py"
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, np.ndarray]:
     """The script's inputs and outputs by name."""
     folder = tmp_path_factory.mktemp("interpreter")
     # Beyond 12 the tails vanish; 1001 is no multiple of the block.
@@ -29,8 +32,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
     words[:, 0], words[:, 1] = 0, 2**32 - 1
     inputs = {"x": np.concatenate(points).astype(np.float32), "words": words}
     np.savez(folder / "in.npz", **inputs)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(SCRIPT), str(folder / "in.npz"), str(folder / "out.npz")]
+    interpret = "1" if request.param == "cpu" else "0"
+    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), str(folder / "in.npz"), str(folder / "out.npz"), request.param]
     subprocess.run(command, env=environment, check=True)
     return {**inputs, **np.load(folder / "out.npz")}
 
@@ -55,16 +59,44 @@ def test_philox_words_equal_the_reference(results: dict[str, np.ndarray]) -> Non
     np.testing.assert_array_equal(results["draws"], expected.astype(np.uint32))
 
 
+def ulps(actual: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """Distance in units of the last place of `expected` itself, however small it is."""
+    return np.abs(actual.astype(np.float64) - expected) / np.spacing(np.abs(expected))
+
+
+def test_every_normal_is_within_4_ulp(results: dict[str, np.ndarray]) -> None:
+    """All 2^24 radii and 2^24 angles against eager on the CPU.
+
+    Factors within 1 ulp of eager's suffice. For mantissas r and c in [1, 2), the product is off by at most
+    r + c ulp where r c < 2, else by (r + c) / 2: below 3, to first order, and by 4 after both are rounded.
+    """
+    count = torch.arange(1 << 24)
+    angle = count.float().mul_(2.0 * math.pi * 2.0**-24)
+    # The largest word's radius is 0, and so is the sine of angle 0.
+    radius = (count + 1).float().mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    for actual, expected in zip(results["polar"], (radius, angle.cos(), angle.sin()), strict=True):
+        assert ulps(actual, expected.numpy()).max() <= 1
+
+
+def test_normals_equal_the_reference(results: dict[str, np.ndarray]) -> None:
+    words = torch.from_numpy(results["draws"].astype(np.int64))
+    expected = philox.normal((words[0], words[1], words[2], words[3])).T.numpy()
+    error = ulps(results["normals"], expected)
+    assert error.max() <= 4 and error.mean() < 0.5
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_helpers_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
     program = (
         "import sys, triton\n"
         "from triton.backends.compiler import GPUTarget\n"
         "from triton.compiler import ASTSource\n"
-        "from interpret_common import gelu_kernel, philox_kernel\n"
+        "from interpret_common import gelu_kernel, normals_kernel, philox_kernel\n"
         "floats = dict(x_ptr='*fp32', y_ptr='*fp32', dy_ptr='*fp32', size='i32', BLOCK='constexpr')\n"
         "integers = dict(words_ptr='*i32', out_ptr='*i32', size='i32', BLOCK='constexpr')\n"
-        "for kernel, signature in ((gelu_kernel, floats), (philox_kernel, integers)):\n"
+        "normals = dict(words_ptr='*i32', out_ptr='*fp32', size='i32', BLOCK='constexpr')\n"
+        "kernels = (gelu_kernel, floats), (philox_kernel, integers), (normals_kernel, normals)\n"
+        "for kernel, signature in kernels:\n"
         "    source = ASTSource(kernel, signature, constexprs={'BLOCK': 1024})\n"
         "    compiled = triton.compile(source, target=GPUTarget('cuda', int(sys.argv[1]), 32))\n"
         "    print(len(compiled.asm['cubin']))\n"
@@ -75,4 +107,4 @@ def test_helpers_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(capability)]
     run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     sizes = [int(line) for line in run.stdout.split()]
-    assert len(sizes) == 2 and min(sizes) > 1000
+    assert len(sizes) == 3 and min(sizes) > 1000

@@ -15,6 +15,7 @@ from torch import Tensor
 from d2vkern._backend import select
 from d2vkern._checks import check_choice, check_dtype, check_range, check_shape
 from d2vkern.ops.ema import check_lists, ema_update_
+from d2vkern.reference.adamw_ema import decay_unless
 
 _MASTER_DTYPES = (torch.float32, torch.float64)
 _Attached = Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
@@ -163,7 +164,12 @@ class AdamWEMA(torch.optim.Optimizer):
         for group in self.param_groups:
             for steps, params in self._alike(group, found_inf):
                 grads = [p.grad for p in params if p.grad is not None]
-                select("adamw_ema", self.backend, *params, *grads).adamw_ema_(
+                teachers, copies, teacher_copies = (
+                    [attached.get(p) for p in params]
+                    for attached in (self._teachers, self._copies, self._teacher_copies)
+                )
+                written = [t for t in (*teachers, *copies, *teacher_copies) if t is not None]
+                select("adamw_ema", self.backend, *params, *grads, *written).adamw_ema_(
                     params,
                     grads,
                     [self.state[p]["exp_avg"] for p in params],
@@ -175,16 +181,16 @@ class AdamWEMA(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"],
                     eps_mode=group["eps_mode"],
                     clip_factor=clip_factor,
-                    teachers=[self._teachers.get(p) for p in params],
+                    teachers=teachers,
                     ema_decay=ema_decay,
-                    copies=[self._copies.get(p) for p in params],
-                    teacher_copies=[self._teacher_copies.get(p) for p in params],
+                    copies=copies,
+                    teacher_copies=teacher_copies,
                     found_inf=found_inf,
                 )
                 updated.update(params)
         if ema_decay is not None:
             if found_inf is not None:
-                ema_decay = torch.where(found_inf == 0, ema_decay, 1.0)
+                ema_decay = decay_unless(found_inf, ema_decay)
             self._update_teachers([p for p in self._teachers if p not in updated], ema_decay)
         return result
 
@@ -202,7 +208,7 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> list[tuple[float | list[Tensor], list[Tensor]]]:
         """(steps, parameters) of each call: parameters with a gradient, of one step, dtype and device."""
         buckets: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        begun = len(self._histories)
+        begun, counts = len(self._histories), []
         for p in group["params"]:
             if p.grad is None:
                 if p in self._histories:
@@ -217,13 +223,11 @@ class AdamWEMA(torch.optim.Optimizer):
                 self._histories[p] = _History(0.0, self._begun)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if group["capturable"]:
-                state["step"].add_(1 if found_inf is None else (found_inf == 0))
-                step: float | _History = self._histories[p]
-            else:
-                state["step"].add_(1)
-                step = float(state["step"])
+            counts.append(state["step"])
+            step: float | _History = self._histories[p] if group["capturable"] else float(state["step"]) + 1
             buckets[step, p.dtype, p.device].append(p)
+        if counts:
+            torch._foreach_add_(counts, 1.0 if found_inf is None else (found_inf == 0).float())
         self._begun += len(self._histories) > begun
         return [
             ([self.state[p]["step"] for p in params] if group["capturable"] else step, params)

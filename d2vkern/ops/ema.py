@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_same_device, check_shape
+from d2vkern._checks import FLOATS, check_dtype, check_range, check_same_device, check_shape
 
 _TEACHER_DTYPES = (torch.float32, torch.float64)
 
@@ -53,7 +53,8 @@ def ema_update_(
                     low.copy_(t)
             return
     if len(teacher) > 0:
-        select("ema", backend, *teacher).ema_update_(teacher, student, decay, copies)
+        tensors = (*teacher, *student, *(low for low in copies if low is not None))
+        select("ema", backend, *tensors).ema_update_(teacher, student, decay, copies)
 
 
 def annealed_decay(step: int, decay: float, end_decay: float, anneal: int) -> float:
@@ -172,8 +173,12 @@ def check_lists(
                 f"{op}: teacher[{index}] must have dtype float32 or float64 "
                 f"(a low-precision average never moves), got {t.dtype}"
             )
-        for name, tensor in ((f"student[{index}]", s), (f"copies[{index}]", low)):
-            if tensor is not None:
+        for kind, tensor in (("student", s), ("copies", low)):
+            fits = tensor is None or (
+                tensor.shape == t.shape and tensor.device == t.device and tensor.dtype in FLOATS
+            )
+            if not fits:  # a step checks hundreds of pairs: words are made for the wrong one only
+                name = f"{kind}[{index}]"
                 check_shape(op, name, tensor, tuple(t.shape), like=f"teacher[{index}]")
                 check_dtype(op, name, tensor)
                 check_same_device(op, **{f"teacher[{index}]": t, name: tensor})

@@ -50,6 +50,11 @@ def adamw_ema_(
         all are equal. grads are scaled in place by the fused kernel when a clip factor is given.
     found_inf: 0-dim; when it is not 0, nothing changes.
     """
+    # torch's fused kernel on a CPU walks memory, not strides
+    grads = [
+        g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+        for p, g in zip(params, grads, strict=True)
+    ]
     scalars = _Scalars(lr, betas, eps, weight_decay, eps_mode, clip_factor)
     if torch.compiler.is_compiling() and isinstance(steps, list):
         for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
@@ -60,7 +65,7 @@ def adamw_ema_(
     else:
         _fused(params, grads, exp_avgs, exp_avg_sqs, steps, scalars)
     if found_inf is not None and ema_decay is not None:
-        ema_decay = torch.where(found_inf == 0, ema_decay, 1.0)
+        ema_decay = decay_unless(found_inf, ema_decay)
     for p, low in zip(params, copies, strict=True):
         if low is not None:
             low.copy_(p)
@@ -69,6 +74,11 @@ def adamw_ema_(
             (t, p, low) for t, p, low in zip(teachers, params, teacher_copies, strict=True) if t is not None
         ]
         average_([t for t, _, _ in pairs], [p for _, p, _ in pairs], ema_decay, [low for _, _, low in pairs])
+
+
+def decay_unless(found_inf: Tensor, decay: float | Tensor) -> Tensor:
+    """The decay, or 1 where found_inf is not 0; 0-dim fp64, since fp32 would leave 1 - 0.99999 two digits."""
+    return torch.where(found_inf == 0, _on_device(decay, torch.float64, found_inf.device), 1.0)
 
 
 class _Scalars(NamedTuple):
@@ -147,7 +157,7 @@ def _fused_on_device(
         exp_avgs,
         exp_avg_sqs,
         [],
-        [count] * len(params),
+        [count.float()] * len(params),
         lr=lr.float(),
         beta1=s.betas[0],
         beta2=s.betas[1],
@@ -156,7 +166,7 @@ def _fused_on_device(
         amsgrad=False,
         maximize=False,
         grad_scale=_divisor(s.clip_factor, device),
-        found_inf=found_inf,
+        found_inf=None if found_inf is None else found_inf.float(),
     )
 
 

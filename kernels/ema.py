@@ -1,0 +1,148 @@
+"""Moving average of many tensors in one launch.
+
+    teacher += (1 - decay) * (student - teacher);  copy = round(teacher)
+
+Layout and dtypes: `_chunks.py`; teacher fp32 as a rule, student and copy fp32, fp16 or bf16, per row. One
+program does one chunk of one tensor. All arithmetic is fp32; 1 - decay is made in fp64, on the host from a
+number and in the kernel from a 0-dim tensor. There is no backward.
+
+Bytes per element, as at the floor: 12 with an fp32 student (read teacher and student, write teacher), 10 with
+a 16-bit one; 2 more for a 16-bit copy, 4 for an fp32 one.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2vkern import _costs
+from d2vkern._library import define
+from d2vkern._nvtx import op_range
+from d2vkern.kernels._chunks import NONE, Column, address_of, find_chunk, lerp, pointer, table_of
+from d2vkern.kernels._launch import launch
+from d2vkern.kernels._tuning import choose, power_of_two_bucket
+
+
+@triton.jit
+def ema_fwd_kernel(
+    table_ptr,  # int64, see _chunks.py; columns teacher, student, copy
+    decay_ptr,  # 0-dim, any float, or None
+    weight,  # 1 - decay, or None
+    KINDS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    record_ptr, first, in_fours, count, kind = find_chunk(table_ptr, CHUNK)
+    teacher, student = address_of(record_ptr, 0), address_of(record_ptr, 1)
+    copy = address_of(record_ptr, 2)
+    if decay_ptr is not None:
+        weight = (1.0 - tl.load(decay_ptr).to(tl.float64)).to(tl.float32)
+    for i in tl.static_range(len(KINDS)):
+        if len(KINDS) == 1 or kind == i:
+            _average(teacher, student, copy, weight, first, 0, in_fours, KINDS[i], True, BLOCK)
+            _average(teacher, student, copy, weight, first, in_fours, count, KINDS[i], False, BLOCK // 4)
+
+
+@triton.jit
+def _average(
+    teacher,
+    student,
+    copy,
+    weight,
+    first,
+    start,
+    end,
+    KIND: tl.constexpr,
+    IN_FOURS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elements `start` to `end`, counted from `first`."""
+    t_ptr = pointer(teacher, first, KIND[0], IN_FOURS)
+    s_ptr = pointer(student, first, KIND[1], IN_FOURS)
+    c_ptr = pointer(copy, first, KIND[2], IN_FOURS)
+    for begin in range(start, end, BLOCK):
+        # all: [BLOCK]
+        at = begin + tl.arange(0, BLOCK)
+        inside = at < end
+        t = tl.load(t_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        t = lerp(t, s, weight)
+        tl.store(t_ptr + at, t, mask=inside)
+        if KIND[2] != NONE:
+            tl.store(c_ptr + at, t, mask=inside)
+
+
+def _cost(
+    teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], *settings: object
+) -> _costs.Cost:
+    return _costs.ema(teacher, student, None, copies)
+
+
+@op_range("ema/fwd/triton", _cost)
+def _run(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    copies: list[Tensor],
+    copied: list[int],
+    decay: float,
+    decay_tensor: Tensor | None,
+) -> None:
+    columns = (
+        Column("teacher", teacher, written=True),
+        Column("student", student),
+        Column("copies", copies, copied, written=True),
+    )
+    config = choose(
+        "ema_fwd_kernel",
+        power_of_two_bucket(values=sum(map(Tensor.numel, teacher))),
+        [
+            {"CHUNK": 8192, "BLOCK": 2048, "num_warps": 8, "num_stages": 1},
+            {"CHUNK": 4096, "BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+            {"CHUNK": 16384, "BLOCK": 2048, "num_warps": 8, "num_stages": 1},
+            {"CHUNK": 32768, "BLOCK": 4096, "num_warps": 8, "num_stages": 1},
+        ],
+    )
+    with table_of("ema", columns, config["CHUNK"]) as table:
+        launch(
+            ema_fwd_kernel,
+            (table.programs,),
+            table.data,
+            None if decay_tensor is None else decay_tensor.to(teacher[0].device),
+            None if decay_tensor is not None else 1.0 - decay,
+            KINDS=table.kinds,
+            **config,
+        )
+
+
+_update = define(
+    "ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor(b!)[] copies, int[] copied, float decay, "
+    "Tensor? decay_tensor) -> ()",
+    _run,
+    lambda teacher, student, copies, copied, decay, decay_tensor: None,
+)
+
+
+def ema_update_(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    decay: float | Tensor,
+    copies: Sequence[Tensor | None],
+) -> None:
+    """In place on `teacher` and `copies`, one launch per device; see d2vkern.ops.ema."""
+    rows: defaultdict[torch.device, list[int]] = defaultdict(list)
+    for i, t in enumerate(teacher):
+        rows[t.device].append(i)
+    number, tensor = (0.0, decay) if isinstance(decay, Tensor) else (float(decay), None)
+    for here in rows.values():
+        low = [copies[i] for i in here]
+        _update(
+            [teacher[i] for i in here],
+            [student[i] for i in here],
+            [c for c in low if c is not None],
+            [i for i, c in enumerate(low) if c is not None],
+            number,
+            tensor,
+        )
