@@ -1,11 +1,19 @@
-"""What becomes of measured rows: shares of the machine's ceilings, tables, comparison with old ones."""
+"""What becomes of measured rows: shares of the machine's ceilings, tables, files, comparison."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
 KEY = ("stem", "op", "case", "preset", "shape", "dtype", "direction", "variant")
+NOT_MEASURED = "not measured"
+MACHINE = ("device", "cpu", "gpu", "driver", "torch", "triton", "commit", "size")
+"""facts of the provenance that all rows of a file share"""
 
 
 def add_ceilings(rows: list[dict[str, Any]], copy: float, matmul: dict[str, float]) -> None:
@@ -83,6 +91,75 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float) -> tuple
     if len(timed) and not any(_key(row) in timed for row in new["rows"]):
         raise ValueError("compare: no case of the new results is in the old ones")
     return lines, worse
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write all or nothing: whoever is stopped by a time limit leaves the file of the last call."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def check_same_machine(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise ValueError when results with these two provenances do not belong into one file."""
+    for fact in MACHINE:
+        if before.get(fact) != now.get(fact):
+            raise ValueError(
+                f"resume: {fact} of the results must be {now.get(fact)!r} as here, got {before.get(fact)!r}"
+            )
+
+
+@dataclass(frozen=True)
+class Results:
+    """One file of results."""
+
+    path: Path
+    data: dict[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Hardware, versions, commit and date under one set of names, whoever wrote the file."""
+        found: dict[str, Any] = {}
+        for part in ("machine", "environment", "provenance"):
+            found |= self.data.get(part, {})
+        found.setdefault("threads", found.get("torch_threads"))
+        if self.data.get("device") != "cpu":
+            found.setdefault("gpu", next(iter(found.get("gpus", [])), None))
+        return found
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.facts.get("gpu"))
+
+    @property
+    def source(self) -> str:
+        """Where the numbers come from, in a line."""
+        facts = self.facts
+        parts = [facts.get("gpu") or facts.get("cpu") or facts.get("device")]
+        parts += [f"{key} {facts[key]}" for key in ("cores", "threads") if facts.get(key)]
+        parts += [f"{key} {facts[key]}" for key in ("driver", "torch", "triton") if facts.get(key)]
+        if facts.get("commit"):
+            changed = " with changes" if facts.get("uncommitted_changes") else ""
+            parts.append(f"commit {facts['commit'][:7]}{changed}")
+        parts.append(str(facts["date"])[:10] if facts.get("date") else None)
+        parts.append("incomplete" if self.data.get("complete") is False else None)
+        return f"`{self.path.name}`: {', '.join(part for part in parts if part)}."
+
+
+def short(value: float | None) -> str:
+    """Three digits, no exponent; None is what was not measured."""
+    return NOT_MEASURED if value is None else f"{float(f'{value:.3g}'):,.10g}"
+
+
+def percent(value: float | None) -> str:
+    return NOT_MEASURED if value is None else f"{value:.0%}"
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
+    """A table; the first `words` columns are text, the others numbers."""
+    rule = ["---" if i < words else "---:" for i in range(len(head))]
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:

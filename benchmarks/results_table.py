@@ -6,8 +6,8 @@
 A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The first word of a file's name
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
 `scaling_*.json` (scaling.py), `profile_*.json` (profile.json of `d2v profile`), `demo_*.json` (summary.json
-of `d2v demo`). No number is typed by hand: a table without a file says "not measured", and so does a cell
-without a time.
+of `d2v demo`); the table `hotpaths` is made from the step's files too. No number is typed by hand: a table
+without a file says "not measured", and so does a cell without a time.
 """
 
 from __future__ import annotations
@@ -17,84 +17,16 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling
+from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
+from benchmarks.step_table import goals_table, hot_paths_table, plot_steps, step_table
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_MEASURED = "not measured"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- /?results:\w+ -->")
-
-
-@dataclass(frozen=True)
-class Results:
-    """One file of results."""
-
-    path: Path
-    data: dict[str, Any]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Hardware, versions, commit and date under one set of names, whoever wrote the file."""
-        found: dict[str, Any] = {}
-        for part in ("machine", "environment", "provenance"):
-            found |= self.data.get(part, {})
-        found.setdefault("threads", found.get("torch_threads"))
-        if self.data.get("device") != "cpu":
-            found.setdefault("gpu", next(iter(found.get("gpus", [])), None))
-        return found
-
-    @property
-    def on_gpu(self) -> bool:
-        return bool(self.facts.get("gpu"))
-
-    @property
-    def source(self) -> str:
-        """Where the numbers come from, in a line."""
-        facts = self.facts
-        parts = [facts.get("gpu") or facts.get("cpu") or facts.get("device")]
-        parts += [f"{key} {facts[key]}" for key in ("cores", "threads") if facts.get(key)]
-        parts += [f"{key} {facts[key]}" for key in ("driver", "torch", "triton") if facts.get(key)]
-        if facts.get("commit"):
-            changed = " with changes" if facts.get("uncommitted_changes") else ""
-            parts.append(f"commit {facts['commit'][:7]}{changed}")
-        parts.append(str(facts["date"])[:10] if facts.get("date") else None)
-        return f"`{self.path.name}`: {', '.join(part for part in parts if part)}."
-
-
-def short(value: float | None) -> str:
-    """Three digits, no exponent; None is what was not measured."""
-    return NOT_MEASURED if value is None else f"{float(f'{value:.3g}'):,.10g}"
-
-
-def percent(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.0%}"
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> list[str]:
-    """A table; the first `words` columns are text, the others numbers."""
-    rule = ["---" if i < words else "---:" for i in range(len(head))]
-    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
-
-
-def step_table(found: Results) -> list[str]:
-    """Whole training steps, the original's beside them where it was measured."""
-    rows = found.data["results"] if "results" in found.data else found.data["steps"]
-    variants = any("variant" in row for row in rows)
-    head = ["preset", "precision", *["variant"] * variants, "s a step", "of fp32 matmul", "peak MiB",
-            "original: s", "of fp32 matmul", "peak MiB"]  # fmt: skip
-    cells = []
-    for row in rows:
-        original = row.get("original") or {}
-        cells.append(
-            [row["preset"], row["precision"], *[row.get("variant", "")] * variants, short(row.get("seconds")),
-             percent(row.get("share_of_fp32_matmul")), short(row.get("peak_MiB")),
-             short(original.get("seconds")), percent(original.get("share")), short(original.get("MiB"))]
-        )  # fmt: skip
-    return markdown(head, cells, 2 + variants)
 
 
 def op_lines(found: Results) -> Iterator[tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
@@ -187,29 +119,35 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "profile": profile_table,
     "scaling": scaling_table,
     "demo": demo_table,
+    "hotpaths": hot_paths_table,
 }
-PER_DEVICE = ("step", "ops", "profile", "scaling")
+SOURCES = {"hotpaths": "step"}
+"""tables whose files carry another table's name"""
+PER_DEVICE = ("step", "ops", "profile", "scaling", "hotpaths")
 """tables that say what was not measured on a GPU"""
 
 
 def load(folder: Path) -> dict[str, list[Results]]:
     """Table -> its files, by name. ValueError for a file that belongs to no table."""
-    found: dict[str, list[Results]] = {name: [] for name in TABLES}
+    found: dict[str, list[Results]] = {name: [] for name in TABLES if name not in SOURCES}
     for path in sorted(folder.glob("*.json")):
         name = path.stem.split("_")[0]
-        if name not in TABLES:
-            raise ValueError(f"results: {path.name} must begin with one of {', '.join(TABLES)} and _")
+        if name not in found:
+            raise ValueError(f"results: {path.name} must begin with one of {', '.join(found)} and _")
         found[name].append(Results(path, json.loads(path.read_text(encoding="utf-8"))))
     return found
 
 
 def section(name: str, files: Sequence[Results]) -> str:
     """What stands between the markers of a table."""
-    blocks = [[*TABLES[name](one), "", one.source] for one in files]
-    if name in PER_DEVICE and not any(one.on_gpu for one in files):
+    tables = [(one, lines) for one in files if (lines := TABLES[name](one))]
+    blocks = [[*lines, "", one.source] for one, lines in tables]
+    if name in PER_DEVICE and not any(one.on_gpu for one, _ in tables):
         blocks.append([f"On a GPU: {NOT_MEASURED}."])
-    lines = "\n\n".join("\n".join(block) for block in blocks) or f"{NOT_MEASURED.capitalize()}."
-    return f"\n{lines}\n\n"
+    if name == "step":
+        blocks.append(goals_table(files))
+    text = "\n\n".join("\n".join(block) for block in blocks) or f"{NOT_MEASURED.capitalize()}."
+    return f"\n{text}\n\n"
 
 
 def render(text: str, results: dict[str, list[Results]]) -> str:
@@ -219,7 +157,9 @@ def render(text: str, results: dict[str, list[Results]]) -> str:
     for _, name, _, _ in MARKED.findall(text):
         if name not in TABLES:
             raise ValueError(f"results: marker must be one of {', '.join(TABLES)}, got {name}")
-    return MARKED.sub(lambda match: match[1] + section(match[2], results[match[2]]) + match[4], text)
+    return MARKED.sub(
+        lambda match: match[1] + section(match[2], results[SOURCES.get(match[2], match[2])]) + match[4], text
+    )
 
 
 def draw(results: dict[str, list[Results]], folder: Path) -> list[Path]:
@@ -237,30 +177,6 @@ def draw(results: dict[str, list[Results]], folder: Path) -> list[Path]:
                 fresh.replace(path)
                 drawn.append(path)
     return drawn
-
-
-def plot_steps(data: dict[str, Any], path: Path) -> None:
-    """Seconds a step as bars, the original's as a line across them."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in (data.get("results") or data["steps"]) if row.get("seconds") is not None]
-    figure = Figure(figsize=(max(5, 1.1 * len(rows)), 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    places = range(len(rows))
-    bars = axes.bar(places, [row["seconds"] for row in rows], 0.7, label="d2v")
-    axes.bar_label(bars, fmt="%.2f", fontsize=8, label_type="center", color="white")
-    known = {place: row["original"]["seconds"] for place, row in enumerate(rows) if row.get("original")}
-    if known:
-        left, right = [place - 0.45 for place in known], [place + 0.45 for place in known]
-        axes.hlines(list(known.values()), left, right, color="black", label="original")
-    axes.set_xticks(places, [_words(row) for row in rows], fontsize=8)
-    axes.set(ylabel="s a step")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
-def _words(row: dict[str, Any]) -> str:
-    return "\n".join(str(row[key]) for key in ("preset", "precision", "variant") if key in row)
 
 
 def plot_ops(data: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,8 @@
     python -m benchmarks.run --ops attention mlp --presets image_base --out new.json
     python -m benchmarks.run --out new.json --compare benchmarks/results/old.json --fail-if-slower 5%
     python -m benchmarks.run --from new.json --compare old.json    no measuring
-    python -m benchmarks.run --ops step                        whole training steps on a CPU (minutes)
+    python -m benchmarks.run --out new.json --resume           only the cases that new.json does not hold
+    python -m benchmarks.run --ops step                        whole training steps (bench_step.py, minutes)
     python -m benchmarks.run --smoke                           all paths at toy sizes, to see that they work
 
 Exit code 1: a variant failed its gate or crashed, or --compare found one of ours slower. What is measured and
@@ -17,9 +18,8 @@ import argparse
 import gc
 import importlib
 import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from benchmarks import bench_step
 from benchmarks.cases import Settings
 from benchmarks.harness import measure_case
 from benchmarks.machine import provenance
-from benchmarks.report import SCHEMA, add_ceilings, compare, table
+from benchmarks.report import SCHEMA, add_ceilings, check_same_machine, compare, table, write_json
 from benchmarks.shapes import Size
+from benchmarks.step_cases import DEFAULT_VARIANTS
 from d2v.cpu import tune_allocator
 from d2v.machine import rates
 from d2v.presets import PRESETS
@@ -42,54 +43,47 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def measure_ops(
-    stems: list[str], presets: list[str], dtypes: list[torch.dtype], size: Size, settings: Settings
-) -> list[dict[str, Any]]:
-    """Rows of all cases, each printed when it is done; a case that two precisions share is measured once."""
-    rows: list[dict[str, Any]] = []
-    seen = set()
+    stems: list[str],
+    presets: list[str],
+    dtypes: list[torch.dtype],
+    size: Size,
+    settings: Settings,
+    rows: list[dict[str, Any]],
+    save: Callable[[], None],
+) -> None:
+    """Append the rows of all cases to `rows`, each printed and saved when it is done.
+
+    Measured once are a case that two precisions share and one whose rows are there already.
+    """
+    seen = {_case(row) for row in rows}
     smoke = size == "smoke"
     for stem in stems:
         bench = importlib.import_module(f"benchmarks.bench_{stem}")
         for preset in presets:
             for dtype in dtypes:
                 for case in bench.cases(preset, size, dtype):
-                    key = (case.op, case.name, case.preset, case.shape, case.dtype)
+                    name = str(case.dtype).removeprefix("torch.")
+                    key = (case.op, case.name, case.preset, case.shape, name)
                     if key in seen:
                         continue
                     seen.add(key)
                     ceiling = rates(settings.device, [case.dtype], quick=smoke)
                     measured = measure_case(stem, case, settings)
                     again = rates(settings.device, [case.dtype], quick=smoke)
-                    copy, matmul = ((ceiling[name] + again[name]) / 2 for name in ("copy", str(case.dtype)))
-                    name = str(case.dtype).removeprefix("torch.")
+                    copy, matmul = ((ceiling[key] + again[key]) / 2 for key in ("copy", str(case.dtype)))
                     add_ceilings(measured, copy, {name: matmul})
                     for row in measured:
                         row |= {"copy_GB/s": copy / 1e9, "matmul_GFLOP/s": matmul / 1e9}
                     print(table(measured), flush=True)
                     rows += measured
+                    save()
                     gc.collect()
                     if settings.device.type == "cuda":
                         torch.cuda.empty_cache()
-    return rows
 
 
-def measure_steps(
-    presets: list[str], precisions: list[str], threads: int, steps: int
-) -> list[dict[str, Any]]:
-    """Whole training steps on this CPU, each case in a process of its own (benchmarks/bench_step.py)."""
-    found = []
-    for preset in presets:
-        for precision in precisions:
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                result = pool.submit(bench_step.measure, preset, precision, steps, threads).result()
-            print(
-                f"step, {preset}, {precision}: {result['seconds']:.2f} s, {result['GFLOP/s']:.0f} GFLOP/s, "
-                f"{result['share_of_own_matmul']:.0%} of the matmul rate, {result['peak_MiB']:.0f} MiB",
-                flush=True,
-            )
-            found.append(result)
-    return found
+def _case(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("op", "case", "preset", "shape", "dtype"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -101,10 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         results = _measure(args)
     if args.out is not None:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.out, results)
     failed = [row for row in results["rows"] if row["status"] == "failed"]
     for row in failed:
         print(f"FAILED {row['op']} ({row['case']}), {row['preset']}, {row['variant']}: {row['reason']}")
+    failed += [row for row in results["steps"] if row["status"] == "failed"]
     worse = False
     if args.compare is not None:
         lines, worse = compare(json.loads(args.compare.read_text()), results, args.fail_if_slower)
@@ -132,19 +127,40 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in precisions:
         print(f", {name} matmul {ceilings[str(PRECISIONS[name])] / 1e9:.4g} GFLOP/s", end="")
     print(f", {torch.get_num_threads()} threads, {device.type}")
-    rows = measure_ops(stems, presets, [PRECISIONS[name] for name in precisions], size, settings)
-    steps = []
-    if "step" in (args.ops or []):
-        at = [name for name in presets if name in bench_step.CASES]
-        steps = measure_steps(at, precisions, torch.get_num_threads(), 1 if args.smoke else 3)
-    return {
+    results: dict[str, Any] = {
         "schema": SCHEMA,
         "provenance": provenance(device) | {"size": size, "rounds": settings.rounds},
         "rates": {"copy_GB/s": ceilings["copy"] / 1e9}
         | {f"{name}_GFLOP/s": ceilings[str(PRECISIONS[name])] / 1e9 for name in precisions},
-        "rows": rows,
-        "steps": steps,
+        "complete": False,
+        "rows": [],
+        "steps": [],
     }
+    if args.resume and args.out.exists():
+        before = json.loads(args.out.read_text(encoding="utf-8"))
+        check_same_machine(before["provenance"], results["provenance"])
+        failed = {_case(row) for row in before["rows"] if row["status"] == "failed"}
+        results["rows"] = [row for row in before["rows"] if _case(row) not in failed]
+        results["steps"] = [row for row in before["steps"] if row["status"] != "failed"]
+
+    def save() -> None:
+        if args.out is not None:
+            write_json(args.out, results)
+
+    def save_steps(rows: list[dict[str, Any]]) -> None:
+        results["steps"] = rows
+        save()
+
+    measure_ops(
+        stems, presets, [PRECISIONS[name] for name in precisions], size, settings, results["rows"], save
+    )
+    if "step" in (args.ops or []):
+        variants = DEFAULT_VARIANTS[device.type] if settings.compile else ["eager"]
+        count = 1 if args.smoke else bench_step.DEFAULT_STEPS[device.type]
+        step = bench_step.Settings(device.type, variants, count, torch.get_num_threads(), args.smoke)
+        bench_step.measure_all(presets, precisions, step, results["steps"], save_steps)
+    results["complete"] = True
+    return results
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -163,6 +179,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--smoke", action="store_true", help="toy sizes and tiny presets, no torch.compile")
     parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--resume", action="store_true", help="measure only what --out does not hold")
     parser.add_argument("--from", dest="source", type=Path, help="results to show instead of measuring")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="results of an earlier run")
     parser.add_argument(
@@ -175,8 +192,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.rounds is not None and args.rounds < 2:
         parser.error(f"--rounds must be at least 2, got {args.rounds}")
-    if "step" in (args.ops or []) and args.device != "cpu":
-        parser.error("--ops step runs on a CPU only, add --device cpu")
+    if "step" in (args.ops or []) and "fp16" in (args.precision or []):
+        parser.error("--ops step runs in fp32 and bf16 only")
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out")
     return args
 
 

@@ -130,7 +130,7 @@ def select(stem: str, backend: str | None, *tensors: Tensor) -> ModuleType:
     for calls in state.spies:
         calls.append((stem, name))
     path = REGISTRY[stem][name].module
-    _import(path)
+    _import(path, torch.compiler.is_compiling())
     return sys.modules[path]
 
 
@@ -285,6 +285,13 @@ def _announce(stem: str, name: str) -> None:
 
 
 @_constant_while_tracing
-def _import(path: str) -> None:
-    if path not in sys.modules:
-        importlib.import_module(path)
+def _import(path: str, tracing: bool = False) -> None:
+    """tracing: import what any op could ask for, since Dynamo looks at sys.modules once per trace."""
+    if path in sys.modules:
+        return
+    importlib.import_module(path)
+    if tracing:
+        for table in REGISTRY.values():
+            for name, implementation in table.items():
+                if not _machine_gaps(name):
+                    importlib.import_module(implementation.module)

@@ -1,11 +1,13 @@
 """Backend selection: order of precedence, refusals and their words, threads, compiled code."""
 
 import logging
+import os
 import subprocess
 import sys
 import threading
 import types
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,3 +235,17 @@ def test_import_loads_neither_triton_nor_the_trainer() -> None:
     program = "import sys, d2vkern; print([name for name in ('triton', 'd2v') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_ops_that_were_never_imported_compile_together() -> None:
+    program = (
+        "import torch, d2vkern\n"
+        "x, w = torch.randn(3, 8), torch.randn(8, 8)\n"
+        "def both(x):\n"
+        "    y = d2vkern.gelu_mlp(x, w, None, w, None, backend='eager')\n"
+        "    return d2vkern.residual_norm(x, y, backend='eager')\n"
+        "torch.testing.assert_close(torch.compile(both, fullgraph=True, backend='aot_eager')(x), both(x))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

@@ -22,6 +22,48 @@ STEP = {
          "peak_MiB": 4000.0},
     ],
 }  # fmt: skip
+
+
+def step_row(preset, variant, precision="bf16", ours=True, **values):
+    return {
+        "preset": preset,
+        "precision": precision,
+        "variant": variant,
+        "ours": ours,
+        "status": "ok",
+    } | values
+
+
+NEW_STEP = {
+    "results": [
+        step_row("image_base", "eager", "fp32", ours=False, seconds=3.0, share_of_fp32_matmul=0.7,
+                 peak_MiB=2900.0, against_eager=1.0, warmup_seconds=6.0,
+                 original={"seconds": 3.41, "share": 0.594, "MiB": 3107},
+                 hot_paths={"steps": 2, "coverage": 1.0, "rows": [
+                     {"name": "student linear", "seconds": 1.2, "share": 0.4, "of_matmul": 0.85},
+                     {"name": "masks/fwd/eager", "seconds": 0.03, "share": 0.01, "of_matmul": 0.0}]}),
+        step_row("image_base", "compile", "fp32", ours=False, seconds=2.5, against_eager=1.2, peak_MiB=2500.0,
+                 warmup_seconds=61.3),
+        step_row("text_base", "eager", "fp32", ours=False, seconds=12.0, share_of_fp32_matmul=0.8,
+                 peak_MiB=4300.0, hot_paths={"steps": 2, "coverage": 1.0, "rows": [
+                     {"name": "conv_block/bwd/eager", "seconds": 3.0, "share": 0.2512, "of_matmul": 0.7},
+                     {"name": "student linear", "seconds": 2.4, "share": 0.2, "of_matmul": 0.8}]}),
+        step_row("text_base", "compile", "fp32", ours=False, status="failed", reason="gate: loss of step 2"),
+    ],
+}  # fmt: skip
+ON_H200 = {
+    "provenance": {"device": "cuda", "gpu": "NVIDIA H200", "driver": "570.1", "torch": "2.13.0"},
+    "complete": False,
+    "results": [
+        step_row("image_base", "eager", ours=False, batch=64, seconds=0.4, **{"samples/s": 160.0},
+                 share_of_own_matmul=0.083, peak_MiB=40_000.0, against_eager=1.0, warmup_seconds=3.0),
+        step_row("image_base", "auto", batch=64, seconds=0.16, **{"samples/s": 400.0},
+                 share_of_own_matmul=0.2, peak_MiB=20_000.0, against_eager=2.5, warmup_seconds=9.0),
+        step_row("image_base", "cuda_graph", batch=64, seconds=0.1, **{"samples/s": 640.0},
+                 share_of_own_matmul=0.33, peak_MiB=21_000.0, against_eager=4.0, warmup_seconds=10.0),
+        step_row("image_base", "compile", ours=False, status="failed", reason="gate: loss of step 1"),
+    ],
+}  # fmt: skip
 CURVE = {"preset": "image_tiny", "axis": "masks", "precision": "fp32", "time_exponent": 0.913,
          "memory_exponent": 0.5, "points": [{"x": 1, "seconds": 0.01, "peak_MiB": 4.0},
                                             {"x": 8, "seconds": 0.0667, "peak_MiB": 11.31}]}  # fmt: skip
@@ -80,7 +122,7 @@ def results(tmp_path):
 def readme(tmp_path):
     path = tmp_path / "README.md"
     tables = "\n".join(f"## {n}\n<!-- results:{n} -->\n<!-- /results:{n} -->\n"
-                       for n in ("step", "ops", "profile", "scaling", "demo"))  # fmt: skip
+                       for n in ("step", "ops", "profile", "scaling", "demo", "hotpaths"))  # fmt: skip
     path.write_text(f"# Title\n\n{tables}\nThe end.\n")
     return path
 
@@ -100,8 +142,8 @@ def test_tables_hold_the_numbers_of_the_files(readme, results):
     assert update(readme, results) == 0
     lines = readme.read_text().splitlines()
     for line in (
-        "| image_base | fp32 | 3.01 | 67% | 2,890 | 3.41 | 59% | 3,110 |",
-        "| text_base | bf16 | 12.5 | 90% | 4,000 | not measured | not measured | not measured |",
+        "| image_base | fp32 | 3.01 | 67% | 2,890" + 4 * " | not measured" + " | 3.41 | 59% | 3,110 |",
+        "| text_base | bf16 | 12.5 | 90% | 4,000" + 7 * " | not measured" + " |",
         "| gelu_mlp, student | image_base | N16 float32 | 2,000 | 4,000 | 50% | 7.5 | 3,500 "
         "| 5,000 (pytorch) |",
         "| student linear | 2,000 | 62% | 150 | 10% | 81% |",
@@ -113,7 +155,7 @@ def test_tables_hold_the_numbers_of_the_files(readme, results):
         "`profile_image.json`: Some CPU, threads 2, torch 2.13.0, commit 0000000.",
     ):
         assert line in lines
-    assert lines.count("On a GPU: not measured.") == 4
+    assert lines.count("On a GPU: not measured.") == 5
     assert not any("masks other" in line for line in lines)
     assert (lines[0], lines[-1]) == ("# Title", "The end.")
 
@@ -156,8 +198,12 @@ def test_new_measurements_change_table_and_plot(readme, results):
 def test_without_files_nothing_is_claimed(readme, tmp_path):
     assert update(readme, tmp_path / "nowhere") == 0
     text = readme.read_text()
-    assert text.count("On a GPU: not measured.") == 4 and text.count("Not measured.") == 1
-    assert "|" not in text
+    assert text.count("On a GPU: not measured.") == 5 and text.count("Not measured.") == 1
+    assert [line for line in text.splitlines() if "|" in line][2:] == [
+        f"| {goal} | not measured | not measured | not measured |"
+        for goal in ("at least 50% of the measured matmul rate", "at least 3 times as fast as eager",
+                     "at least 1.3 times as fast as torch.compile")
+    ]  # fmt: skip
 
 
 def test_gpu_results_end_the_not_measured_line(results):
@@ -191,12 +237,72 @@ def test_failed_gates_have_no_number(results):
     )
 
 
-def test_variants_of_the_step_get_a_column(results):
-    data = copy.deepcopy(STEP)
-    data["results"] = [data["results"][0] | {"variant": name} for name in ("eager", "compile")]
-    (results / "step_cpu.json").write_text(json.dumps(data))
-    text = section("step", load(results)["step"])
-    assert "| image_base | fp32 | eager | 3.01 |" in text and "| image_base | fp32 | compile | 3.01 |" in text
+def step_section(results, name="step", **files):
+    for path in results.glob("step_*.json"):
+        path.unlink()
+    for stem, data in files.items():
+        (results / f"step_{stem}.json").write_text(json.dumps(data))
+    return section(name, load(results)["step"])
+
+
+def test_variants_of_the_step_get_columns_on_a_cpu(results):
+    data = NEW_STEP | {"provenance": PROVENANCE}
+    text = step_section(results, cpu=data)
+    assert "| torch.compile: s | speed over eager | peak MiB | warm-up s | original: s |" in text
+    assert "| image_base | fp32 | 3 | 70% | 2,900 | 2.5 | 1.2 | 2,500 | 61.3 | 3.41 | 59% | 3,110 |" in text
+    assert "| text_base | fp32 | 12 | 80% | 4,300" + 7 * " | not measured" + " |" in text
+    assert "\n- text_base, fp32, compile: failed, gate: loss of step 2\n" in text
+    rows = data["results"] + [step_row("image_base", "auto", "fp32", seconds=2.0, against_eager=1.5)]
+    text = step_section(results, cpu=data | {"results": rows})
+    assert "| auto: s | speed over eager | peak MiB | warm-up s | original: s |" in text
+    assert "| 61.3 | 2 | 1.5 | not measured | not measured | 3.41 |" in text
+
+
+def test_steps_on_a_gpu_have_lines_of_their_own(results):
+    text = step_section(results, cpu=STEP, cuda=ON_H200)
+    assert "On a GPU" not in text
+    assert "| image_base | bf16 | eager | 64 | 400 | 160 | 8% | 40,000 | 1 | 3 |" in text
+    assert "| image_base | bf16 | cuda_graph | 64 | 100 | 640 | 33% | 21,000 | 4 | 10 |" in text
+    assert "| image_base | bf16 | torch.compile" + 7 * " | not measured" + " |" in text
+    assert "\n- image_base, bf16, compile: failed, gate: loss of step 1\n" in text
+    assert "`step_cuda.json`: NVIDIA H200, driver 570.1, torch 2.13.0, incomplete." in text
+
+
+def test_goals_are_judged_by_our_fastest_on_an_h200_only(results):
+    def goals(data):
+        return [line.split(" | ")[1] for line in step_section(results, cuda=data).splitlines()
+                if line.startswith("| at least")]  # fmt: skip
+
+    assert goals(ON_H200) == ["33% (cuda_graph): not met", "4 (cuda_graph): met", "not measured"]
+    data = copy.deepcopy(ON_H200)
+    data["results"][3] |= {"status": "ok", "samples/s": 320.0}
+    assert goals(data)[2] == "2 (cuda_graph): met"
+    data["results"][3] |= {"samples/s": 500.0}
+    assert goals(data)[2] == "1.28 (cuda_graph): not met"
+    data["results"] = [row for row in data["results"] if not row["ours"]]
+    assert goals(data) == ["not measured"] * 3
+    assert goals(ON_H200 | {"provenance": {"device": "cuda", "gpu": "NVIDIA H100"}}) == ["not measured"] * 3
+
+
+def test_hot_paths_are_the_eager_steps_of_new_files(results):
+    assert "|" not in step_section(results, "hotpaths", cpu=STEP)
+    lines = step_section(results, "hotpaths", cpu=NEW_STEP, old=STEP).strip().splitlines()
+    assert lines == [
+        "| hot path of the eager step | image_base fp32 | text_base fp32 |",
+        "| --- | ---: | ---: |",
+        "| student linear | 40.0% (85%) | 20.0% (80%) |",
+        "| conv_block/bwd/eager |  | 25.1% (70%) |",
+        "",
+        "`step_cpu.json`: .",
+        "",
+        "On a GPU: not measured.",
+    ]
+
+
+def test_new_steps_are_drawn(results, readme):
+    (results / "step_cuda.json").write_text(json.dumps(ON_H200))
+    assert update(readme, results) == 0
+    assert (results / "step_cuda.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -174,10 +174,10 @@ def check_lists(
                 f"(a low-precision average never moves), got {t.dtype}"
             )
         for kind, tensor in (("student", s), ("copies", low)):
-            fits = tensor is None or (
-                tensor.shape == t.shape and tensor.device == t.device and tensor.dtype in FLOATS
-            )
-            if not fits:  # a step checks hundreds of pairs: words are made for the wrong one only
+            if tensor is None:
+                continue
+            if tensor.shape != t.shape or tensor.device != t.device or tensor.dtype not in FLOATS:
+                # a step checks hundreds of pairs: words are made for the wrong one only
                 name = f"{kind}[{index}]"
                 check_shape(op, name, tensor, tuple(t.shape), like=f"teacher[{index}]")
                 check_dtype(op, name, tensor)
