@@ -17,11 +17,11 @@ ln, cos and sin are near 0 (lg2.approx by 2^-22 and sin.approx by 2^-20.5, absol
 e ln 2 + ln(1 + f) with -1/3 <= f < 1/3, an angle less its nearest multiple of pi / 2, which has three parts.
 Arguments are such that no special cases exist. Polynomials and constants are those of CUDA's logf (times -2)
 and sinf; cos has a new minimax fit, since CUDA's is 2 ulp from torch's CPU version at 20 angles.
-Each radius, cosine and sine is within 1 ulp of eager's, on CPU and on NVIDIA GPUs, hence each normal within
-4 ulp, of its own magnitude, however small. The tests try all 2^24 radii and angles. The operations are
-IEEE ones and explicit fused multiply-adds, so with FP fusion off the interpreter and GPUs make the same
-bits; the exception is an rsqrt, whose error of 2^-22.9 the following Newton step turns into 1 ulp at a few
-of the 2^24 radii.
+Each radius, cosine and sine is within 1 ulp of torch's on a CPU and of what CUDA's functions compute, hence
+each normal within 4 ulp, of its own magnitude, however small. The tests try all 2^24 radii and angles.
+The operations are IEEE ones and explicit fused multiply-adds, so with FP fusion off the interpreter and GPUs
+make the same bits; the exception is an rsqrt, whose error of 2^-22.9 the following Newton step turns into
+1 ulp at a few of the 2^24 radii.
 """
 
 import triton

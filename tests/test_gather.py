@@ -342,7 +342,7 @@ ERRORS = {
         ValueError,
         "plan must be on meta like x, got cpu",
     ),
-    "backend": (dict(backend="triton"), ValueError, "triton"),
+    "backend": (dict(backend="native"), ValueError, "native"),
 }
 
 
