@@ -55,11 +55,11 @@ class _MaskedRegression(torch.autograd.Function):
     @op_range("loss/bwd/eager")
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        dpred = grad * dloss if _graph_is_kept() else grad.mul_(dloss)
+        dpred = grad * dloss if graph_is_kept() else grad.mul_(dloss)
         return dpred, None, None, None, None, None, None
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether this backward may run again (retain_graph) and so must leave what it saved alone."""
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
 
