@@ -42,7 +42,7 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
-TRITON_STEMS: tuple[str, ...] = ("masks", "gather", "targets", "loss", "ema", "adamw_ema")
+TRITON_STEMS: tuple[str, ...] = ("masks", "gather", "residual_norm", "mlp", "targets", "loss", "ema", "adamw_ema")
 """ops with a file in kernels/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
 

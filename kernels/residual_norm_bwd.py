@@ -1,0 +1,210 @@
+"""Backward of residual_norm: see residual_norm.py."""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
+from d2vkern.kernels._dropout import dropout_scale, keep_tile, sample_factor, threshold
+from d2vkern.kernels._launch import launch
+from d2vkern.kernels._rows import as_rows, dense, load_vector, row_config, row_offset, tile_columns
+
+
+# What changes from batch to batch compiles nothing anew.
+@triton.jit(do_not_specialize=["rows", "group", "dropout_threshold", "path_threshold"])
+def residual_norm_bwd_kernel_rows(
+    dy_ptr,  # [samples, group, D]
+    z_ptr,  # [rows, D]
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    weight_ptr,  # [D] or None
+    seed_ptr,  # [] int64, or None
+    dx_ptr,  # [rows, D] or None
+    dupdate_ptr,  # [rows, D] or None
+    partials_ptr,  # [programs, (WEIGHT + BIAS + UPDATE_BIAS) * D] fp32, maybe empty
+    rows,
+    group,
+    dy_stride_sample,
+    dy_stride_row,
+    scale,
+    dropout_threshold,
+    path_threshold,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_PATH: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    UPDATE_BIAS: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    seed = 0 if seed_ptr is None else tl.load(seed_ptr)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    first = (rows * program // programs).to(tl.int32)
+    last = (rows * (program + 1) // programs).to(tl.int32)
+
+    # one [BLOCK_R, CHUNK] per chunk
+    weights, dweights, dbiases, dupdate_biases = (), (), (), ()
+    for chunk in tl.static_range(CHUNKS):
+        if weight_ptr is not None:
+            column = (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
+            weights = weights + (load_vector(weight_ptr, column, D, BLOCK_R),)
+        zero = tl.zeros([BLOCK_R, CHUNK], tl.float32)
+        dweights, dbiases, dupdate_biases = dweights + (zero,), dbiases + (zero,), dupdate_biases + (zero,)
+
+    for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
+        # [BLOCK_R]
+        row = start + tl.arange(0, BLOCK_R)
+        live = row < last
+        dy_row = row_offset(row, group, dy_stride_sample, dy_stride_row, FLAT)
+        row64 = row.to(tl.int64)
+        # [BLOCK_R, 1]
+        mean = tl.load(mean_ptr + row[:, None], mask=live[:, None], other=0.0)
+        rstd = tl.load(rstd_ptr + row[:, None], mask=live[:, None], other=0.0)
+        factor = sample_factor(row, group, seed, tl.full((), scale, tl.float32), path_threshold, HAS_PATH)
+
+        gradients, normals = (), ()
+        total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
+        along = tl.zeros([BLOCK_R, CHUNK], tl.float32)
+        for chunk in tl.static_range(CHUNKS):
+            # [1, CHUNK] and [BLOCK_R, CHUNK]
+            column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
+            dy = tl.load(dy_ptr + dy_row[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+            z = tl.load(z_ptr + row64[:, None] * D + column, mask=inside, other=0.0).to(tl.float32)
+            normal = (z - mean) * rstd
+            if WEIGHT:
+                dweights = _replaced(dweights, chunk, dweights[chunk] + dy * normal)
+            if BIAS:
+                dbiases = _replaced(dbiases, chunk, dbiases[chunk] + dy)
+            if weight_ptr is not None:
+                dy *= weights[chunk]
+            total += dy
+            along += dy * normal
+            gradients, normals = gradients + (dy,), normals + (normal,)
+        # [BLOCK_R, 1]
+        mean_total, mean_along = (tl.sum(total, 1) / D)[:, None], (tl.sum(along, 1) / D)[:, None]
+        for chunk in tl.static_range(CHUNKS):
+            column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
+            at = row64[:, None] * D + column
+            dz = (gradients[chunk] - mean_total - normals[chunk] * mean_along) * rstd
+            if dx_ptr is not None:
+                tl.store(dx_ptr + at, dz.to(dx_ptr.dtype.element_ty), mask=inside)
+            if HAS_DROPOUT:
+                keep = keep_tile(row64, chunk * CHUNK, seed, dropout_threshold, D, CHUNK)
+                dz *= tl.where(keep, factor, 0.0)
+            elif HAS_PATH:
+                dz *= factor
+            if dupdate_ptr is not None:
+                tl.store(dupdate_ptr + at, dz.to(dupdate_ptr.dtype.element_ty), mask=inside)
+            if UPDATE_BIAS:
+                dupdate_biases = _replaced(dupdate_biases, chunk, dupdate_biases[chunk] + dz)
+
+    sums_ptr = partials_ptr + program * (D * (WEIGHT + BIAS + UPDATE_BIAS))
+    for chunk in tl.static_range(CHUNKS):
+        # [CHUNK]
+        column = chunk * CHUNK + tl.arange(0, CHUNK)
+        if WEIGHT:
+            tl.store(sums_ptr + column, tl.sum(dweights[chunk], 0), mask=column < D)
+        if BIAS:
+            tl.store(sums_ptr + D * WEIGHT + column, tl.sum(dbiases[chunk], 0), mask=column < D)
+        if UPDATE_BIAS:
+            at = D * (WEIGHT + BIAS) + column
+            tl.store(sums_ptr + at, tl.sum(dupdate_biases[chunk], 0), mask=column < D)
+
+
+@triton.jit
+def _replaced(values, index: tl.constexpr, value):
+    """The tuple with another value at `index`."""
+    return values[:index] + (value,) + values[index + 1 :]
+
+
+def backward_outputs(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    drop_path_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    likes = (z, z, weight, bias, update_bias)
+    return tuple(
+        z.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        for like, need in zip(likes, needs, strict=True)
+    )
+
+
+def _bwd_cost(dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> _costs.Cost:
+    return _costs.residual_norm(z, z, *rest, grad=(True,)).of_backward()
+
+
+@op_range("residual_norm/bwd/triton", _bwd_cost)
+def backward(
+    dy: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    drop_path_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of x, update, weight, bias and update_bias; those that `needs` does not ask for are empty."""
+    outputs = backward_outputs(
+        dy, z, mean, rstd, weight, bias, update_bias, seed, dropout_p, drop_path_p, needs
+    )
+    dx, dupdate, *vectors = (out if need else None for out, need in zip(outputs, needs, strict=True))
+    width = z.shape[-1]
+    rows = z.numel() // width if z.numel() else 0
+    programs = parts_of(rows, least=40)
+    partials = new_partials(z, programs, vectors)
+    if rows:
+        dys = as_rows(dy)
+        # Each sum over columns takes as many registers as the values of a row that a thread holds.
+        most = 16 if needs[4] else 24
+        config = row_config("residual_norm_bwd_kernel_rows", z, most, loop=True)
+        launch(
+            residual_norm_bwd_kernel_rows,
+            (programs,),
+            dys.tensor,
+            z,
+            mean,
+            rstd,
+            *dense(weight),
+            seed,
+            dx,
+            dupdate,
+            partials,
+            rows,
+            dys.group,
+            dys.stride_sample,
+            dys.stride_row,
+            dropout_scale(dropout_p, drop_path_p),
+            threshold(dropout_p),
+            threshold(drop_path_p),
+            D=width,
+            FLAT=dys.flat,
+            HAS_DROPOUT=dropout_p > 0,
+            HAS_PATH=drop_path_p > 0,
+            WEIGHT=needs[2],
+            BIAS=needs[3],
+            UPDATE_BIAS=needs[4],
+            **config,
+        )
+    if any(needs[2:]):
+        column_sums(partials, vectors)
+    return outputs

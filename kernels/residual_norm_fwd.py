@@ -1,0 +1,158 @@
+"""Forward of residual_norm: see residual_norm.py."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+from d2vkern.kernels._dropout import dropout_scale, keep_tile, sample_factor, threshold
+from d2vkern.kernels._launch import launch
+from d2vkern.kernels._rows import as_rows, dense, load_vector, row_config, row_offset, tile_columns
+
+
+@triton.jit(do_not_specialize=["rows", "group", "dropout_threshold", "path_threshold"])
+def residual_norm_fwd_kernel(
+    x_ptr,  # [samples, group, D]
+    update_ptr,  # [samples, group, D]
+    weight_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
+    update_bias_ptr,  # [D] or None
+    seed_ptr,  # [] int64, or None
+    y_ptr,  # [rows, D]
+    z_ptr,  # [rows, D] or None
+    mean_ptr,  # [rows] fp32, or None
+    rstd_ptr,  # [rows] fp32, or None
+    rows,
+    group,
+    x_stride_sample,
+    x_stride_row,
+    update_stride_sample,
+    update_stride_row,
+    eps,
+    scale,
+    dropout_threshold,
+    path_threshold,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    FLAT: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_PATH: tl.constexpr,
+):
+    CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
+    dtype = y_ptr.dtype.element_ty
+    seed = 0 if seed_ptr is None else tl.load(seed_ptr)
+    # [BLOCK_R]
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = row < rows
+    x_row = row_offset(row, group, x_stride_sample, x_stride_row, FLAT)
+    update_row = row_offset(row, group, update_stride_sample, update_stride_row, FLAT)
+    row64 = row.to(tl.int64)
+    # [BLOCK_R, 1]
+    factor = sample_factor(row, group, seed, tl.full((), scale, tl.float32), path_threshold, HAS_PATH)
+
+    zs = ()
+    total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        # [1, CHUNK] and [BLOCK_R, CHUNK]
+        column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
+        z = tl.load(update_ptr + update_row[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+        if update_bias_ptr is not None:
+            z += load_vector(update_bias_ptr, column, D, BLOCK_R)
+        if HAS_DROPOUT:
+            keep = keep_tile(row64, chunk * CHUNK, seed, dropout_threshold, D, CHUNK)
+            z *= tl.where(keep, factor, 0.0)
+        elif HAS_PATH:
+            z *= factor
+        z += tl.load(x_ptr + x_row[:, None] + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = z.to(dtype)
+        if z_ptr is not None:
+            tl.store(z_ptr + row64[:, None] * D + column, rounded, mask=inside)
+        zs = zs + (rounded.to(tl.float32),)
+        total += zs[chunk]
+    # [BLOCK_R, 1]
+    mean = (tl.sum(total, 1) / D)[:, None]
+    total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
+        centred = zs[chunk] - mean
+        if D % CHUNK != 0:
+            centred = tl.where(column < D, centred, 0.0)
+        total += centred * centred
+    rstd = tl.rsqrt((tl.sum(total, 1) / D)[:, None] + tl.full((), eps, tl.float32))
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row[:, None], mean, mask=live[:, None])
+        tl.store(rstd_ptr + row[:, None], rstd, mask=live[:, None])
+    for chunk in tl.static_range(CHUNKS):
+        column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
+        y = (zs[chunk] - mean) * rstd
+        if weight_ptr is not None:
+            y *= load_vector(weight_ptr, column, D, BLOCK_R)
+        if bias_ptr is not None:
+            y += load_vector(bias_ptr, column, D, BLOCK_R)
+        tl.store(y_ptr + row64[:, None] * D + column, y.to(dtype), mask=inside)
+
+
+def forward_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, save = rest
+    shape, rows = (x.shape, x.shape[:-1]) if save else ((0,), (0,))
+    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(shape), mean, rstd
+
+
+def _fwd_cost(x: Tensor, update: Tensor, *rest: Any) -> _costs.Cost:
+    *_, save = rest
+    return _costs.residual_norm(x, update, *rest, grad=(save,))
+
+
+@op_range("residual_norm/fwd/triton", _fwd_cost)
+def forward(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    update_bias: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    dropout_p: float,
+    drop_path_p: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and for backward z, mean and rstd, which are empty unless `save`."""
+    y, *saved = outputs = forward_outputs(x, save)
+    if x.numel() == 0:
+        return outputs
+    width = x.shape[-1]
+    rows = x.numel() // width
+    xs, updates = as_rows(x), as_rows(update)
+    config = row_config("residual_norm_fwd_kernel", x, most=40)
+    launch(
+        residual_norm_fwd_kernel,
+        (triton.cdiv(rows, config["BLOCK_R"]),),
+        xs.tensor,
+        updates.tensor,
+        *dense(weight, bias, update_bias),
+        seed,
+        y,
+        *(saved if save else (None, None, None)),
+        rows,
+        xs.group,
+        xs.stride_sample,
+        xs.stride_row,
+        updates.stride_sample,
+        updates.stride_row,
+        eps,
+        dropout_scale(dropout_p, drop_path_p),
+        threshold(dropout_p),
+        threshold(drop_path_p),
+        D=width,
+        FLAT=xs.flat and updates.flat,
+        HAS_DROPOUT=dropout_p > 0,
+        HAS_PATH=drop_path_p > 0,
+        **config,
+    )
+    return outputs
