@@ -25,6 +25,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from d2vkern import _check_mode
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 ENVIRONMENT = "D2VKERN_BACKEND"
@@ -42,7 +44,7 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
-TRITON_STEMS: tuple[str, ...] = ("masks", "gather", "residual_norm", "mlp", "targets", "loss", "ema", "adamw_ema")
+TRITON_STEMS = ("masks", "gather", "residual_norm", "mlp", "targets", "loss", "ema", "adamw_ema")
 """ops with a file in kernels/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
 
@@ -131,6 +133,10 @@ def select(stem: str, backend: str | None, *tensors: Tensor) -> ModuleType:
         calls.append((stem, name))
     path = REGISTRY[stem][name].module
     _import(path, torch.compiler.is_compiling())
+    if _check_mode.enabled and name != "eager" and not torch.compiler.is_compiling():
+        eager = REGISTRY[stem]["eager"].module
+        _import(eager)
+        return _check_mode.checked(stem, name, sys.modules[path], sys.modules[eager])
     return sys.modules[path]
 
 

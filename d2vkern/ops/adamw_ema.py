@@ -227,7 +227,8 @@ class AdamWEMA(torch.optim.Optimizer):
             step: float | _History = self._histories[p] if group["capturable"] else float(state["step"]) + 1
             buckets[step, p.dtype, p.device].append(p)
         if counts:
-            torch._foreach_add_(counts, 1.0 if found_inf is None else (found_inf == 0).float())
+            taken = 1.0 if found_inf is None else [(found_inf == 0).float()] * len(counts)
+            torch._foreach_add_(counts, taken)
         self._begun += len(self._histories) > begun
         return [
             ([self.state[p]["step"] for p in params] if group["capturable"] else step, params)

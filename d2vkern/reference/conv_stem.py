@@ -88,7 +88,8 @@ class _ConvStem(torch.autograd.Function):
             for i in range(b):
                 if needs[1]:
                     part.addmm_(_window(x[i], first, taps, frames, stride).t(), dr[i])
-                if dx is not None and taps <= stride:
+                # as_strided views of what is written cannot be traced
+                if dx is not None and taps <= stride and not torch.compiler.is_compiling():
                     _window(dx[i], first, taps, frames, stride).addmm_(dr[i], matrix.t())
                 elif dx is not None:
                     _add_windows(dx[i], dr[i] @ matrix.t(), first, taps, stride)
