@@ -47,6 +47,8 @@ def keep_mask(
     if device.type == "cpu" and not torch.compiler.is_compiling():
         draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
         return (draws.view(torch.int16)[:count] >= threshold - 32768).view(shape)
+    if generator is None:  # with sizes that vary, torch.compile has no `rand` that takes a generator
+        return torch.rand(shape, device=device) >= p
     return torch.rand(shape, device=device, generator=generator) >= p
 
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v import graph
 from d2v.cli import TrainOptions, _join_backends, _with_modes
-from d2v.config import Config
+from d2v.config import Config, WaveformFront
 from d2v.data import Batch
 from d2v.graph import StepGraphs
 from d2v.profile import run_profile
@@ -310,3 +310,16 @@ def test_backend_options_are_joined(arguments: list[str], expected: list[str]) -
 def test_a_backend_option_needs_a_name() -> None:
     with pytest.raises(ValueError, match="--backend.loss needs the name of a backend"):
         _join_backends(["--backend.loss"], "--train.backend")
+
+
+def test_waveforms_of_several_lengths_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    cfg = tiny("audio", train={"compile": True})
+    front = WaveformFront(conv_layers=((8, 10, 5), (8, 3, 2), (8, 2, 2)), position_groups=2)
+    model = dataclasses.replace(cfg.model, front=front, attention_dropout=0.1, layerdrop=0.0)
+    trainer = Trainer(dataclasses.replace(cfg, model=model), CPU)
+    for step, samples in enumerate((1600, 2000, 2400), 1):
+        given = Batch(torch.randn(2, samples), torch.arange(2), 0)
+        assert trainer.step(step, [given]).good
+    torch._dynamo.reset()
