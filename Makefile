@@ -17,8 +17,11 @@ comma := ,
 demo: $(INSTALLED)
 	$(RUN) -m d2v demo
 
+# Two workers of one thread each: Triton's interpreter runs on one. With a GPU one worker, which has all its memory.
+JOBS ?= $(if $(HAS_GPU),0,2)
+
 test: $(INSTALLED)
-	$(RUN) -m pytest
+	$(if $(filter 0,$(JOBS)),,OMP_NUM_THREADS=1 )$(RUN) -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff check .

@@ -241,6 +241,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "residual_norm: drop_path_p must be >= 0.0 and < 1.0, got nan",
     ),
+    "drop path of a vector": (
+        {"x": torch.ones(8), "update": torch.ones(8), "drop_path_p": 0.1},
+        ValueError,
+        r"residual_norm: x must have a dimension before D with drop_path_p, got \(8,\)",
+    ),
 }
 
 

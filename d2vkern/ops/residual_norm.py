@@ -28,7 +28,7 @@ def residual_norm(
     dropout_p: probability in [0, 1) that an element of the update is dropped; the rest is scaled by
         1 / (1 - p).
     drop_path_p: probability in [0, 1) that a row of the first dimension loses its whole update,
-        scaled likewise.
+        scaled likewise; x must have a dimension before D then.
     seed: counter-based dropout, the same in every backend; None draws from torch's generator.
     Returns (..., D) in x's dtype; statistics in fp32, biased variance. Gradients: x, update, weight, bias,
     update_bias.
@@ -47,6 +47,8 @@ def residual_norm(
     check_range(op, "eps", eps, minimum=0.0)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
     check_range(op, "drop_path_p", drop_path_p, minimum=0.0, below=1.0)
+    if drop_path_p and x.dim() < 2:
+        raise ValueError(f"{op}: x must have a dimension before D with drop_path_p, got {tuple(x.shape)}")
     implementation = select("residual_norm", backend, x)
     return implementation.residual_norm(
         x, update, weight, bias, eps, dropout_p, drop_path_p, update_bias, seed

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
+from ._autocast import without_autocast
 from ._dropout import fresh_seed, keep_mask
 
 CHUNK_BYTES = 1 << 20
@@ -67,6 +68,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     @op_range("attention/bwd/eager")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         given, settings = _Inputs(*ctx.saved_tensors), ctx.settings
@@ -191,6 +193,7 @@ def _traced(given: _Inputs, settings: _Settings) -> Tensor:
     return out
 
 
+@without_autocast
 def multimask_attention(
     qkv: Tensor,
     positions: Tensor | None = None,

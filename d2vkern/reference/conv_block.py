@@ -22,6 +22,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
 from ..ops.masks import MaskPlan
+from ._autocast import without_autocast
 
 
 def _conv(x_NHWC: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -130,6 +131,7 @@ class _ConvBlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     @op_range("conv_block/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, bias, masked, index = ctx.saved_tensors
@@ -173,6 +175,7 @@ def _unpadded(index: Tensor, tokens: int, kernel: int) -> Tensor:
     return index // padded * tokens + index % padded
 
 
+@without_autocast
 def conv_block_1d(
     x: Tensor,
     weight: Tensor,
@@ -196,6 +199,7 @@ def conv_block_1d(
     return y.squeeze(1) if rows is None else y.view(*rows.shape, weight.shape[0])
 
 
+@without_autocast
 def conv_block_2d(
     x: Tensor,
     weight: Tensor,

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
+from ._autocast import without_autocast
+
 _NARROW = 64  # window values below which gathering is cheaper than a second pass over the output
 
 
@@ -65,6 +67,7 @@ class _ConvStem(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     @op_range("conv_stem/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, norm_weight, norm_bias = ctx.saved_tensors
@@ -106,6 +109,7 @@ def _add_windows(dx_TC: Tensor, dwindow: Tensor, first: int, taps: int, stride: 
         dx_TC[start : start + (frames - 1) * stride + 1 : stride].add_(dwindow[:, tap * c : (tap + 1) * c])
 
 
+@without_autocast
 def conv_stem(
     x: Tensor, weight: Tensor, stride: int, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
 ) -> Tensor:

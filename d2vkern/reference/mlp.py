@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
+from ._autocast import without_autocast
 from ._dropout import dropout_mask
 
 
@@ -41,6 +42,7 @@ class _GeluMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     @op_range("mlp/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, pre, w1, b1, w2, b2, keep = ctx.saved_tensors
@@ -69,6 +71,7 @@ class _GeluMLP(torch.autograd.Function):
         return dx, dw1, db1, dw2, db2, None, None
 
 
+@without_autocast
 def gelu_mlp(
     x: Tensor,
     w1: Tensor,

@@ -127,9 +127,11 @@ def test_the_watch_sees_host_reads(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_device_decisions_equal_host_decisions(modality: str) -> None:
+    # a large eps: the key bias has no gradient but rounding, which Adam would blow up
+    cfg = tiny(modality, optim={"eps": 1e-4})
     states = []
     for capturable in (False, True):
-        trainer = Trainer(tiny(modality), CPU, capturable=capturable)
+        trainer = Trainer(cfg, CPU, capturable=capturable)
         for step in range(1, 5):
             given = batch(modality, step)
             if step == 3 and modality != "text":
