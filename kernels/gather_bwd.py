@@ -121,7 +121,13 @@ def backward(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[b
     dout = dense_columns(dout)
     bucket = power_of_two_bucket(rows=rows * tokens, width=width, bytes=dout.element_size())
     shapes = tiles("BLOCK_T", dout.element_size())
-    candidates = [tile | {"UNROLL": unroll} for unroll in (4, 8, 2) for tile in shapes]
+    # eight rows under way in two warps would spill
+    candidates = [
+        tile | {"UNROLL": unroll}
+        for unroll in (4, 8, 2)
+        for tile in shapes
+        if unroll < 8 or tile["num_warps"] > 2
+    ]
     config = choose("gather_bwd_kernel_rows", bucket, candidates)
     config = config | {"UNROLL": math.gcd(clones, config["UNROLL"])}
     chunk = chunk_of(width)

@@ -95,11 +95,14 @@ class _MaskedRegression(torch.autograd.Function):
         ctx.save_for_backward(grad, slot)
         ctx.masked = masked
         ctx.mark_non_differentiable(pred_var, target_var)
+        ctx.set_materialize_grads(False)  # no zeros for the variances
         return loss, pred_var, target_var
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 8
         grad, slot = ctx.saved_tensors
         if graph_is_kept():
             dpred = _bwd(grad, dloss, slot, ctx.masked)

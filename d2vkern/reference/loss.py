@@ -48,12 +48,15 @@ class _MaskedRegression(torch.autograd.Function):
         loss, pred_var, target_var, grad = _walk(pred, target, ids_mask, clones, beta, scale, needs_grad)
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(pred_var, target_var)
+        ctx.set_materialize_grads(False)  # no zeros for the variances
         return loss, pred_var, target_var
 
     @staticmethod
     @once_differentiable
     @op_range("loss/bwd/eager")
-    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if dloss is None:
+            return (None,) * 7
         (grad,) = ctx.saved_tensors
         dpred = grad * dloss if graph_is_kept() else grad.mul_(dloss)
         return dpred, None, None, None, None, None, None
