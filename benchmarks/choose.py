@@ -19,12 +19,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Settings, make_inputs
+from benchmarks.cases import Case, Inputs, Outputs, Settings, make_inputs
 from benchmarks.harness import Variant, measure_case
 from benchmarks.machine import provenance
 from benchmarks.report import write_json
@@ -33,7 +34,7 @@ from benchmarks.shapes import Size
 from d2v.cpu import tune_allocator
 from d2v.presets import PRESETS
 from d2vkern import _measured
-from d2vkern._backend import REGISTRY, gaps
+from d2vkern._backend import REGISTRY, BackendError
 from d2vkern._measured import Times, record_buckets
 
 CLEAR = 0.1
@@ -60,19 +61,24 @@ def bucket_of(case: Case, settings: Settings) -> str:
 
 
 def backends_of(stem: str, case: Case, settings: Settings) -> list[Variant]:
-    """Backends that take the case, eager first."""
-    first = next(iter(make_inputs(case, settings, 0).values()))
-    names = [name for name in REGISTRY[stem] if not gaps(stem, name, first)]
-    names.sort(key=lambda name: name != "eager")
-    return [
-        Variant(name, True, lambda inputs, name=name: case.call(inputs, name), optional=True)  # type: ignore[misc]
-        for name in names
-    ]
+    """Backends that take the case, eager first; each is asked by a call."""
+    inputs, found = make_inputs(case, settings, 0), []
+    for name in sorted(REGISTRY[stem], key=lambda name: name != "eager"):
+        try:
+            case.call(inputs, name)
+        except BackendError:
+            continue
+        found.append(Variant(name, True, partial(_run, case, name), optional=True))
+    return found
 
 
-def measure(stem: str, case: Case, settings: Settings) -> Times:
+def _run(case: Case, backend: str, inputs: Inputs) -> Outputs:
+    return case.call(inputs, backend)
+
+
+def measure(stem: str, case: Case, settings: Settings, variants: list[Variant]) -> Times:
     """Median microseconds of every backend that passes the gate, with backward where the case has one."""
-    rows = measure_case(stem, case, settings, backends_of(stem, case, settings))
+    rows = measure_case(stem, case, settings, variants)
     times = {}
     for row in rows:
         if row["direction"] != rows[-1]["direction"]:
@@ -145,10 +151,11 @@ def main(arguments: list[str] | None = None) -> int:
     for stem, case in cases_of(args.presets, size, [PRECISIONS[name] for name in args.precision]):
         bucket = bucket_of(case, settings)
         print(f"{stem}, {bucket}: {case.name}, {case.preset}, {case.shape}", flush=True)
-        if args.dry_run:
-            print(f"    {', '.join(variant.name for variant in backends_of(stem, case, settings))}")
+        variants = backends_of(stem, case, settings)
+        if args.dry_run or len(variants) < 2:
+            print(f"    {', '.join(variant.name for variant in variants)}")
             continue
-        times = measure(stem, case, settings)
+        times = measure(stem, case, settings, variants)
         for name in sorted(times, key=times.__getitem__):
             print(f"    {name}: {times[name]:.1f} us", flush=True)
         found.setdefault((stem, bucket), []).append(times)
