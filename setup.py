@@ -20,6 +20,7 @@ setup(
         "d2vkern",
         "d2vkern.kernels",
         "d2vkern.ops",
+        "d2vkern.peers",
         "d2vkern.reference",
         "d2v",
         "d2v.data",
@@ -27,6 +28,10 @@ setup(
         "d2v.model",
     ],
     package_dir={"d2vkern.kernels": "kernels"},
-    package_data={"d2vkern": ["py.typed"], "d2vkern.kernels": ["*.json"], "d2v.data": ["assets/*"]},
+    package_data={
+        "d2vkern": ["py.typed", "measured.json"],
+        "d2vkern.kernels": ["*.json"],
+        "d2v.data": ["assets/*"],
+    },
     include_package_data=False,
 )

@@ -1,12 +1,14 @@
 """Attention over the kept tokens (student) and over all of them (teacher), against a materialised bias.
 
-Peers build the [N,H,S,S] bias inside the timed call, because it stands in for what the op is given: positions
-and a learned scale. Dropout is seeded, so that it can be checked; peers draw other bits and are left out.
+Plain PyTorch is the original's style: bias [N,H,S,S], all scores, softmax in fp32. It builds the bias inside
+the timed call, because it stands in for what the op is given: positions and a learned scale. SDPA, flex and
+xformers are backends of the op and appear with the others; "compile" is torch.compile of eager, which while
+traced is the same plain formula. Dropout is seeded, so that it can be checked; backends that draw other bits
+are left out of those cases.
 """
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import d2vkern
-from benchmarks.cases import Call, Case, Cost, Inputs, Unavailable
+from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Shapes, Size, normal, shapes
 from d2v.config import ImageFront, TextFront
 from d2v.model.blocks import alibi_slopes
@@ -54,10 +56,6 @@ def _case(s: Shapes, name: str, rows: int, seen: int, dtype: torch.dtype, dropou
             **inputs, dropout_p=dropout, seed=_SEED if dropout else None, backend=backend
         )
 
-    peers: dict[str, Call] = {}
-    if not dropout:
-        peers["sdpa+bias" if alibi else "sdpa"] = _sdpa
-        peers["xformers"] = _xformers
     tensor, products = rows * seen * s.cfg.dim * dtype.itemsize, 4 * rows * seen * seen * s.cfg.dim
     places_bytes = rows * seen * 4 * alibi
     return Case(
@@ -72,7 +70,6 @@ def _case(s: Shapes, name: str, rows: int, seen: int, dtype: torch.dtype, dropou
         leaves=() if teacher else ("qkv", *(["alibi_scale"] if alibi else [])),
         forward=Cost(4 * tensor + places_bytes, products),
         backward=Cost(8 * tensor + places_bytes, 2 * products),
-        peers=peers,
     )
 
 
@@ -99,22 +96,3 @@ def _materialised(inputs: Inputs, dropout: float) -> Tensor:
     if dropout:
         p = p * keep_mask(tuple(p.shape), dropout, qkv.device, _SEED) / (1 - dropout)
     return (p.to(qkv.dtype) @ v).transpose(1, 2).reshape(n, s, h * d)
-
-
-def _sdpa(inputs: Inputs) -> Tensor:
-    qkv = inputs["qkv"]
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    bias = _bias(inputs)
-    # fp32 masks beside bf16 queries were misread by some versions (pytorch 191612)
-    out = F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
-    return out.transpose(1, 2).flatten(2)
-
-
-def _xformers(inputs: Inputs) -> Tensor:
-    try:
-        attend = importlib.import_module("xformers.ops").memory_efficient_attention
-    except ImportError as error:
-        raise Unavailable(f"xformers: {error}") from error
-    bias = _bias(inputs)
-    q, k, v = inputs["qkv"].unbind(2)
-    return attend(q, k, v, None if bias is None else bias.to(q.dtype)).flatten(2)

@@ -1,10 +1,11 @@
 """Gate, then time: from the cases of a bench_<op>.py to rows of results.
 
-For each case the variants line up: eager, torch.compile of it, every further backend in the registry, plain
-PyTorch, the case's peers. None gets a number unless its parity check at that very shape has just passed
-(benchmarks/gate.py). Then they take turns, round after round, each on inputs that rotate past the last-level
-cache. On a GPU a turn replays a CUDA graph over all input sets between two events; on a CPU it is a loop
-under perf_counter. Reported are the median over rounds and the interquartile range.
+For each case the variants line up: eager, torch.compile of it, every further backend in the registry (those
+made by others count as peers, not as ours), plain PyTorch, the case's peers. None gets a number unless its
+parity check at that very shape has just passed (benchmarks/gate.py). Then they take turns, round after round,
+each on inputs that rotate past the last-level cache. On a GPU a turn replays a CUDA graph over all input sets
+between two events; on a CPU it is a loop under perf_counter. Reported are the median over rounds and the
+interquartile range.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from benchmarks.cases import (
 from benchmarks.gate import Gate
 from benchmarks.machine import last_level_cache
 from d2v.machine import synchronize
-from d2vkern._backend import REGISTRY, gaps
+from d2vkern._backend import ATTENTION_BACKENDS, REGISTRY, BackendError, gaps
 from d2vkern.testing import peak_memory
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a case. ours: a backend of d2vkern. run None: unavailable, for the reason given."""
+    """One way to run a case. ours: d2vkern's own code. run None: unavailable, for the reason given."""
 
     name: str
     ours: bool
@@ -66,7 +67,9 @@ def variants_of(stem: str, case: Case, settings: Settings, given: list[Tensor]) 
     for name in REGISTRY[stem]:
         if name != "eager":
             reasons = gaps(stem, name, *given)
-            found.append(Variant(name, True, None if reasons else on(name), "; ".join(reasons)))
+            others = name in ATTENTION_BACKENDS
+            run = None if reasons else on(name)
+            found.append(Variant(name, not others, run, "; ".join(reasons), optional=others))
     found.append(Variant("pytorch", False, case.plain))
     found += [Variant(name, False, run, optional=True) for name, run in case.peers.items()]
     return found
@@ -117,7 +120,7 @@ def _admit(variant: Variant, gate: Gate) -> tuple[str, str]:
         gate.check(variant.run)
     except AssertionError as error:
         return "failed", f"gate: {error}"
-    except Unavailable as error:
+    except (Unavailable, BackendError) as error:
         return "skipped", str(error)
     except Exception as error:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -5,9 +5,9 @@
 
 A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The first word of a file's name
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
-`scaling_*.json` (scaling.py), `profile_*.json` (profile.json of `d2v profile`), `demo_*.json` (summary.json
-of `d2v demo`); the table `hotpaths` is made from the step's files too. No number is typed by hand: a table
-without a file says "not measured", and so does a cell without a time.
+`scaling_*.json` (scaling.py), `memory_*.json` (memory.py), `profile_*.json` (profile.json of `d2v profile`),
+`demo_*.json` (summary.json of `d2v demo`); the table `hotpaths` is made from the step's files too. No number
+is typed by hand: a table without a file says "not measured", and so does a cell without a time.
 """
 
 from __future__ import annotations
@@ -97,6 +97,27 @@ def profile_table(found: Results) -> list[str]:
     return [title, "", *markdown(head, cells)]
 
 
+def memory_table(found: Results) -> list[str]:
+    """Peak MiB of attention: materialised bias, every backend, our smallest as a share of the first."""
+    rows = found.data["rows"]
+    groups: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("preset", "case", "shape", "dtype"))
+        groups.setdefault(key, {})[row["variant"]] = row
+    names = list(dict.fromkeys(row["variant"] for row in rows if row["status"] == "ok"))
+    names = [name for name in names if name != "pytorch"]
+    head = ["preset", "pass", "shape", "materialised MiB", *(f"{name} MiB" for name in names), "ours of it"]
+    cells = []
+    for (preset, case, shape, dtype), variants in groups.items():
+        peaks = {name: row.get("peak_MiB") for name, row in variants.items()}
+        ours = [row["peak_MiB"] for row in variants.values() if row["ours"] and row["status"] == "ok"]
+        plain = peaks.get("pytorch")
+        share = min(ours) / plain if ours and plain else None
+        cells.append([preset, f"{case}, {next(iter(variants.values()))['direction']}", f"{shape} {dtype}",
+                      short(plain), *(short(peaks.get(name)) for name in names), percent(share)])  # fmt: skip
+    return markdown(head, cells, 3)
+
+
 def demo_table(found: Results) -> list[str]:
     """Linear probes of raw input, the untrained and the trained encoder, in percent."""
     cells = []
@@ -118,12 +139,13 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "ops": ops_table,
     "profile": profile_table,
     "scaling": scaling_table,
+    "memory": memory_table,
     "demo": demo_table,
     "hotpaths": hot_paths_table,
 }
 SOURCES = {"hotpaths": "step"}
 """tables whose files carry another table's name"""
-PER_DEVICE = ("step", "ops", "profile", "scaling", "hotpaths")
+PER_DEVICE = ("step", "ops", "profile", "scaling", "hotpaths", "memory")
 """tables that say what was not measured on a GPU"""
 
 

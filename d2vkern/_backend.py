@@ -1,8 +1,9 @@
 """Which implementation of an op runs, and why: one table and one decision for all eleven ops.
 
 The decision is argument > ``with use_backend(...)`` > environment ``D2VKERN_BACKEND`` > auto. An explicit
-request that cannot be met raises with every reason; auto takes the first entry of the table without a reason
-against it and logs that choice once per op (logger ``d2vkern``).
+request that cannot be met raises with every reason; auto goes by measured times where there are some for the
+machine and the call (`_measured.py`), else by the order of the table, takes the first entry without a reason
+against it and logs each such choice once, and why (logger ``d2vkern``).
 
 `select` is traced by ``torch.compile(fullgraph=True)``. The context is a thread-local that Dynamo guards, so
 compiled code follows ``use_backend`` (inside or around it) by recompiling; the environment and what the
@@ -25,7 +26,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from d2vkern import _check_mode
+from d2vkern import _check_mode, _measured
+from d2vkern.peers import refusals
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -60,17 +62,20 @@ class Implementation:
     """One backend of one op.
 
     module: import path of a module with the op's functions, whose arguments arrive checked.
-    unsupported: given the call's tensors, the reasons why this one cannot take them (none: it can).
-        It is traced by Dynamo, so it may look at dtypes, devices and shapes only.
-    auto: device types on which auto may choose it; None: on all.
+    unsupported: given the call's tensors, and by name such other arguments as the op passes on, the reasons
+        why this one cannot take the call (none: it can). It is traced by Dynamo, so of tensors it may look
+        at dtypes, devices, shapes and requires_grad only.
+    auto: device types on which auto may choose it unmeasured; None: on all.
+    limits: what it never does, whatever the machine, for `python -m d2vkern.info`.
     """
 
     module: str
     unsupported: Callable[..., list[str]] | None = None
     auto: tuple[str, ...] | None = None
+    limits: str = ""
 
 
-def _triton_gaps(*tensors: Tensor) -> list[str]:
+def _triton_gaps(*tensors: Tensor, **_: Any) -> list[str]:
     """Why Triton kernels cannot take these tensors. On meta tensors they compute nothing, as torch's ops."""
     reasons = []
     if any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -89,7 +94,13 @@ def _table(stem: str) -> dict[str, Implementation]:
     table = {}
     if stem in TRITON_STEMS:
         table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto=("cuda",))
-    return table | {"eager": Implementation(f"d2vkern.reference.{stem}")}
+    table["eager"] = Implementation(f"d2vkern.reference.{stem}")
+    if stem == "attention":
+        for name in ATTENTION_BACKENDS:
+            table[name] = Implementation(
+                f"d2vkern.peers.attention_{name}", getattr(refusals, name), (), refusals.LIMITS[name]
+            )
+    return table
 
 
 REGISTRY: dict[str, dict[str, Implementation]] = {stem: _table(stem) for stem in STEMS}
@@ -113,21 +124,22 @@ def backend_names(stem: str) -> tuple[str, ...]:
     return COMMON_BACKENDS + ATTENTION_BACKENDS if stem == "attention" else COMMON_BACKENDS
 
 
-def select(stem: str, backend: str | None, *tensors: Tensor) -> ModuleType:
+def select(stem: str, backend: str | None, *tensors: Tensor, **call: Any) -> ModuleType:
     """The module that implements op `stem` for a call with these tensors.
 
     backend: the public function's `backend` argument; None leaves it to context, environment and auto.
+    call: further arguments of the call that decide which implementations can take it.
     Raises BackendError (a ValueError) for an unknown name and for a request that cannot be met.
     """
     name, origin = _request(stem, backend)
     if name is None:
-        name = _choose(stem, tensors)
+        name = _choose(stem, tensors, call)
     else:
-        reasons = gaps(stem, name, *tensors)
+        reasons = gaps(stem, name, *tensors, **call)
         if reasons:
             raise BackendError(
                 f"{stem}: backend {name!r}, requested by {origin}, cannot run: {'; '.join(reasons)}. "
-                f"Available here: {', '.join(_available(stem, tensors))}"
+                f"Available here: {', '.join(_available(stem, tensors, call))}"
             )
     for calls in state.spies:
         calls.append((stem, name))
@@ -157,14 +169,14 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
         state.requested = outer
 
 
-def gaps(stem: str, backend: str, *tensors: Tensor) -> list[str]:
-    """Every reason why `backend` cannot run op `stem` here (on these tensors, if any); none: it can."""
+def gaps(stem: str, backend: str, *tensors: Tensor, **call: Any) -> list[str]:
+    """Every reason why `backend` cannot run op `stem` here (this call of it, if given); none: it can."""
     implementation = REGISTRY[stem].get(backend)
     if implementation is None:
         return ["not built yet in this version", *_machine_gaps(backend)]
     reasons = list(_machine_gaps(backend))
     if tensors and implementation.unsupported is not None:
-        reasons += implementation.unsupported(*tensors)
+        reasons += implementation.unsupported(*tensors, **call)
     return reasons
 
 
@@ -177,18 +189,22 @@ def _request(stem: str, backend: str | None) -> tuple[str | None, str]:
     return _from_environment(stem), f"environment {ENVIRONMENT}"
 
 
-def _choose(stem: str, tensors: tuple[Tensor, ...]) -> str:
+def _choose(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> str:
     device = tensors[0].device.type if tensors else "cpu"
-    for name, implementation in REGISTRY[stem].items():
-        wanted = implementation.auto is None or device in implementation.auto
-        if wanted and not gaps(stem, name, *tensors):
-            _announce(stem, name)
+    names = [name for name, one in REGISTRY[stem].items() if one.auto is None or device in one.auto]
+    measured = None if torch.compiler.is_compiling() else _measured.order(stem, tensors, call)
+    where, fastest = measured or ("", [])
+    for name in fastest:
+        _check_backend(stem, name, f"{_measured.TABLE.name}, {where}")
+    for name in [*fastest, *names]:
+        if not gaps(stem, name, *tensors, **call):
+            _announce(stem, name, f"measured: {where}" if name in fastest else "not measured")
             return name
     raise AssertionError(f"{stem}: no implementation takes the call, not even eager")
 
 
-def _available(stem: str, tensors: tuple[Tensor, ...]) -> list[str]:
-    return [name for name in REGISTRY[stem] if not gaps(stem, name, *tensors)]
+def _available(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> list[str]:
+    return [name for name in REGISTRY[stem] if not gaps(stem, name, *tensors, **call)]
 
 
 def _expand(default: str | None, per_op: dict[str, str], origin: str) -> dict[str, str]:
@@ -284,10 +300,11 @@ def _interpreted() -> bool:
 
 
 @_constant_while_tracing
-def _announce(stem: str, name: str) -> None:
-    if stem not in _announced:
-        _announced.add(stem)
-        _logger.info("%s: auto chose backend %s", stem, name)
+def _announce(stem: str, name: str, why: str) -> None:
+    choice = f"{stem}: auto chose backend {name} ({why})"
+    if choice not in _announced:
+        _announced.add(choice)
+        _logger.info(choice)
 
 
 @_constant_while_tracing

@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
-from d2vkern import __version__
-from d2vkern._backend import STEMS, backend_names, gaps
+from d2vkern import __version__, _measured
+from d2vkern._backend import REGISTRY, STEMS, backend_names, gaps
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, and per op and backend the reasons why it cannot run (an empty list: it can)."""
+    """Versions, devices, and per op and backend the reasons why it cannot run (an empty list: it can).
+
+    "limits": op -> backend -> what it refuses or lacks even where it runs. "measured": machine -> op ->
+    bucket -> backend -> microseconds, by which auto goes on the devices here.
+    """
+    kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     return {
         "d2vkern": __version__,
         "python": platform.python_version(),
@@ -25,6 +30,16 @@ def collect() -> dict[str, Any]:
         "triton": _installed("triton"),
         "nvcc": _nvcc(),
         "ops": {stem: {name: gaps(stem, name) for name in backend_names(stem)} for stem in STEMS},
+        "limits": {
+            stem: limits
+            for stem, table in REGISTRY.items()
+            if (limits := {name: one.limits for name, one in table.items() if one.limits})
+        },
+        "measured": {
+            where: times
+            for where in map(_measured.machine, kinds)
+            if any((times := _measured.times_of(where)).values())
+        },
     }
 
 
@@ -46,8 +61,9 @@ def _nvcc() -> str | None:
 
 
 def render(info: dict[str, Any]) -> str:
-    """The report as text: versions, a table of ops x backends, then each distinct gap with its reasons."""
-    lines = [f"{key:<8} {_text(value)}" for key, value in info.items() if key != "ops"]
+    """The report as text: versions, ops x backends, each distinct gap with its reasons, limits, times."""
+    tables = ("ops", "limits", "measured")
+    lines = [f"{key:<8} {_text(value)}" for key, value in info.items() if key not in tables]
     columns = list(dict.fromkeys(name for backends in info["ops"].values() for name in backends))
     lines += ["", " ".join([f"{'op':<14}", *(f"{name:<9}" for name in columns)]).rstrip()]
     why: dict[str, list[str]] = {}
@@ -62,6 +78,17 @@ def render(info: dict[str, Any]) -> str:
     lines += ["", "Gaps"]
     for reason, stems in why.items():
         lines.append(f"  {reason} ({'all ops' if len(stems) == len(info['ops']) else ', '.join(stems)})")
+    lines += ["", "Limits"]
+    for stem, limits in info["limits"].items():
+        lines += [f"  {stem}, {name}: {text}" for name, text in limits.items()]
+    lines += ["", "Measured: auto takes the first that can run"]
+    for where, ops in info["measured"].items():
+        for stem, buckets in ops.items():
+            for bucket, times in buckets.items():
+                ranked = ", ".join(f"{name} {times[name]:.4g} us" for name in sorted(times, key=times.get))
+                lines.append(f"  {where}, {stem}, {bucket}: {ranked}")
+    if not info["measured"]:
+        lines.append("  nothing on this machine: auto takes the first of triton and eager that can run")
     return "\n".join(lines)
 
 

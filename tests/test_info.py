@@ -25,7 +25,18 @@ def test_json_reports_versions_and_every_op() -> None:
     report = json.loads(run.stdout)
     assert report["d2vkern"] == d2vkern.__version__
     assert report["torch"] == str(torch.__version__)
-    assert set(report) == {"d2vkern", "python", "torch", "cuda", "devices", "triton", "nvcc", "ops"}
+    assert set(report) == {
+        "d2vkern",
+        "python",
+        "torch",
+        "cuda",
+        "devices",
+        "triton",
+        "nvcc",
+        "ops",
+        "limits",
+        "measured",
+    }
     assert tuple(report["ops"]) == STEMS
     assert all(backends["eager"] == [] for backends in report["ops"].values())
     assert set(report["ops"]["attention"]) == {"eager", "triton", "native", "sdpa", "flex", "xformers"}

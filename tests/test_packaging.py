@@ -71,7 +71,7 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     }
     expected |= {f"d2vkern/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     expected |= {f"d2v/data/assets/{path.name}" for path in (ROOT / "d2v" / "data" / "assets").iterdir()}
-    assert names == expected | {"d2vkern/py.typed"}
+    assert names == expected | {"d2vkern/py.typed", "d2vkern/measured.json"}
 
 
 def test_wheel_metadata(wheel: Path) -> None:

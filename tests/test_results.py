@@ -83,6 +83,16 @@ PROFILE = {
          "of_copy": 0.0, "of_matmul": 0.0}]}],
 }  # fmt: skip
 
+MEMORY = [
+    {"preset": "audio_base", "case": "student", "shape": "N8 S300", "dtype": "float32", "variant": variant,
+     "direction": "forward+backward", "ours": variant == "eager", "status": "ok", "reason": "",
+     "peak_MiB": mib}
+    for variant, mib in (("eager", 25.0), ("pytorch", 200.0), ("sdpa", 120.25))
+] + [
+    {"preset": "audio_base", "case": "student", "shape": "N8 S300", "dtype": "float32", "variant": "xformers",
+     "direction": "forward+backward", "ours": False, "status": "skipped", "reason": "not installed"},
+]  # fmt: skip
+
 
 def op_row(variant, ours, us, direction="forward", **values):
     row = {
@@ -112,7 +122,8 @@ def results(tmp_path):
     folder = tmp_path / "results"
     folder.mkdir()
     files = {"step_cpu": STEP, "ops_cpu": ops(), "demo_cpu": DEMO, "profile_image": PROFILE,
-             "scaling_cpu": {"provenance": PROVENANCE, "curves": [CURVE]}}  # fmt: skip
+             "scaling_cpu": {"provenance": PROVENANCE, "curves": [CURVE]},
+             "memory_cpu": {"provenance": PROVENANCE, "rows": MEMORY}}  # fmt: skip
     for name, data in files.items():
         (folder / f"{name}.json").write_text(json.dumps(data))
     return folder
@@ -122,7 +133,8 @@ def results(tmp_path):
 def readme(tmp_path):
     path = tmp_path / "README.md"
     tables = "\n".join(f"## {n}\n<!-- results:{n} -->\n<!-- /results:{n} -->\n"
-                       for n in ("step", "ops", "profile", "scaling", "demo", "hotpaths"))  # fmt: skip
+                       for n in ("step", "ops", "profile", "scaling", "demo", "hotpaths",
+                                 "memory"))  # fmt: skip
     path.write_text(f"# Title\n\n{tables}\nThe end.\n")
     return path
 
@@ -148,6 +160,8 @@ def test_tables_hold_the_numbers_of_the_files(readme, results):
         "| 5,000 (pytorch) |",
         "| student linear | 2,000 | 62% | 150 | 10% | 81% |",
         "| image_tiny | masks 1 to 8 | 10 to 66.7 | 0.91 | 4 to 11.3 | 0.50 |",
+        "| preset | pass | shape | materialised MiB | eager MiB | sdpa MiB | ours of it |",
+        "| audio_base | student, forward+backward | N8 S300 float32 | 200 | 25 | 120 | 12% |",
         "| image | which digit | test | 50.0 | 61.2 | 90.0 | 80.0 | 3,000 | 211 |",
         "`ops_cpu.json`: Some CPU, threads 2, torch 2.13.0, commit 0123456, 2026-11-22.",
         "`step_cpu.json`: Some CPU, torch 2.13.0, commit abcdefg, 2026-11-22.",
@@ -155,7 +169,7 @@ def test_tables_hold_the_numbers_of_the_files(readme, results):
         "`profile_image.json`: Some CPU, threads 2, torch 2.13.0, commit 0000000.",
     ):
         assert line in lines
-    assert lines.count("On a GPU: not measured.") == 5
+    assert lines.count("On a GPU: not measured.") == 6
     assert not any("masks other" in line for line in lines)
     assert (lines[0], lines[-1]) == ("# Title", "The end.")
 
@@ -198,7 +212,7 @@ def test_new_measurements_change_table_and_plot(readme, results):
 def test_without_files_nothing_is_claimed(readme, tmp_path):
     assert update(readme, tmp_path / "nowhere") == 0
     text = readme.read_text()
-    assert text.count("On a GPU: not measured.") == 5 and text.count("Not measured.") == 1
+    assert text.count("On a GPU: not measured.") == 6 and text.count("Not measured.") == 1
     assert [line for line in text.splitlines() if "|" in line][2:] == [
         f"| {goal} | not measured | not measured | not measured |"
         for goal in ("at least 50% of the measured matmul rate", "at least 3 times as fast as eager",

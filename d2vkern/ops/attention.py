@@ -41,6 +41,8 @@ def multimask_attention(
     Returns (N, S, H * Dh) in qkv's dtype; softmax in fp32. Gradients: qkv, alibi_scale (exactly 0 where
     clamped).
     Source: data2vec 2.0, models/modalities/modules.py, AltAttention, and base.py, masked_alibi.
+    Other people's kernels as backends, each with its limits (`python -m d2vkern.info`): "sdpa", "flex",
+    "xformers".
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
     op = "attention"
@@ -70,6 +72,16 @@ def multimask_attention(
     check_range(op, "head width Dh", d, minimum=1)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
     check_choice(op, "padded_rows", padded_rows, ("zero", "attend"))
-    return select("attention", backend, qkv).multimask_attention(
+    implementation = select(
+        "attention",
+        backend,
+        qkv,
+        slopes=slopes,
+        alibi_scale=alibi_scale,
+        lengths=lengths,
+        dropout_p=dropout_p,
+        seed=seed,
+    )
+    return implementation.multimask_attention(
         qkv, positions, slopes, alibi_scale, lengths, softmax_scale, dropout_p, seed, padded_rows
     )

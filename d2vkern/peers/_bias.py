@@ -1,0 +1,48 @@
+"""The dense bias and key lengths that the peers of attention share.
+
+N sequences, S tokens, H heads; formulas and their conventions are eager's (d2vkern/reference/attention.py).
+"""
+
+import torch
+from torch import Tensor
+
+from d2vkern.reference.attention import _distance, _key_bias, _padded
+
+
+def head_factor(slopes: Tensor, alibi_scale: Tensor | None) -> Tensor:
+    """[H] slope * max(alibi_scale, 0) in fp32; its gradient reaches alibi_scale alone."""
+    slopes = slopes.detach().float()
+    return slopes if alibi_scale is None else slopes * alibi_scale.float().clamp_min(0)
+
+
+def real_keys(lengths: Tensor, s: int) -> Tensor:
+    """[N] keys that a sequence attends to: its length, and S where that is 0, so that no softmax is empty."""
+    return torch.where(lengths > 0, lengths, s)
+
+
+def dense_bias(
+    positions: Tensor, slopes: Tensor, alibi_scale: Tensor | None, lengths: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[N,H,S,S] in `dtype`, computed in fp32: minus the weighted distances, -inf at padded keys.
+
+    The cast comes last and is never left to the attention kernel: fp32 masks beside bf16 queries were read as
+    if they were bf16 on Hopper (PyTorch pull request 191612). Rounding is relative, so it is least where the
+    bias is small, which is where the softmax looks.
+    """
+    factor = head_factor(slopes, alibi_scale)
+    bias = _distance(positions, torch.float32) * -factor.view(-1, 1, 1)
+    if lengths is not None:
+        bias = bias + _key_bias(lengths, positions.shape[1], torch.float32)
+    return bias.to(dtype)
+
+
+def zero_padded_rows(out: Tensor, lengths: Tensor | None, padded_rows: str) -> Tensor:
+    """out [N,S,D] with the rows behind each length set to 0 where `padded_rows` asks for it."""
+    if lengths is None or padded_rows != "zero":
+        return out
+    return out.masked_fill(_padded(lengths, out.shape[1]).unsqueeze(2), 0)
+
+
+def key_mask(lengths: Tensor, s: int) -> Tensor:
+    """[N,1,1,S] bool, True at the keys that may be attended to."""
+    return ~_padded(real_keys(lengths, s), s)[:, None, None]

@@ -1,0 +1,55 @@
+"""multimask_attention on torch.nn.functional.scaled_dot_product_attention.
+
+q, k, v are views of the packed projection. With slopes the bias [N,H,S,S] is built in fp32; autograd carries
+its gradient to alibi_scale. CPU kernels take it as it is, on a GPU it is cast to q's dtype, which is what its
+kernels read. With lengths alone the mask is [N,1,1,S] bool. On a GPU a biased call is kept off cuDNN, which
+misread biases and whose gradient of them is for one sequence only; PyTorch calls the backward of its fused
+kernels nondeterministic. Dropout is SDPA's own; a seed arrives under D2VKERN_CHECK=1 only and is not used.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from d2vkern import _costs
+from d2vkern._nvtx import op_range
+
+from ._bias import dense_bias, key_mask, zero_padded_rows
+
+WITH_BIAS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""what takes a dense bias on a GPU, and its gradient"""
+
+
+def _cost(qkv: Tensor, positions: Tensor | None = None, *_: Any, **__: Any) -> _costs.Cost:
+    return _costs.attention(qkv, positions, grad=())
+
+
+@op_range("attention/fwd/sdpa", _cost)
+def multimask_attention(
+    qkv: Tensor,
+    positions: Tensor | None = None,
+    slopes: Tensor | None = None,
+    alibi_scale: Tensor | None = None,
+    lengths: Tensor | None = None,
+    softmax_scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    padded_rows: str = "zero",
+) -> Tensor:
+    s = qkv.shape[1]
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N,H,S,Dh] each
+    mask = None
+    if slopes is not None and positions is not None:
+        dtype = q.dtype if qkv.is_cuda else torch.float32
+        mask = dense_bias(positions, slopes, alibi_scale, lengths, dtype)
+    elif lengths is not None:
+        mask = key_mask(lengths, s)
+    if slopes is not None and qkv.is_cuda:
+        with sdpa_kernel(WITH_BIAS):
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=softmax_scale)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=softmax_scale)
+    return zero_padded_rows(out.transpose(1, 2).flatten(2), lengths, padded_rows)
