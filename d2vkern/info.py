@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from d2vkern import __version__
+from d2vkern import __version__, _native
 from d2vkern._backend import STEMS, backend_names, gaps
 
 
@@ -24,6 +24,7 @@ def collect() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "triton": _installed("triton"),
         "nvcc": _nvcc(),
+        "native": _extension(),
         "ops": {stem: {name: gaps(stem, name) for name in backend_names(stem)} for stem in STEMS},
     }
 
@@ -33,6 +34,18 @@ def _installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _extension() -> str:
+    """What the compiled extension holds and where it runs, or why it is not used."""
+    if _native.problem():
+        return _native.problem()
+    facts = _native.about()
+    if not facts.cuda:
+        return "CPU kernels"
+    cuda = f"CUDA {facts.cuda // 1000}.{facts.cuda % 1000 // 10} kernels ({', '.join(facts.architectures)})"
+    reason = _native.cuda_problem()
+    return f"CPU kernels, {cuda}" + (f", not usable: {reason}" if reason else "")
 
 
 def _nvcc() -> str | None:
