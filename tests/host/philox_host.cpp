@@ -1,5 +1,5 @@
-// csrc/philox.cuh behind a C interface over arrays, for test_philox_host.py.
-#include "philox.cuh"
+// csrc/philox.cuh and normals.cuh behind a C interface over arrays, for test_philox_host.py.
+#include "normals.cuh"
 
 #include <cstddef>
 

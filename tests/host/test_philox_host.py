@@ -126,7 +126,7 @@ def test_cuda_compiler_takes_the_header(tmp_path: Path) -> None:
         pytest.skip("nvcc is not installed")
     kernel = tmp_path / "kernel.cu"
     kernel.write_text(
-        '#include "philox.cuh"\n'
+        '#include "normals.cuh"\n'
         "__global__ void draw(float* out) {\n"
         "  const d2v::Words words = d2v::philox(threadIdx.x, 0, 0, 0, 1, 2);\n"
         "  out[threadIdx.x] = d2v::uniform(words.w[0]) + d2v::normal_pair(words.w[2], words.w[3]).first;\n"
