@@ -32,8 +32,8 @@ D2V_HOST_DEVICE float next_below(double x) {
 }
 
 // step: counted from 1; a skipped first step has number 0 and counts as 1. decay: of the teacher.
-D2V_HOST_DEVICE AdamWScalars adamw_scalars(double clip, double decay, double step, double lr, double beta1, double beta2,
-                                           double eps, double weight_decay, bool fairseq) {
+D2V_HOST_DEVICE AdamWScalars adamw_scalars(double clip, double decay, double step, double lr, double beta1,
+                                           double beta2, double eps, double weight_decay, bool fairseq) {
   const double t = step < 1.0 ? 1.0 : step;
   const double root_bias2 = sqrt(1.0 - pow(beta2, t));
   AdamWScalars s;

@@ -1,7 +1,7 @@
 // What every launcher does around its kernel: the tensor's device, its current stream, a check after the launch.
 //
-// The extension also loads where torch has no CUDA, so the one CUDA symbol of torch is bound weakly. The CUDA runtime is
-// linked statically and has an error state of its own, which is read after every launch.
+// The extension also loads where torch has no CUDA, so the one CUDA symbol of torch is bound weakly. The CUDA runtime
+// is linked statically and has an error state of its own, which is read after every launch.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -83,36 +83,25 @@ inline const int64_t* device_word(const char* op, const char* name, const std::o
   return static_cast<const int64_t*>(x->const_data_ptr());
 }
 
-// A 0-dim tensor of any floating dtype that a kernel reads, or none.
-struct DeviceScalar {
-  const void* at = nullptr;
-  ScalarType type = ScalarType::Float;
-
-  __device__ __forceinline__ double read() const {
-    switch (type) {
-      case ScalarType::Double:
-        return *static_cast<const double*>(at);
-      case ScalarType::Float:
-        return *static_cast<const float*>(at);
-      case ScalarType::Half:
-        return float_of_fp16(*static_cast<const uint16_t*>(at));
-      default:
-        return float_of_bf16(*static_cast<const uint16_t*>(at));
-    }
+// The code of a 0-dim floating tensor that a kernel reads.
+inline int32_t scalar_code(const char* op, const char* name, const Tensor& x, int32_t device) {
+  STD_TORCH_CHECK(x.numel() == 1, op, ": ", name, " must have one element, got ", x.numel());
+  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == device, op, ": ", name, " must be on CUDA device ", device,
+                  ", got another device");
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return kFp64;
+    case ScalarType::Float:
+      return kFp32;
+    case ScalarType::Half:
+      return kFp16;
+    case ScalarType::BFloat16:
+      return kBf16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " must be fp64, fp32, fp16 or bf16, got dtype number ",
+                      static_cast<int>(x.scalar_type()));
   }
-};
-
-inline DeviceScalar device_scalar(const char* op, const char* name, const std::optional<Tensor>& x,
-                                  int32_t device) {
-  if (!x.has_value()) return {};
-  const ScalarType type = x->scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::Half ||
-                      type == ScalarType::BFloat16,
-                  op, ": ", name, " must be fp64, fp32, fp16 or bf16, got dtype number ", static_cast<int>(type));
-  STD_TORCH_CHECK(x->numel() == 1, op, ": ", name, " must have one element, got ", x->numel());
-  STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == device, op, ": ", name, " must be on CUDA device ",
-                  device, ", got another device");
-  return {x->const_data_ptr(), type};
+  return kNone;
 }
 
 }  // namespace d2v

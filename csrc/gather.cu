@@ -14,18 +14,54 @@
 // at the floor, in rows of D: gather reads B T + E + T (positions) + N K (per_mask) and writes N (E + K); its backward
 // reads N (E + K) and writes B T + N T (dper_mask), plus partial sums; scatter reads N K and writes N T. Kernels:
 // gather_rows.cuh, scatter_rows.cuh.
+#include "cuda_check.cuh"
 #include "gather_rows.cuh"
 #include "scatter_rows.cuh"
 
 namespace d2v {
 namespace {
 
-// Samples that a partial sum of dpositions covers, at least.
-constexpr int64_t kSamplesPerSum = 4;
-
 using MaybeTensor = std::optional<Tensor>;
 
-Tensor dense_columns(const Tensor& x) { return x.size(x.dim() - 1) <= 1 || x.stride(x.dim() - 1) == 1 ? x : contiguous(x); }
+// A tensor's address and the strides between its rows, for the choice of a width.
+class Places {
+ public:
+  explicit Places(int64_t item) : item_(item) {}
+  void tensor(const Tensor& x) {
+    all_ |= reinterpret_cast<uintptr_t>(x.const_data_ptr());
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+      // Where there is one row there is no stride to it.
+      if (x.size(i) > 1) all_ |= static_cast<uint64_t>(x.stride(i) * item_);
+    }
+    all_ |= static_cast<uint64_t>(x.size(x.dim() - 1) * item_);
+  }
+  bool wide() const { return widest_access(all_) == 16; }
+
+ private:
+  int64_t item_;
+  uint64_t all_ = 0;
+};
+
+// Calls body(T{}, std::integral_constant<int32_t, kVector>{}) for a dtype and whether accesses take 16 bytes.
+template <class Body>
+void for_dtype(const char* op, const Tensor& x, bool wide, Body body) {
+  const ScalarType type = x.scalar_type();
+  if (type == ScalarType::Float) {
+    wide ? body(float{}, std::integral_constant<int32_t, 4>{}) : body(float{}, std::integral_constant<int32_t, 1>{});
+  } else if (type == ScalarType::Half) {
+    wide ? body(Fp16{}, std::integral_constant<int32_t, 8>{}) : body(Fp16{}, std::integral_constant<int32_t, 1>{});
+  } else if (type == ScalarType::BFloat16) {
+    wide ? body(Bf16{}, std::integral_constant<int32_t, 8>{}) : body(Bf16{}, std::integral_constant<int32_t, 1>{});
+  } else {
+    STD_TORCH_CHECK(false, op, ": x must be fp32, fp16 or bf16 on backend 'native' with CUDA, got dtype number ",
+                    static_cast<int>(type));
+  }
+}
+
+Tensor dense_columns(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) <= 1 || x.stride(last) == 1 ? x : contiguous(x);
+}
 
 void check_rows(const char* op, const char* name, const Tensor& x, const Tensor& like,
                 const std::vector<int64_t>& shape) {
@@ -132,8 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_bwd(const Tensor& dout_given, 
   const int64_t rows = slot.size(0), tokens = slot.size(1), width = dout_given.size(2);
   STD_TORCH_CHECK(clones >= 1 && rows % clones == 0 && dout_given.size(0) == rows && extras >= 0 &&
                       extras <= dout_given.size(1),
-                  op, ": dout must have the ", rows, " rows of slot, a multiple of clones = ", clones, ", and at least ",
-                  extras, " extra tokens, got ", dout_given.size(0), " and ", dout_given.size(1));
+                  op, ": dout must have the ", rows, " rows of slot, a multiple of clones = ", clones,
+                  ", and at least ", extras, " extra tokens, got ", dout_given.size(0), " and ", dout_given.size(1));
   check_sizes(op, {rows, tokens, extras + tokens, width});
   const int64_t samples = rows / clones;
   const bool need_x = needs[0], need_extra = needs[1], need_positions = needs[2], need_per_mask = needs[3];
@@ -143,15 +179,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_bwd(const Tensor& dout_given, 
   Tensor dper_mask = new_empty(dout_given, {need_per_mask ? rows : 0, tokens, width});
   if (width == 0) return {dx, dextra, dpositions, dper_mask};
 
-  // Of the rows [extra tokens, tokens]: the first that is wanted, how many are summed over the samples, and how many
-  // have any gradient.
-  const int64_t first = need_extra ? 0 : extras;
-  const int64_t summed = (need_positions ? extras + tokens : extras) - first;
-  const int64_t visited = (need_x || need_positions || need_per_mask ? extras + tokens : extras) - first;
-  const int64_t group = summed > 0 ? samples_per_group(samples, need_positions ? kSamplesPerSum : 1) : 1;
-  const int64_t groups = ceil_div(samples, group);
+  const BackwardRows plan =
+      backward_rows(samples, tokens, extras, need_x, need_extra, need_positions, need_per_mask);
   MaybeTensor sums;
-  if (summed > 0) sums = new_empty(dout_given, {groups, summed, width}, ScalarType::Float);
+  if (plan.summed > 0) sums = new_empty(dout_given, {plan.groups, plan.summed, width}, ScalarType::Float);
   const Tensor dout = dense_columns(dout_given);
   Places places(static_cast<int64_t>(dout.element_size()));
   places.tensor(dout);
@@ -167,23 +198,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_bwd(const Tensor& dout_given, 
     args.sums = output_of<float>(sums);
     args.dout_stride_n = dout.stride(0);
     args.dout_stride_s = dout.stride(1);
-    args.groups = static_cast<int32_t>(groups);
-    args.group = static_cast<int32_t>(group);
+    args.groups = static_cast<int32_t>(plan.groups);
+    args.group = static_cast<int32_t>(plan.group);
     args.samples = static_cast<int32_t>(samples);
     args.clones = static_cast<int32_t>(clones);
     args.tokens = static_cast<int32_t>(tokens);
     args.extras = static_cast<int32_t>(extras);
     args.width = static_cast<int32_t>(width);
-    args.first = static_cast<int32_t>(first);
-    args.visited = static_cast<int32_t>(visited);
-    args.summed = static_cast<int32_t>(summed);
+    args.first = static_cast<int32_t>(plan.first);
+    args.visited = static_cast<int32_t>(plan.visited);
+    args.summed = static_cast<int32_t>(plan.summed);
     const int64_t parts = ceil_div(width / kVector, kWarp);
-    start(op, rows_grid(groups, visited * parts), device.stream(), gather_bwd_kernel_rows<T, kVector>, args);
-    if (summed == 0) return;
+    start(op, rows_grid(plan.groups, plan.visited * parts), device.stream(), gather_bwd_kernel_rows<T, kVector>, args);
+    if (plan.summed == 0) return;
     T *low = static_cast<T*>(dextra.mutable_data_ptr()), *high = static_cast<T*>(dpositions.mutable_data_ptr());
     constexpr int32_t kSumVector = kVector < 4 ? 1 : 4;
-    start(op, sums_grid(summed * width), device.stream(), gather_bwd_kernel_sums<T, kSumVector>,
-          pointer_of<float>(sums), low, high, groups, summed * width, need_extra ? extras * width : 0);
+    start(op, sums_grid(plan.summed * width), device.stream(), gather_bwd_kernel_sums<T, kSumVector>,
+          pointer_of<float>(sums), low, high, plan.groups, plan.summed * width, need_extra ? extras * width : 0);
   });
   return {dx, dextra, dpositions, dper_mask};
 }

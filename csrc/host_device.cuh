@@ -10,6 +10,9 @@
 
 #if defined(__CUDACC__)
 #define D2V_HOST_DEVICE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+// Into whatever instruction set the caller is compiled for.
+#define D2V_HOST_DEVICE inline __attribute__((always_inline))
 #else
 #define D2V_HOST_DEVICE inline
 #endif

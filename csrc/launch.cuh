@@ -62,17 +62,38 @@ inline Grid rows_grid(int64_t rows, int64_t length) {
   return grid;
 }
 
-// The row of a block; rows is passed by, since the last z may reach beyond it.
+// The row of a block; the last z may reach beyond the rows.
 D2V_HOST_DEVICE int64_t row_of(uint32_t block_y, uint32_t block_z, uint32_t blocks_y) {
   return static_cast<int64_t>(block_z) * blocks_y + block_y;
 }
 
-// Sums over samples: one per group of samples, at least `least` in each and at most kMostGroups groups.
+// Sums over samples: one per group of samples, at most kMostGroups.
 constexpr int64_t kMostGroups = 256;
+// Samples that a partial sum of dpositions covers, at least.
+constexpr int64_t kSamplesPerSum = 4;
 
-inline int64_t samples_per_group(int64_t samples, int64_t least) {
-  const int64_t share = ceil_div(samples, kMostGroups);
-  return share > least ? share : least;
+// What a gather's backward pass visits of the rows [extra tokens, tokens] of each group of samples.
+struct BackwardRows {
+  int64_t first;    // the first row that is wanted
+  int64_t summed;   // rows from there that are summed over the samples
+  int64_t visited;  // rows from there that have any gradient
+  int64_t group;    // samples in a group
+  int64_t groups;
+};
+
+inline BackwardRows backward_rows(int64_t samples, int64_t tokens, int64_t extras, bool need_x, bool need_extra,
+                                  bool need_positions, bool need_per_mask) {
+  BackwardRows rows;
+  rows.first = need_extra ? 0 : extras;
+  rows.summed = (need_positions ? extras + tokens : extras) - rows.first;
+  rows.visited = (need_x || need_positions || need_per_mask ? extras + tokens : extras) - rows.first;
+  rows.group = 1;
+  if (rows.summed > 0) {
+    const int64_t least = need_positions ? kSamplesPerSum : 1, share = ceil_div(samples, kMostGroups);
+    rows.group = share > least ? share : least;
+  }
+  rows.groups = ceil_div(samples, rows.group);
+  return rows;
 }
 
 // Column sums of a table: a thread for four neighbouring columns.

@@ -83,8 +83,8 @@ D2V_HOST_DEVICE void store_four(uint8_t* mask, int32_t* slot, const uint8_t (&m)
 // priority [T], marked [T]: where these wait between the passes; the row's own slot and mask will do.
 // sync, sum and sum_before of the team are called by all its members alike. Where T is a multiple of 4, slot must be
 // one of 16 bytes, and mask of 4.
-template <class Team>
-D2V_HOST_DEVICE void sample_row(Team& team, const MaskShape& shape, const RowStream& stream, uint32_t* priority,
+template <class Team, class Stream>
+D2V_HOST_DEVICE void sample_row(Team& team, const MaskShape& shape, const Stream& stream, uint32_t* priority,
                                 uint8_t* marked, uint8_t* mask, int32_t* slot, int32_t* ids_keep) {
   const int32_t tokens = shape.height * shape.width, groups = (tokens + 3) / 4;
   const int32_t rank = team.rank(), size = team.size();

@@ -2,7 +2,10 @@
 // single elements otherwise.
 #pragma once
 
-#include "cuda_check.cuh"
+#include <type_traits>
+
+#include "launch.cuh"
+#include "vectors.cuh"
 
 namespace d2v {
 
@@ -79,41 +82,6 @@ __device__ __forceinline__ void copy_row(T* out, const T* source, int32_t width)
       const int32_t c = begin + i * kWarp;
       if (c < vectors) store<T, kVector>(out, c, x[i]);
     }
-  }
-}
-
-// A tensor's address and the strides between its rows, for the choice of a width.
-class Places {
- public:
-  explicit Places(int64_t item) : item_(item) {}
-  void tensor(const Tensor& x) {
-    all_ |= reinterpret_cast<uintptr_t>(x.const_data_ptr());
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-      // Where there is one row there is no stride to it.
-      if (x.size(i) > 1) all_ |= static_cast<uint64_t>(x.stride(i) * item_);
-    }
-    all_ |= static_cast<uint64_t>(x.size(x.dim() - 1) * item_);
-  }
-  bool wide() const { return widest_access(all_) == 16; }
-
- private:
-  int64_t item_;
-  uint64_t all_ = 0;
-};
-
-// Calls body(T{}, std::integral_constant<int32_t, kVector>{}) for a dtype and whether accesses take 16 bytes.
-template <class Body>
-void for_dtype(const char* op, const Tensor& x, bool wide, Body body) {
-  const ScalarType type = x.scalar_type();
-  if (type == ScalarType::Float) {
-    wide ? body(float{}, std::integral_constant<int32_t, 4>{}) : body(float{}, std::integral_constant<int32_t, 1>{});
-  } else if (type == ScalarType::Half) {
-    wide ? body(Fp16{}, std::integral_constant<int32_t, 8>{}) : body(Fp16{}, std::integral_constant<int32_t, 1>{});
-  } else if (type == ScalarType::BFloat16) {
-    wide ? body(Bf16{}, std::integral_constant<int32_t, 8>{}) : body(Bf16{}, std::integral_constant<int32_t, 1>{});
-  } else {
-    STD_TORCH_CHECK(false, op, ": x must be fp32, fp16 or bf16 on backend 'native' with CUDA, got dtype number ",
-                    static_cast<int>(type));
   }
 }
 

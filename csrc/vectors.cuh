@@ -7,8 +7,8 @@
 
 namespace d2v {
 
-// Codes of dtypes in pointer tables; kNone: there is no such tensor.
-constexpr int32_t kNone = 0, kFp32 = 1, kFp16 = 2, kBf16 = 3;
+// Codes of dtypes in pointer tables; kNone: there is no such tensor. Scalars may also be fp64.
+constexpr int32_t kNone = 0, kFp32 = 1, kFp16 = 2, kBf16 = 3, kFp64 = 4;
 
 // Bytes of an element.
 D2V_HOST_DEVICE constexpr int32_t item_of(int32_t code) { return code == kFp32 ? 4 : 2; }
