@@ -34,8 +34,9 @@ def build_extension(distribution: Distribution) -> Path | None:
     """The compiled extension, None without one; compiled at the first call, which says what was built."""
     if not hasattr(distribution, "d2vkern_extension"):
         target = ROOT / "build" / "native" / EXTENSION.name
+        work = native.work_folder(os.environ)
         try:
-            words = native.build(version[1], target, target.parent, os.environ, native.find_torch())
+            words = native.build(version[1], target, work, os.environ, native.find_torch())
         except native.BuildError as error:
             raise SystemExit(f"d2vkern: {error}") from None
         # pip shows what a build writes only with -v or when it fails
@@ -43,6 +44,13 @@ def build_extension(distribution: Distribution) -> Path | None:
         print(words)
         distribution.d2vkern_extension = target if target.is_file() else None
     return distribution.d2vkern_extension
+
+
+class Package(Distribution):
+    """Goes to the folder for one platform when the extension is in it."""
+
+    def has_ext_modules(self) -> bool:
+        return super().has_ext_modules() or getattr(self, "d2vkern_extension", None) is not None
 
 
 class BuildPackage(build_py):
@@ -94,5 +102,6 @@ setup(
     package_dir={"d2vkern.kernels": "kernels"},
     package_data={"d2vkern": ["py.typed"], "d2vkern.kernels": ["*.json"], "d2v.data": ["assets/*"]},
     include_package_data=False,
+    distclass=Package,
     cmdclass={"build_py": BuildPackage, "bdist_wheel": Wheel},
 )

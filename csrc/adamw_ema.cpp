@@ -1,11 +1,11 @@
 // AdamW, the teacher's moving average and low-precision copies of both on a CPU, in one pass over memory.
 //
-// Formulas and scalars: adamw.cuh. Rows and threads: rows.hpp; parameters, moments and teachers fp32, gradients
+// Formulas and scalars: adamw.cuh. Rows and threads: tensors.hpp; parameters, moments and teachers fp32, gradients
 // and copies fp32, fp16 or bf16, and each of the last three is there in some rows and not in others. A span is
 // worked on in blocks that stay in the first cache: 40 bytes per element with teacher and 16-bit copies, the
 // floor. Gradients are only read: the clip factor costs no pass. With found_inf set nothing is written.
 #include "adamw.cuh"
-#include "rows.hpp"
+#include "tensors.hpp"
 
 #include <cmath>
 

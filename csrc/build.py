@@ -10,7 +10,8 @@ on. It exports nothing. It must name libtorch.so as needed: that brings libtorch
 
 Environment: D2VKERN_BUILD_CUDA = auto (default) | 0 | 1, FORCE_CUDA = 1 (as D2VKERN_BUILD_CUDA=1), CUDA_HOME,
 TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX"), MAX_JOBS, CXX, D2VKERN_BUILD_CPU = 0 (nothing is compiled),
-D2VKERN_DEBUG = 1 (line numbers for debuggers and profilers).
+D2VKERN_DEBUG = 1 (line numbers for debuggers and profilers), D2VKERN_BUILD_DIR (where finished work is kept,
+build/native by default: the same sources and flags are not compiled again).
 """
 
 import hashlib
@@ -224,34 +225,28 @@ def _compile(
             "-DD2V_WITH_CUDA",
             f"-DD2V_CUDA_ARCHITECTURES={','.join(map(str, _codes(wanted.architectures)))}",
         ]
-    # as system headers: their warnings are not ours
+    # torch's as system headers: their warnings are not ours
     includes = [f"-I{SOURCES}", "-isystem", str(wanted.torch / "include")]
     debug = ["-g"] if wanted.debug else []
     cxx = [*shlex.split(wanted.compiler), *CXX_FLAGS, *debug, *defines, *includes]
-    nvcc = [
-        str(wanted.nvcc),
-        "-ccbin",
-        wanted.compiler,
-        *NVCC_FLAGS,
-        *_gencode(wanted.architectures),
-        *defines,
-        *includes,
-    ]
+    host = ["-ccbin", shlex.split(wanted.compiler)[0]]
+    # no defines: nvcc takes a comma in one for the next
+    nvcc = [str(wanted.nvcc), *host, *NVCC_FLAGS, *_gencode(wanted.architectures), *includes]
     nvcc += ["-lineinfo"] if wanted.debug else []
-    libraries = str(wanted.torch / "lib")
-    export = SOURCES / "exports.map"
-    shared = [f"-Wl,--version-script={export}", "-Wl,--no-as-needed", f"-L{libraries}", "-l:libtorch.so"]
-    shared += [] if wanted.debug else ["-Wl,--strip-all"]
+    shared = [
+        f"--version-script={SOURCES / 'exports.map'}",
+        "--no-as-needed",
+        f"-L{wanted.torch / 'lib'}",
+        "-l:libtorch.so",
+        *([] if wanted.debug else ["--strip-all"]),
+    ]
     if cuda:
-        linker = [str(wanted.nvcc), "-ccbin", wanted.compiler, "-shared", "-cudart", "static"]
-        shared = [
-            word
-            for flag in shared
-            for word in (("-Xlinker", flag[4:]) if flag.startswith("-Wl,") else (flag,))
-        ]
+        linker = [str(wanted.nvcc), *host, "-shared", "-cudart", "static"]
     else:
         linker = [*shlex.split(wanted.compiler), "-shared"]
-    stamp = hashlib.sha256(json.dumps([cxx, nvcc if cuda else [], linker, shared, version]).encode())
+    shared = [word for flag in shared for word in ("-Xlinker", flag)]
+    flags = json.dumps([cxx, nvcc if cuda else [], linker, shared])
+    stamp = hashlib.sha256(flags.replace(str(SOURCES), "csrc").encode())
     for path in sorted(SOURCES.glob("*.*")):
         stamp.update(path.read_bytes())
     folder = work / f"{'-'.join(parts)}-{stamp.hexdigest()[:16]}"
@@ -321,6 +316,11 @@ def needed(library: Path) -> list[str]:
                 start = strings + value
                 names.append(data[start : data.index(b"\0", start)].decode())
     return names
+
+
+def work_folder(environment: Mapping[str, str]) -> Path:
+    """Where finished work is kept."""
+    return Path(environment.get("D2VKERN_BUILD_DIR") or SOURCES.parent / "build" / "native").absolute()
 
 
 def wheel_tag(built: bool) -> tuple[str, str, str]:
@@ -418,7 +418,7 @@ def main() -> None:
     init = (root / "d2vkern" / "__init__.py").read_text(encoding="utf-8")
     version = re.search(r'^__version__ = "([^"]+)"$', init, re.MULTILINE)
     assert version is not None
-    print(build(version[1], root / "d2vkern" / "_C.so", root / "build" / "native", os.environ, find_torch()))
+    print(build(version[1], root / "d2vkern" / "_C.so", work_folder(os.environ), os.environ, find_torch()))
 
 
 if __name__ == "__main__":

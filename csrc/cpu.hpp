@@ -8,6 +8,7 @@
 #pragma once
 
 #include "checks.hpp"
+#include "host_device.cuh"
 
 #include <algorithm>
 #include <atomic>
@@ -44,18 +45,6 @@ void dispatch(const Arguments&... arguments) {
   run_baseline<Body>(arguments...);
 }
 
-D2V_INLINE float as_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
-D2V_INLINE uint32_t as_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
 // Storage of each dtype, and branch-free conversions that vectorise. Rounding is to nearest even.
 struct Float32 {
   using type = float;
@@ -65,9 +54,9 @@ struct Float32 {
 
 struct BFloat16 {
   using type = uint16_t;
-  static D2V_INLINE float load(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+  static D2V_INLINE float load(uint16_t x) { return float_of(static_cast<uint32_t>(x) << 16); }
   static D2V_INLINE uint16_t store(float x) {
-    const uint32_t bits = as_bits(x);
+    const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
   }
@@ -78,20 +67,20 @@ struct Float16 {
   static D2V_INLINE float load(uint16_t x) {
     const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16, rest = x & 0x7FFFu;
     // Normal: the exponent moves by 112; inf and NaN: by twice as much.
-    const float normal = as_float((rest << 13) + (0x70u << 23));
-    const float special = as_float((rest << 13) + (0xE0u << 23));
+    const float normal = float_of((rest << 13) + (0x70u << 23));
+    const float special = float_of((rest << 13) + (0xE0u << 23));
     // Subnormal: rest * 2^-24, exact as the difference of two numbers of exponent -1.
-    const float subnormal = as_float(rest | 0x3F000000u) - 0.5f;
-    const uint32_t large = rest < 0x7C00u ? as_bits(normal) : as_bits(special);
-    const uint32_t magnitude = rest < 0x0400u ? as_bits(subnormal) : large;
-    return as_float(sign | magnitude);
+    const float subnormal = float_of(rest | 0x3F000000u) - 0.5f;
+    const uint32_t large = rest < 0x7C00u ? bits_of(normal) : bits_of(special);
+    const uint32_t magnitude = rest < 0x0400u ? bits_of(subnormal) : large;
+    return float_of(sign | magnitude);
   }
   static D2V_INLINE uint16_t store(float x) {
-    const uint32_t bits = as_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
     // Normal: rounded at bit 13 with the exponent moved; carries run into the exponent and up to inf.
     const uint32_t normal = (magnitude - (0x70u << 23) + 0x0FFFu + ((magnitude >> 13) & 1u)) >> 13;
     // Below 2^-14: adding 0.5 rounds to a multiple of 2^-24.
-    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - 0x3F000000u;
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
     uint32_t out = magnitude < 0x38800000u ? subnormal : normal;
     out = magnitude >= 0x47800000u ? (magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u) : out;
     return static_cast<uint16_t>(sign | out);

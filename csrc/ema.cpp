@@ -2,12 +2,12 @@
 //
 //     teacher += (1 - decay) (student - teacher);  copy = round(teacher)
 //
-// Rows and threads: rows.hpp; teacher fp32, student and copy fp32, fp16 or bf16, per row. A span is worked on in
+// Rows and threads: tensors.hpp; teacher fp32, student and copy fp32, fp16 or bf16, per row. A span is worked on in
 // blocks that stay in the first cache, so that 16-bit students and copies cost no pass over memory. All
 // arithmetic is fp32; 1 - decay is made in fp64. Bytes per element as at the floor: 12 with an fp32 student, 10
 // with a 16-bit one, 2 more for a 16-bit copy.
-#include "adamw.cuh"
-#include "rows.hpp"
+#include "ema.cuh"
+#include "tensors.hpp"
 
 namespace d2v {
 namespace {
@@ -22,11 +22,7 @@ struct Average {
       const int64_t block = std::min(kBlock, count - first);
       const float* __restrict s = values(student_dtype, student + first * item_size(student_dtype), buffer, block);
       float* __restrict t = teacher + first;
-      if (weight < 0.5f) {
-        for (int64_t i = 0; i < block; ++i) t[i] += weight * (s[i] - t[i]);
-      } else {
-        for (int64_t i = 0; i < block; ++i) t[i] = s[i] - (1.0f - weight) * (s[i] - t[i]);
-      }
+      for (int64_t i = 0; i < block; ++i) t[i] = lerp(t[i], s[i], weight);
       if (copy != nullptr) store(copy_dtype, t, copy + first * item_size(copy_dtype), block);
     }
   }
@@ -34,7 +30,7 @@ struct Average {
 
 void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, std::vector<Tensor> copies,
                  std::vector<int64_t> copied, double decay, Optional decay_tensor) {
-  const float weight = static_cast<float>(1.0 - read_number("ema", "decay", decay_tensor, decay));
+  const float weight = weight_of(read_number("ema", "decay", decay_tensor, decay));
   Rows<3> rows("ema", {{{"teacher", teacher, nullptr, true, true},
                         {"student", student, nullptr, false, false},
                         {"copies", copies, &copied, true, false}}});

@@ -353,7 +353,7 @@ ERRORS = {
         ValueError,
         "plan must be on meta like x, got cpu",
     ),
-    "backend": (dict(backend="native"), ValueError, "native"),
+    "backend": (dict(backend="nativ"), ValueError, "did you mean .native."),
 }
 
 
