@@ -52,7 +52,7 @@ BUDGETS: dict[str, CudaBudget] = {
     ),
     **_for_dtypes(
         "gather_fwd_kernel",
-        CudaBudget(registers=88, wide_loads=12, wide_stores=8, narrow_loads=1, narrow_stores=0, why="ids"),
+        CudaBudget(registers=88, wide_loads=16, wide_stores=8, narrow_loads=1, narrow_stores=0, why="ids"),
         CudaBudget(registers=64, why=_SINGLE),
     ),
     **_for_dtypes(

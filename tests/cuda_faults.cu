@@ -21,11 +21,10 @@ __global__ void narrow_loop_kernel(const float4* head, const float* x, float4* o
 }
 
 // An array that is indexed by what nobody knows before: it lies in local memory.
-__global__ void stack_kernel(const float* x, float* out, int32_t at) {
-  float values[32];
-  for (int32_t i = 0; i < 32; ++i) values[i] = x[32 * threadIdx.x + i];
-  values[at % 32] = 0.0f;
-  out[threadIdx.x] = values[(at + threadIdx.x) % 32];
+__global__ void stack_kernel(const int32_t* at, float* out, int32_t count) {
+  float values[256] = {};
+  for (int32_t i = 0; i < count; ++i) values[at[i] & 255] += 1.0f;
+  for (int32_t i = 0; i < count; ++i) out[i] = values[at[i] >> 8 & 255];
 }
 
 // More values alive than the 32 registers that 2048 threads leave each.
