@@ -85,7 +85,7 @@ constexpr int32_t kVersions = 4;
 // One warp: a row (an extra token or a token) and 32 vectors of its columns, of one group of samples, looked up in all
 // M versions of each. Nothing is cleared first, no atomics: sums run over m in order, then over the group's samples.
 template <class T, int32_t kVector>
-__global__ void __launch_bounds__(kRowWarps* kWarp)
+__global__ void __launch_bounds__(kRowWarps* kWarp, 2)
     gather_bwd_kernel_rows(const __grid_constant__ GatherGradients<T> args) {
   const int64_t group = row_of(blockIdx.y, blockIdx.z, gridDim.y);
   const uint32_t vectors = static_cast<uint32_t>(args.width / kVector), parts = (vectors + kWarp - 1) / kWarp;
@@ -122,13 +122,12 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
           store<T, kVector>(out, static_cast<int32_t>(c), part[i]);
         }
 #pragma unroll
-        for (int32_t j = 0; j < kVector; ++j) dx[j] += to_float(part[i].element[j]);
+        for (int32_t j = 0; j < kVector; ++j) dx[j] += part[i].get(j);
       }
     }
     if (args.dx != nullptr && t >= 0) {
       Vector<T, kVector> out;
-#pragma unroll
-      for (int32_t j = 0; j < kVector; ++j) out.element[j] = rounded<T>(dx[j]);
+      out.set(dx);
       store<T, kVector>(args.dx + (b * args.tokens + t) * args.width, static_cast<int32_t>(c), out);
     }
 #pragma unroll
@@ -163,8 +162,7 @@ __global__ void __launch_bounds__(kSumThreads)
       for (int32_t j = 0; j < kVector; ++j) total[j] += part.element[j];
     }
     Vector<T, kVector> out;
-#pragma unroll
-    for (int32_t j = 0; j < kVector; ++j) out.element[j] = rounded<T>(total[j]);
+    out.set(total);
     store<T, kVector>(column < split ? low + column : high + (column - split), 0, out);
   }
 }

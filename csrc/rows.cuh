@@ -16,11 +16,6 @@ struct Bf16 {
   uint16_t bits;
 };
 
-template <class T, int32_t kVector>
-struct alignas(sizeof(T) * kVector) Vector {
-  T element[kVector];
-};
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(Fp16 x) { return float_of_fp16(x.bits); }
 __device__ __forceinline__ float to_float(Bf16 x) { return float_of_bf16(x.bits); }
@@ -36,6 +31,33 @@ __device__ __forceinline__ T rounded(float x) {
   }
 }
 
+// kVector neighbouring elements in registers. 16-bit ones stay two to a register, as they are in memory.
+template <class T, int32_t kVector, bool kPairs = sizeof(T) == 2 && kVector % 2 == 0>
+struct alignas(sizeof(T) * kVector) Vector {
+  T element[kVector];
+
+  __device__ __forceinline__ float get(int32_t i) const { return to_float(element[i]); }
+  __device__ __forceinline__ void set(const float (&x)[kVector]) {
+#pragma unroll
+    for (int32_t i = 0; i < kVector; ++i) element[i] = rounded<T>(x[i]);
+  }
+};
+
+template <class T, int32_t kVector>
+struct alignas(sizeof(T) * kVector) Vector<T, kVector, true> {
+  uint32_t pair[kVector / 2];
+
+  __device__ __forceinline__ float get(int32_t i) const {
+    return to_float(T{static_cast<uint16_t>(i % 2 == 0 ? pair[i / 2] & 0xFFFFu : pair[i / 2] >> 16)});
+  }
+  __device__ __forceinline__ void set(const float (&x)[kVector]) {
+#pragma unroll
+    for (int32_t i = 0; i < kVector; i += 2) {
+      pair[i / 2] = rounded<T>(x[i]).bits | static_cast<uint32_t>(rounded<T>(x[i + 1]).bits) << 16;
+    }
+  }
+};
+
 template <class T, int32_t kVector>
 __device__ __forceinline__ Vector<T, kVector> load(const T* row, int32_t vector) {
   return reinterpret_cast<const Vector<T, kVector>*>(row)[vector];
@@ -49,17 +71,19 @@ __device__ __forceinline__ void store(T* row, int32_t vector, const Vector<T, kV
 // The sum, rounded to the dtype of both.
 template <class T, int32_t kVector>
 __device__ __forceinline__ Vector<T, kVector> add(const Vector<T, kVector>& a, const Vector<T, kVector>& b) {
-  Vector<T, kVector> sum;
+  float sums[kVector];
 #pragma unroll
-  for (int32_t i = 0; i < kVector; ++i) sum.element[i] = rounded<T>(to_float(a.element[i]) + to_float(b.element[i]));
+  for (int32_t i = 0; i < kVector; ++i) sums[i] = a.get(i) + b.get(i);
+  Vector<T, kVector> sum;
+  sum.set(sums);
   return sum;
 }
 
 template <class T, int32_t kVector>
 __device__ __forceinline__ Vector<T, kVector> zeros() {
+  const float none[kVector] = {};
   Vector<T, kVector> x;
-#pragma unroll
-  for (int32_t i = 0; i < kVector; ++i) x.element[i] = rounded<T>(0.0f);
+  x.set(none);
   return x;
 }
 

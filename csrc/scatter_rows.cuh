@@ -38,20 +38,22 @@ __global__ void __launch_bounds__(kRowWarps* kWarp)
   // Columns of a turn: what one access takes, and whole counters.
   constexpr int32_t kColumns = kVector < 4 ? 4 : kVector;
   for (int32_t d = kColumns * (static_cast<int32_t>(threadIdx.x) % kWarp); d < args.width; d += kColumns * kWarp) {
-    Vector<T, kColumns> noise;
+    float noise[kColumns];
 #pragma unroll
     for (int32_t j = 0; j < kColumns; j += 4) {
       const Normals4 four = element_normals(static_cast<uint32_t>(d + j) / 4, static_cast<uint32_t>(t),
                                             static_cast<uint32_t>(n), k0, k1);
 #pragma unroll
-      for (int32_t i = 0; i < 4; ++i) noise.element[j + i] = rounded<T>(four.v[i] * args.noise_std);
+      for (int32_t i = 0; i < 4; ++i) noise[j + i] = four.v[i] * args.noise_std;
     }
     if constexpr (kVector >= 4) {
-      store<T, kVector>(out, d / kVector, noise);
+      Vector<T, kVector> some;
+      some.set(noise);
+      store<T, kVector>(out, d / kVector, some);
     } else {
 #pragma unroll
       for (int32_t i = 0; i < 4; ++i) {
-        if (d + i < args.width) out[d + i] = noise.element[i];
+        if (d + i < args.width) out[d + i] = rounded<T>(noise[i]);
       }
     }
   }

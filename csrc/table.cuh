@@ -11,7 +11,8 @@ namespace d2v {
 
 // Four neighbouring elements in registers as they are in memory: 16 bytes of fp32, 8 of a 16-bit dtype. (16 bytes of
 // those would be eight elements of a thread, and the fp32 tensors beside them would come in two accesses, each of which
-// leaves every other 16 bytes of a sector to the other one.)
+// leaves every other 16 bytes of a sector to the other one.) Elements are touched once: all accesses stream (.cs),
+// which also says that an address out of a table is one of global memory; the compiler cannot see that.
 template <int32_t kCode>
 struct Four {
   using Raw = uint2;
@@ -23,7 +24,7 @@ struct Four<kFp32> {
 
 template <int32_t kCode>
 __device__ __forceinline__ typename Four<kCode>::Raw load_four(uint64_t address, int64_t four) {
-  return reinterpret_cast<const typename Four<kCode>::Raw*>(address)[four];
+  return __ldcs(reinterpret_cast<const typename Four<kCode>::Raw*>(address) + four);
 }
 
 template <int32_t kCode>
@@ -49,23 +50,24 @@ __device__ __forceinline__ uint32_t narrow_two(float low, float high, int32_t co
 // Four elements of a tensor whose dtype is known when the kernel runs: the same branch for a whole block.
 __device__ __forceinline__ void store_four(uint64_t address, int32_t code, int64_t four, float4 x) {
   if (code == kFp32) {
-    reinterpret_cast<float4*>(address)[four] = x;
+    __stcs(reinterpret_cast<float4*>(address) + four, x);
   } else {
-    reinterpret_cast<uint2*>(address)[four] = make_uint2(narrow_two(x.x, x.y, code), narrow_two(x.z, x.w, code));
+    const uint2 bits = make_uint2(narrow_two(x.x, x.y, code), narrow_two(x.z, x.w, code));
+    __stcs(reinterpret_cast<uint2*>(address) + four, bits);
   }
 }
 
 __device__ __forceinline__ float load_one(uint64_t address, int32_t code, int64_t at) {
-  if (code == kFp32) return reinterpret_cast<const float*>(address)[at];
-  const uint16_t bits = reinterpret_cast<const uint16_t*>(address)[at];
+  if (code == kFp32) return __ldcs(reinterpret_cast<const float*>(address) + at);
+  const uint16_t bits = __ldcs(reinterpret_cast<const uint16_t*>(address) + at);
   return code == kFp16 ? float_of_fp16(bits) : float_of_bf16(bits);
 }
 
 __device__ __forceinline__ void store_one(uint64_t address, int32_t code, int64_t at, float x) {
   if (code == kFp32) {
-    reinterpret_cast<float*>(address)[at] = x;
+    __stcs(reinterpret_cast<float*>(address) + at, x);
   } else {
-    reinterpret_cast<uint16_t*>(address)[at] = code == kFp16 ? fp16_of(x) : bf16_of(x);
+    __stcs(reinterpret_cast<uint16_t*>(address) + at, code == kFp16 ? fp16_of(x) : bf16_of(x));
   }
 }
 

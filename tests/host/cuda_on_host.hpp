@@ -1,9 +1,9 @@
 // Runs a kernel's own source on a host: every block in turn, its threads as fibers that change at barriers.
 //
 // Include before the kernel's header. What CUDA defines and a kernel here uses is defined below; whoever adds a kernel
-// that uses more finds out when this does not compile. Threads of a block run one after another up to a barrier, the last
-// one first in every other block, so a missing barrier shows as a wrong result, and threads that wait for different
-// barriers as an error.
+// that uses more finds out when this does not compile. Threads of a block run one after another up to a barrier, the
+// last one first in every other block, so a missing barrier shows as a wrong result, and threads that wait for
+// different barriers as an error.
 #pragma once
 
 #include <ucontext.h>
@@ -39,6 +39,16 @@ struct alignas(16) float4 {
 inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+
+// Loads and stores that stream.
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T value) {
+  *to = value;
+}
 
 static Dimensions threadIdx, blockIdx, blockDim, gridDim;
 

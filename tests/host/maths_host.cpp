@@ -162,7 +162,8 @@ std::tuple<Array<bool>, Array<int32_t>, Array<int32_t>> sample_rows(const Array<
     int32_t *row_slot = slot.mutable_data(n, 0), *row_ids = ids_keep.mutable_data() + n * kept;
     if (members == 0) {
       d2v::SoloTeam team;
-      d2v::sample_row(team, shape, stream, reinterpret_cast<uint32_t*>(row_slot), row_mask, row_mask, row_slot, row_ids);
+      uint32_t* storage = reinterpret_cast<uint32_t*>(row_slot);
+      d2v::sample_row(team, shape, stream, storage, row_mask, row_mask, row_slot, row_ids);
       continue;
     }
     Meeting meeting(members);
