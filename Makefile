@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | results | wheel | clean: each creates what it needs, in .venv beside this file.
+# make demo | test | lint | bench | results | wheel | wheel-matrix | clean: each creates what it needs, in .venv beside this file.
 # Another Python or torch: make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),'torch==2.13.0$(comma)!=2.13.0+cpu','torch==2.13.0')
 comma := ,
 
-.PHONY: demo test lint bench results wheel clean
+.PHONY: demo test lint bench results wheel wheel-matrix clean
 
 demo: $(INSTALLED)
 	$(RUN) -m d2v demo
@@ -35,16 +35,33 @@ bench: $(INSTALLED)
 results: $(INSTALLED)
 	$(RUN) -m benchmarks.results_table
 
+# with CUDA kernels where there is nvcc; one line says what was built
 wheel: $(INSTALLED)
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf dist && mkdir -p dist build
+	$(PIP) wheel --verbose --no-deps --no-build-isolation --wheel-dir dist . >build/wheel.log 2>&1 \
+	  || { tail -60 build/wheel.log; exit 1; }
+	@sed -n 's/^ *\(d2vkern: built\)/\1/p' build/wheel.log | tail -1; ls -l dist
+
+# The wheel beside several torch versions (CUDA builds: gigabytes each), in environments of their own under build/.
+MATRIX ?= 2.10.0 2.11.0 newest
+wheel-matrix: wheel
+	@for version in $(MATRIX); do \
+	  folder=build/matrix/$$version; torch=torch; test $$version = newest || torch="torch==$$version"; \
+	  echo "== $$torch"; test -x $$folder/bin/python || $(PYTHON) -m venv $$folder || exit 1; \
+	  $$folder/bin/python -m pip install --quiet --disable-pip-version-check "$$torch" numpy nvtx || exit 1; \
+	  $$folder/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl \
+	    || exit 1; \
+	  cp tests/wheel_smoke.py build/matrix/ && $$folder/bin/python build/matrix/wheel_smoke.py || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) build dist d2vkern.egg-info .pytest_cache .ruff_cache .mypy_cache
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit("d2vkern needs Python 3.10 or newer" if sys.version_info < (3, 10) else 0)'
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt setuptools
 	$(PIP) install --quiet -c constraints.txt $(TORCH)
 	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[train,dev]'
+	@$(RUN) -m d2vkern.info | grep '^native'
 	touch $@

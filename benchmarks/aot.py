@@ -9,7 +9,8 @@ The public ops are called on meta tensors, forward and backward, and what they w
 read (benchmarks/aot_build.py, aot_read.py). Exit code 1, with a line each: a build that fails, spills, asks
 for more shared memory than a program gets, accesses memory narrower than it could, or exceeds its budget
 (benchmarks/aot_budgets.py). Then the roofline on paper: bytes moved, floor, launches, and eager's
-(benchmarks/aot_roofline.py). What was compiled is kept in build/aot.
+(benchmarks/aot_roofline.py). Then the CUDA kernels of csrc/, where there is an nvcc (benchmarks/aot_cuda.py).
+What was compiled is kept in build/aot.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks import aot_cuda
 from benchmarks.aot_budgets import BUDGETS
 from benchmarks.aot_build import TARGETS, Build, build_of, compile_all
 from benchmarks.aot_gate import LIMITS, Use, narrow_accesses, problems, programs_per_multiprocessor
@@ -235,6 +237,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _add_cuda(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Rows "cuda" and the problems of csrc/*.cu, of the ops and targets asked for."""
+    sources = [stem for stem in args.ops if stem in aot_cuda.SOURCES]
+    targets = [name for name in aot_cuda.TARGETS if name.rstrip("a") in args.targets]
+    if not sources or not targets:
+        return
+    if missing := aot_cuda.missing_tools():
+        print(f"\ncsrc/*.cu left out: {missing}")
+        return
+    report["cuda"], wrong = aot_cuda.gate(sources, targets, processes=args.processes)
+    report["problems"] += wrong
+    print("\n" + "\n".join(aot_cuda.table(report["cuda"])))
+    print(f"\n{len(report['cuda'])} builds of CUDA kernels, {len(wrong)} problems")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     args = _parse(arguments)
@@ -242,6 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(resource_table(report["builds"])))
     if report["papers"]:
         print("\n" + "\n".join(roofline_table(report["papers"])))
+    if args.nvcc and not args.sample:
+        _add_cuda(report, args)
     if args.json is not None:
         report["papers"] = [paper.as_row() for paper in report["papers"]]
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -268,6 +287,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--candidates", action="store_true", help="also every configuration that tuning may choose"
     )
     parser.add_argument("--no-eager", dest="eager", action="store_false", help="leave eager's bytes out")
+    parser.add_argument("--no-nvcc", dest="nvcc", action="store_false", help="leave csrc/*.cu out")
     parser.add_argument("--processes", type=int, default=2, help="that compile (default 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the whole report")
     args = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ BUDGETS: dict[str, Budget] = {
 Given = Mapping[str, Any]
 
 _CODE_BYTES = (0, 4, 2, 2)
-"""of a tensor in a pointer table, by its code (kernels/_chunks.py): none, fp32, fp16, bf16"""
+"""of a tensor in a pointer table, by its code (kernels/_table.py): none, fp32, fp16, bf16"""
 
 
 def _columns(*columns: int) -> Callable[[Given], float]:

@@ -18,7 +18,7 @@ from benchmarks.cases import Case, Settings, backward, gradients_like, named, re
 from benchmarks.shapes import shapes
 from d2vkern import _backend
 from d2vkern._nvtx import force_ranges, tally_costs
-from d2vkern.kernels import _chunks, _tuning
+from d2vkern.kernels import _table, _tuning
 from d2vkern.kernels._launch import Launch, record_launches
 from d2vkern.kernels._tuning import forced, record_choices
 
@@ -101,7 +101,7 @@ def _record(stem: str, case: Case, direction: str, run: Callable[[], object]) ->
         tally_costs() as costs,
     ):
         run()
-    tables = [(table.data, table.staged) for table in _chunks._tables.values()]
+    tables = [(table.data, table.staged) for table in _table._tables.values()]
     ours = [tally for name, tally in costs.items() if name.endswith("/triton")]
     floor, calls = sum(tally.bytes for tally in ours), sum(tally.calls for tally in ours)
     return Record(stem, case, direction, launches, library, tables, floor, calls)

@@ -1,28 +1,19 @@
-// Philox 4x32-10 (Salmon et al., SC 2011) and the conversions from its words to values.
+// Philox 4x32-10 (Salmon et al., SC 2011) and the integers and uniforms made of its words.
 //
 // Compiles as CUDA and as plain C++, so that a host compiler tests the maths the GPU runs. The counter layouts
 // (which word holds what) and the contract for every conversion stand in d2vkern/reference/philox.py; the words,
-// `below` and `uniform` are the same bits everywhere, `normal_pair` is within 4 ulp.
+// `below` and `uniform` are the same bits everywhere. Normals: normals.cuh.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#if defined(__CUDACC__)
-#define D2V_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define D2V_HOST_DEVICE inline
-#endif
+#include "host_device.cuh"
 
 namespace d2v {
 
+// What a counter is drawn for: the upper two bits of its last word.
+constexpr uint32_t kCentres = 0, kPriorities = 1, kNoise = 2, kDropout = 3;
+
 struct Words {
   uint32_t w[4];
-};
-
-struct Normals {
-  float first;
-  float second;
 };
 
 D2V_HOST_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) {
@@ -55,13 +46,5 @@ D2V_HOST_DEVICE uint32_t below(uint32_t word, uint32_t bound) { return mul_high(
 
 // A multiple of 2^-24 in [0, 1), exact in fp32.
 D2V_HOST_DEVICE float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
-
-// Two standard normals by Box-Muller; the argument of the logarithm is never 0.
-D2V_HOST_DEVICE Normals normal_pair(uint32_t a, uint32_t b) {
-  constexpr float kTurn = 3.7450704e-07f;  // 2 pi / 2^24 in fp32
-  const float radius = sqrtf(-2.0f * logf(static_cast<float>((a >> 8) + 1) * 0x1p-24f));
-  const float angle = static_cast<float>(b >> 8) * kTurn;
-  return {radius * cosf(angle), radius * sinf(angle)};
-}
 
 }  // namespace d2v

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from d2vkern import _check_mode, _measured
+from d2vkern import _check_mode, _measured, _native
 from d2vkern.peers import refusals
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,6 +48,8 @@ STEMS = (
 COMMON_BACKENDS = ("eager", "triton", "native")
 TRITON_STEMS = ("masks", "gather", "residual_norm", "mlp", "targets", "loss", "ema", "adamw_ema")
 """ops with a file in kernels/"""
+NATIVE_STEMS = ("masks", "gather", "ema", "adamw_ema")
+"""ops with files in csrc/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
 
 _logger = logging.getLogger("d2vkern")
@@ -88,10 +90,28 @@ def _triton_gaps(*tensors: Tensor, **_: Any) -> list[str]:
     return reasons
 
 
+def _native_gaps(*tensors: Tensor, **_: Any) -> list[str]:
+    """Why the compiled extension cannot take these tensors."""
+    reasons = []
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        reasons.append("fp64 tensors run on eager only")
+    for device in {tensor.device for tensor in tensors}:
+        reason = ""
+        if device.type == "cuda":
+            reason = _cuda_problem(device.index)
+        elif device.type != "cpu":
+            reason = f"the compiled extension runs on CPU and CUDA tensors, not on {device.type}"
+        if reason:
+            reasons.append(reason)
+    return reasons
+
+
 def _table(stem: str) -> dict[str, Implementation]:
     """Backend -> implementation, in auto's order of preference; eager takes everything, so what stands after
-    it runs on request only."""
+    it runs on request only. On CUDA nobody has measured the compiled one, so auto leaves it alone there."""
     table = {}
+    if stem in NATIVE_STEMS:
+        table["native"] = Implementation(f"d2vkern.native.{stem}", _native_gaps, auto=("cpu",))
     if stem in TRITON_STEMS:
         table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto=("cuda",))
     table["eager"] = Implementation(f"d2vkern.reference.{stem}")
@@ -173,7 +193,8 @@ def gaps(stem: str, backend: str, *tensors: Tensor, **call: Any) -> list[str]:
     """Every reason why `backend` cannot run op `stem` here (this call of it, if given); none: it can."""
     implementation = REGISTRY[stem].get(backend)
     if implementation is None:
-        return ["not built yet in this version", *_machine_gaps(backend)]
+        # of an op that has none it says nothing whether the extension is there
+        return ["not built yet in this version", *(() if backend == "native" else _machine_gaps(backend))]
     reasons = list(_machine_gaps(backend))
     if tensors and implementation.unsupported is not None:
         reasons += implementation.unsupported(*tensors, **call)
@@ -290,7 +311,14 @@ def _machine_gaps(backend: str) -> tuple[str, ...]:
             reasons.append(f"{backend} is not installed")
         if not torch.cuda.is_available() and not (backend == "triton" and _interpreted()):
             reasons.append("no CUDA device")
+    if backend == "native" and _native.problem():
+        reasons.append(_native.problem())
     return tuple(reasons)
+
+
+@_constant_while_tracing
+def _cuda_problem(index: int | None) -> str:
+    return _native.cuda_problem(index)
 
 
 @_constant_while_tracing

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from d2vkern import __version__, _measured
+from d2vkern import __version__, _measured, _native
 from d2vkern._backend import REGISTRY, STEMS, backend_names, gaps
 
 
@@ -29,6 +29,7 @@ def collect() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "triton": _installed("triton"),
         "nvcc": _nvcc(),
+        "native": _extension(),
         "ops": {stem: {name: gaps(stem, name) for name in backend_names(stem)} for stem in STEMS},
         "limits": {
             stem: limits
@@ -48,6 +49,18 @@ def _installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _extension() -> str:
+    """What the compiled extension holds and where it runs, or why it is not used."""
+    if _native.problem():
+        return _native.problem()
+    facts = _native.about()
+    if not facts.cuda:
+        return "CPU kernels"
+    cuda = f"CUDA {facts.cuda // 1000}.{facts.cuda % 1000 // 10} kernels ({', '.join(facts.architectures)})"
+    reason = _native.cuda_problem()
+    return f"CPU kernels, {cuda}" + (f", not usable: {reason}" if reason else "")
 
 
 def _nvcc() -> str | None:
@@ -88,7 +101,7 @@ def render(info: dict[str, Any]) -> str:
                 ranked = ", ".join(f"{name} {times[name]:.4g} us" for name in sorted(times, key=times.get))
                 lines.append(f"  {where}, {stem}, {bucket}: {ranked}")
     if not info["measured"]:
-        lines.append("  nothing on this machine: auto takes the first of triton and eager that can run")
+        lines.append("  nothing on this machine: auto takes the first of the default order that can run")
     return "\n".join(lines)
 
 

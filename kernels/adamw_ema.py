@@ -7,7 +7,7 @@ With t the step, g the gradient times the clip factor and bc_i = 1 - beta_i^t:
     fairseq:   the same with eps / sqrt(bc2) for eps
     teacher += (1 - decay) (p - teacher);   copies = round(p), round(teacher)
 
-Layout and dtypes: `_chunks.py`; parameters, moments and teachers are fp32 as a rule, copies fp32, fp16 or
+Layout and dtypes: `_table.py`; parameters, moments and teachers are fp32 as a rule, copies fp32, fp16 or
 bf16, and each of the last three is there in some rows and not in others. One program does one chunk of one
 parameter. Gradients are only read: the clip factor costs no pass. Elements are fp32 with exact square root
 and division; beta2 is the sum of two fp32 numbers, because 0.999 rounded to one leaves 1 - beta2 five digits.
@@ -30,14 +30,15 @@ from torch import Tensor
 from d2vkern import _costs
 from d2vkern._library import define
 from d2vkern._nvtx import op_range
-from d2vkern.kernels._chunks import NONE, Column, address_of, find_chunk, lerp, pointer, table_of
+from d2vkern.kernels._chunks import NONE, address_of, find_chunk, lerp, pointer
 from d2vkern.kernels._launch import launch
+from d2vkern.kernels._table import Column, table_of
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 
 
 @triton.jit
 def adamw_ema_fwd_kernel(
-    table_ptr,  # int64, see _chunks.py; columns p, g, m, v, teacher, copy, teacher's copy
+    table_ptr,  # int64, see _table.py; columns p, g, m, v, teacher, copy, teacher's copy
     found_inf_ptr,  # 0-dim or None, as all below
     clip_ptr,
     decay_ptr,

@@ -2,7 +2,7 @@
 
     teacher += (1 - decay) * (student - teacher);  copy = round(teacher)
 
-Layout and dtypes: `_chunks.py`; teacher fp32 as a rule, student and copy fp32, fp16 or bf16, per row. One
+Layout and dtypes: `_table.py`; teacher fp32 as a rule, student and copy fp32, fp16 or bf16, per row. One
 program does one chunk of one tensor. All arithmetic is fp32; 1 - decay is made in fp64, on the host from a
 number and in the kernel from a 0-dim tensor. There is no backward.
 
@@ -21,14 +21,15 @@ from torch import Tensor
 from d2vkern import _costs
 from d2vkern._library import define
 from d2vkern._nvtx import op_range
-from d2vkern.kernels._chunks import NONE, Column, address_of, find_chunk, lerp, pointer, table_of
+from d2vkern.kernels._chunks import NONE, address_of, find_chunk, lerp, pointer
 from d2vkern.kernels._launch import launch
+from d2vkern.kernels._table import Column, table_of
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 
 
 @triton.jit
 def ema_fwd_kernel(
-    table_ptr,  # int64, see _chunks.py; columns teacher, student, copy
+    table_ptr,  # int64, see _table.py; columns teacher, student, copy
     decay_ptr,  # 0-dim, any float, or None
     weight,  # 1 - decay, or None
     KINDS: tl.constexpr,

@@ -1,13 +1,23 @@
 """AdamWEMA: against torch.optim.AdamW, against fairseq's formula, teacher and copies, refusals."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from d2vkern import use_backend
 from d2vkern.ops.adamw_ema import AdamWEMA
 from d2vkern.testing import assert_bitwise_equal, backend_spy
+
+
+@pytest.fixture(autouse=True)
+def on_eager() -> Iterator[None]:
+    """Not the compiled extension, which auto prefers where it is built."""
+    with use_backend("eager"):
+        yield
+
 
 SHAPES = [(4, 3), (5,), (1, 1, 2, 1, 1), (0, 2), (33, 17)]
 BETAS = (0.9, 0.98)

@@ -19,7 +19,7 @@ from d2vkern.testing import assert_bitwise_equal, assert_no_worse_than_eager, ba
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from d2vkern.kernels import _chunks
+from d2vkern.kernels import _table
 from d2vkern.kernels._launch import record_launches
 from d2vkern.kernels.adamw_ema import adamw_ema_ as kernel
 
@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weig
 
 @pytest.fixture(autouse=True)
 def no_tables() -> None:
-    _chunks._tables.clear()
+    _table._tables.clear()
 
 
 class State:
@@ -327,8 +327,8 @@ def test_groups_and_a_missing_gradient(triton_device: torch.device) -> None:
 def test_the_table_follows_the_gradients(
     triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    builds, original = [], _chunks._build
-    monkeypatch.setattr(_chunks, "_build", lambda *args: builds.append(1) or original(*args))
+    builds, original = [], _table._build
+    monkeypatch.setattr(_table, "_build", lambda *args: builds.append(1) or original(*args))
     params = make_params(triton_device, ((6, 4), (5,)))
     optimizer = AdamWEMA(params, 0.01, backend="triton")
     set_grads(params, 0)
@@ -352,7 +352,7 @@ def test_repeats_bitwise_with_poisoned_memory(triton_device: torch.device) -> No
     start.exp_avgs[1] = start.exp_avgs[1].t().contiguous().t()
     results = []
     for _ in range(2):
-        _chunks._tables.clear()
+        _table._tables.clear()
         results.append(start.clone())
         for step in (1.0, 2.0):
             results[-1].run(kernel, step, clip_factor=0.7)
@@ -440,7 +440,7 @@ def test_cuda_graph(triton_device: torch.device, table: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         state.run(kernel, steps, **settings)
-    _chunks._tables.clear()
+    _table._tables.clear()
     for step, found in ((1.0, 0.0), (2.0, 1.0), (2.0, 0.0)):
         torch._foreach_copy_(steps, on_device(state, step))
         found_inf.fill_(found)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import d2vkern
-from d2vkern import _backend
+from d2vkern import _backend, _native
 from d2vkern._backend import BackendError, Implementation, select
 from d2vkern.testing import backend_spy
 
@@ -33,6 +33,7 @@ def two_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         table[name] = Implementation(module.__name__, hook)
     monkeypatch.setitem(_backend.REGISTRY, "gather", table)
+    monkeypatch.setattr(_native, "problem", lambda: "")
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import d2vkern
-from d2vkern import _backend, _check_mode
+from d2vkern import _backend, _check_mode, _native
 from d2vkern._backend import Implementation
 from d2vkern._check_mode import BackendMismatch, force_checks, requested
 from d2vkern.reference import ema, loss, masks, residual_norm, targets
@@ -40,6 +40,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> Install:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         table = {**_backend.REGISTRY[stem], "native": Implementation(module.__name__)}
         monkeypatch.setitem(_backend.REGISTRY, stem, table)
+        monkeypatch.setattr(_native, "problem", lambda: "")
 
     return install
 

@@ -1,5 +1,6 @@
 """Moving average: parity with the original's step, mixed dtypes, the module form and its schedule."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from d2vkern import use_backend
 from d2vkern.ops.ema import EMA, annealed_decay, ema_update_
 from d2vkern.testing import assert_bitwise_equal
+
+
+@pytest.fixture(autouse=True)
+def on_eager() -> Iterator[None]:
+    """Not the compiled extension, which auto prefers where it is built."""
+    with use_backend("eager"):
+        yield
 
 
 def make_pairs(*dtypes: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:

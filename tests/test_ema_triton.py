@@ -17,7 +17,7 @@ from d2vkern.testing import assert_bitwise_equal, assert_no_worse_than_eager, ba
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from d2vkern.kernels import _chunks
+from d2vkern.kernels import _table
 from d2vkern.kernels._launch import Launch, record_launches
 from d2vkern.kernels.ema import ema_update_ as kernel
 
@@ -39,7 +39,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def no_tables() -> None:
-    _chunks._tables.clear()
+    _table._tables.clear()
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(len(columns[0].tensors))
         return original(columns, *more)
 
-    original = _chunks._build
-    monkeypatch.setattr(_chunks, "_build", build)
+    original = _table._build
+    monkeypatch.setattr(_table, "_build", build)
     return made
 
 
@@ -159,10 +159,10 @@ def test_only_tensors_at_multiples_of_four_elements_count_as_aligned(triton_devi
     assert memory.data_ptr() % 16 == low.data_ptr() % 16 == 0
     starts = [(0, 0), (4, 8), (0, 4), (2, 0), (1, 4), (0, 2), (8, 1)]
     columns = [
-        _chunks.Column("teacher", [memory[start : start + 9] for start, _ in starts]),
-        _chunks.Column("student", [low[start : start + 9] for _, start in starts]),
+        _table.Column("teacher", [memory[start : start + 9] for start, _ in starts]),
+        _table.Column("student", [low[start : start + 9] for _, start in starts]),
     ]
-    with _chunks.table_of("ema", columns, CHUNK) as table:
+    with _table.table_of("ema", columns, CHUNK) as table:
         records = table.staged[table.programs :].view(len(starts), 3 + len(columns))
     assert records[:, 2].tolist() == [1, 1, 1, 0, 0, 0, 0]
 
@@ -183,10 +183,10 @@ def test_layouts(triton_device: torch.device) -> None:
 
 def test_a_shared_layout_is_not_copied(triton_device: torch.device) -> None:
     columns = [
-        _chunks.Column(name, [values(triton_device, 6, 4).t(), values(triton_device, 3)])
+        _table.Column(name, [values(triton_device, 6, 4).t(), values(triton_device, 3)])
         for name in ("teacher", "student")
     ]
-    assert _chunks._one_layout_per_row(columns) == (columns, [])
+    assert _table._one_layout_per_row(columns) == (columns, [])
 
 
 def test_the_table_is_made_once(triton_device: torch.device, builds: list[int]) -> None:
@@ -221,9 +221,9 @@ def test_a_change_makes_a_new_table(triton_device: torch.device, builds: list[in
 
 
 def test_tables_do_not_pile_up(triton_device: torch.device) -> None:
-    for size in range(1, 2 * _chunks._CACHED_TABLES):
+    for size in range(1, 2 * _table._CACHED_TABLES):
         kernel([values(triton_device, size)], [values(triton_device, size)], 0.9, [None])
-    assert len(_chunks._tables) == _chunks._CACHED_TABLES
+    assert len(_table._tables) == _table._CACHED_TABLES
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
@@ -245,7 +245,7 @@ def test_repeats_bitwise_with_poisoned_memory(triton_device: torch.device) -> No
     student.append(values(triton_device, 5, 6))
     results = []
     for _ in range(2):
-        _chunks._tables.clear()
+        _table._tables.clear()
         results.append(clones(start))
         kernel(results[-1], student, 0.99, [None] * len(start))
     for first, second in zip(*results, strict=True):
@@ -274,10 +274,10 @@ def test_refusals(triton_device: torch.device) -> None:
         ValueError, match=r"ema: student\[1\] must be fp32.*eager takes more\), got .*float64"
     ):
         kernel([one, one.clone()], [one, one.double()], 0.9, [None, None])
-    columns = [_chunks.Column("teacher", [one]), _chunks.Column("copies", [one.to("meta")], [0])]
+    columns = [_table.Column("teacher", [one]), _table.Column("copies", [one.to("meta")], [0])]
     with (
         pytest.raises(ValueError, match=r"ema: copies\[0\] must be on .* like the others, got meta"),
-        _chunks.table_of("ema", columns, CHUNK),
+        _table.table_of("ema", columns, CHUNK),
     ):
         pass
     with pytest.raises(ValueError, match="ema: teacher must not hold the same memory twice"):
@@ -371,7 +371,7 @@ def test_cuda_graph(triton_device: torch.device, table: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernel(teacher, student, decay, none)
-    _chunks._tables.clear()
+    _table._tables.clear()
     for value in (0.5, 0.75):
         decay.fill_(value)
         graph.replay()

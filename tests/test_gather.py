@@ -1,12 +1,23 @@
 """gather_tokens and scatter_tokens against the repeat-then-pick they replace; gradients, memory, errors."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from d2vkern import use_backend
 from d2vkern.ops.gather import gather_tokens, scatter_tokens
 from d2vkern.ops.masks import MaskPlan, random_mask
 from d2vkern.reference import gather as reference
 from d2vkern.testing import assert_bitwise_equal, peak_memory
+
+
+@pytest.fixture(autouse=True)
+def on_eager() -> Iterator[None]:
+    """Not the compiled extension, which auto prefers where it is built."""
+    with use_backend("eager"):
+        yield
+
 
 # name: B, M, T, D, E, prob
 SHAPES = {
@@ -342,7 +353,7 @@ ERRORS = {
         ValueError,
         "plan must be on meta like x, got cpu",
     ),
-    "backend": (dict(backend="native"), ValueError, "native"),
+    "backend": (dict(backend="nativ"), ValueError, "did you mean .native."),
 }
 
 

@@ -159,7 +159,8 @@ DIFFERENTIABLE = [
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
-    yield
+    with d2vkern.use_backend("eager"):
+        yield
     torch._dynamo.reset()
 
 

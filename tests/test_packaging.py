@@ -1,9 +1,11 @@
 """What is built: a wheel whose top level is d2v and d2vkern, and an sdist that builds the same wheel."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,12 +16,17 @@ import d2vkern
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT_FROM = ("d2v", "d2vkern", "kernels", "csrc", "tests", "benchmarks")
+COMPILED = {"d2vkern/_C.so"} if shutil.which("g++") else set()
 
 
-def _wheel(source: Path, target: Path) -> Path:
+def _wheel(source: Path, target: Path, **settings: str) -> Path:
+    """Built with the CPU extension where there is a compiler; what was compiled once is used again."""
     options = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
+    environment = {"D2VKERN_BUILD_CUDA": "0", "D2VKERN_BUILD_DIR": str(ROOT / "build" / "native")}
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", *options, "-w", str(target), str(source)], check=True
+        [sys.executable, "-m", "pip", "wheel", *options, "-w", str(target), str(source)],
+        check=True,
+        env=os.environ | environment | settings,
     )
     (wheel,) = target.glob("*.whl")
     return wheel
@@ -36,7 +43,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("tree")
     for path in ROOT.iterdir():
         if path.name in BUILT_FROM:
-            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
         elif path.is_file():
             shutil.copy(path, target)
     return target
@@ -71,7 +78,50 @@ def test_wheel_holds_both_packages_and_nothing_else(wheel: Path) -> None:
     }
     expected |= {f"d2vkern/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.*")}
     expected |= {f"d2v/data/assets/{path.name}" for path in (ROOT / "d2v" / "data" / "assets").iterdir()}
-    assert names == expected | {"d2vkern/py.typed", "d2vkern/measured.json"}
+    assert names == expected | COMPILED | {"d2vkern/py.typed", "d2vkern/measured.json"}
+
+
+def _facts(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        return archive.read(name).decode()
+
+
+def test_one_wheel_for_every_python(wheel: Path) -> None:
+    """Its library holds nothing of Python's; with one it is for this platform, without for any."""
+    platform = sysconfig.get_platform().replace("-", "_") if COMPILED else "any"
+    assert wheel.name == f"d2vkern-{d2vkern.__version__}-py3-none-{platform}.whl"
+    assert f"Root-Is-Purelib: {str(not COMPILED).lower()}\nTag: py3-none-{platform}\n" in _facts(wheel)
+    assert wheel.stat().st_size < 5 << 20
+
+
+def test_without_the_extension_the_wheel_is_pure(tree: Path, wheel: Path, tmp_path: Path) -> None:
+    pure = _wheel(tree, tmp_path, D2VKERN_BUILD_CPU="0")
+    assert pure.name == f"d2vkern-{d2vkern.__version__}-py3-none-any.whl"
+    assert "Root-Is-Purelib: true" in _facts(pure)
+    assert _names(pure) == _names(wheel) - COMPILED
+
+
+def test_a_wish_that_cannot_be_met_fails_the_build(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError):
+        _wheel(tree, tmp_path, D2VKERN_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
+
+
+def test_installed_extension_runs(wheel: Path, tmp_path: Path) -> None:
+    if not COMPILED:
+        pytest.skip("g++ is not installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    program = (
+        "import torch, d2vkern; from d2vkern import _native\n"
+        "assert _native.problem() == '', _native.problem()\n"
+        "t = [torch.zeros(3)]; d2vkern.ema_update_(t, [torch.ones(3)], 0.5, backend='native')\n"
+        "print(t[0].sum())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    assert run.stdout.strip() == "tensor(1.5000)"
 
 
 def test_wheel_metadata(wheel: Path) -> None:
@@ -106,6 +156,9 @@ def test_installed_wheel_finds_kernels_without_the_checkout(wheel: Path, tmp_pat
 
 def test_sdist_builds_the_same_wheel(sdist: Path, wheel: Path, tmp_path: Path) -> None:
     assert list((sdist / "kernels").glob("*.py")) and list((sdist / "csrc").glob("*.cuh"))
+    for name in ("build.py", "exports.map", "ops.cpp", "cpu.hpp", "ema.cu"):
+        assert (sdist / "csrc" / name).is_file()
+    assert not list(sdist.rglob("*.so")) and (sdist / "CHANGELOG.md").is_file()
     assert (sdist / "d2vkern" / "kernels" / "__init__.py").is_file()
     assert (sdist / "constraints.txt").is_file() and (sdist / "Makefile").is_file()
     assert _names(_wheel(sdist, tmp_path)) == _names(wheel)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import check_choice, check_dtype, check_range, check_shape
+from d2vkern._checks import FLOATS, check_choice, check_dtype, check_range, check_shape
+from d2vkern._shards import check_same_shards, local, replicated
 from d2vkern.ops.ema import check_lists, ema_update_
 from d2vkern.reference.adamw_ema import decay_unless
 
@@ -47,11 +48,14 @@ class AdamWEMA(torch.optim.Optimizer):
         requires_grad False are copied to their teacher, not averaged.
     copies, teacher_copies: in the same form, bf16 or fp16 tensors that receive each new parameter and
         teacher.
+    masters: parameters in bf16 or fp16 are taken too: each gets an fp32 master in its state ("master"), which
+        is what the steps change, and receives it rounded in the same pass. Moments are fp32.
     capturable: keep `step` on the device and never read it on the host, for CUDA graphs; lr may be a 0-dim
         tensor.
 
     State dicts are torch.optim.AdamW's (step, exp_avg, exp_avg_sq) and go both ways; teachers are not part of
-    them. amsgrad, maximize and sparse gradients are refused.
+    them. amsgrad, maximize and sparse gradients are refused. Parameters may be DTensors (FSDP2), each process
+    works on its shards; their gradients, teachers and copies must be distributed like them.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class AdamWEMA(torch.optim.Optimizer):
         copies: _Attached = None,
         teacher_copies: _Attached = None,
         capturable: bool = False,
+        masters: bool = False,
         backend: str | None = None,
     ) -> None:
         if isinstance(lr, Tensor) and not capturable:
@@ -79,6 +84,7 @@ class AdamWEMA(torch.optim.Optimizer):
             "eps_mode": eps_mode,
             "capturable": capturable,
         }
+        self._masters = masters
         super().__init__(params, defaults)
         self.backend = backend
         self._histories: dict[Tensor, _History] = {}
@@ -100,13 +106,16 @@ class AdamWEMA(torch.optim.Optimizer):
         for p, low in self._copies.items():
             check_shape("adamw_ema", "copies", low, tuple(p.shape), like="its parameter")
             check_dtype("adamw_ema", "copies", low)
+            check_same_shards("adamw_ema", "copies", low, "its parameter", p)
+            if p.dtype not in _MASTER_DTYPES:
+                raise ValueError("adamw_ema: copies must belong to fp32 parameters, got one of a master's")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with every value checked."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for p in group["params"]:
-            check_dtype("adamw_ema", "params", p, _MASTER_DTYPES)
+            check_dtype("adamw_ema", "params", p, FLOATS if self._masters else _MASTER_DTYPES)
         if not isinstance(group["lr"], Tensor):
             check_range("adamw_ema", "lr", group["lr"], minimum=0.0)
         for name, beta in zip(("beta1", "beta2"), group["betas"], strict=True):
@@ -131,6 +140,23 @@ class AdamWEMA(torch.optim.Optimizer):
                     step = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
                     self._histories[p] = _History(float(step), 0)
                     self.state[p]["step"] = step.to(device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments and masters of bf16 and fp16 parameters stay fp32.
+
+        A state without a master, of torch.optim.AdamW, gets one from the parameter.
+        """
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                if p.dtype in _MASTER_DTYPES or key not in state_dict["state"]:
+                    continue
+                given, state = state_dict["state"][key], self.state[p]
+                for name in ("exp_avg", "exp_avg_sq", "master"):
+                    # torch has cast them to the parameter's dtype
+                    state[name] = (
+                        given.get(name, p).detach().to(device=p.device, dtype=torch.float32, copy=True)
+                    )
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -160,20 +186,25 @@ class AdamWEMA(torch.optim.Optimizer):
                 ema_decay = None
         if found_inf is not None:
             self._check_found_inf(found_inf)
+        clip_factor = replicated(clip_factor)
         updated: set[Tensor] = set()
         for group in self.param_groups:
             for steps, params in self._alike(group, found_inf):
-                grads = [p.grad for p in params if p.grad is not None]
+                weights = local([self.state[p].get("master", p) for p in params])
+                grads = local([p.grad for p in params if p.grad is not None])
                 teachers, copies, teacher_copies = (
-                    [attached.get(p) for p in params]
+                    local([attached.get(p) for p in params])
                     for attached in (self._teachers, self._copies, self._teacher_copies)
                 )
+                for i, p in enumerate(params):
+                    if "master" in self.state[p]:
+                        copies[i] = local([p])[0]
                 written = [t for t in (*teachers, *copies, *teacher_copies) if t is not None]
-                select("adamw_ema", self.backend, *params, *grads, *written).adamw_ema_(
-                    params,
+                select("adamw_ema", self.backend, *weights, *grads, *written).adamw_ema_(
+                    weights,
                     grads,
-                    [self.state[p]["exp_avg"] for p in params],
-                    [self.state[p]["exp_avg_sq"] for p in params],
+                    local([self.state[p]["exp_avg"] for p in params]),
+                    local([self.state[p]["exp_avg_sq"] for p in params]),
                     steps,
                     lr=group["lr"],
                     betas=group["betas"],
@@ -221,8 +252,11 @@ class AdamWEMA(torch.optim.Optimizer):
                 device = p.device if group["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                 self._histories[p] = _History(0.0, self._begun)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                wide = p.dtype if p.dtype in _MASTER_DTYPES else torch.float32
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+                if wide != p.dtype:
+                    state["master"] = p.detach().to(wide)
             counts.append(state["step"])
             step: float | _History = self._histories[p] if group["capturable"] else float(state["step"]) + 1
             buckets[step, p.dtype, p.device].append(p)
@@ -240,7 +274,7 @@ class AdamWEMA(torch.optim.Optimizer):
         averaged = [p for p in params if p.requires_grad]
         ema_update_(
             [self._teachers[p] for p in averaged],
-            averaged,
+            [self.state[p]["master"] if "master" in self.state.get(p, ()) else p for p in averaged],
             decay,
             [self._teacher_copies.get(p) for p in averaged],
             backend=self.backend,

@@ -5,7 +5,7 @@ schedule of data2vec 2.0, usable where torch.optim.swa_utils.AveragedModel or ti
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_dtype, check_range, check_same_device, check_shape
+from d2vkern._shards import check_same_shards, is_sharded, local
+from d2vkern.ops._averages import TorchRule, annealed_decay, make_rule, unwrapped
+
+__all__ = ["EMA", "annealed_decay", "check_lists", "ema_update_"]
 
 _TEACHER_DTYPES = (torch.float32, torch.float64)
 
@@ -35,6 +39,7 @@ def ema_update_(
         fp64: 0.99999 in fp32 puts an error of 0.3% on 1 - decay. Exactly 1, as a number, leaves teachers
         untouched.
     copies: per pair None or a tensor of the same shape, any floating dtype, that receives the new teacher.
+    DTensors are updated shard by shard; those of a pair must be distributed alike.
     Source: fairseq/modules/ema_module.py, `_step_internal`.
 
     Raises ValueError for lists of different lengths, shapes or devices (naming the pair), a low-precision
@@ -43,6 +48,7 @@ def ema_update_(
     if copies is None:
         copies = [None] * len(teacher)
     check_lists("ema", teacher, student, copies)
+    teacher, student, copies = local(teacher), local(student), local(copies)
     if isinstance(decay, Tensor):
         check_shape("ema", "decay", decay, ())
     else:
@@ -57,24 +63,27 @@ def ema_update_(
         select("ema", backend, *tensors).ema_update_(teacher, student, decay, copies)
 
 
-def annealed_decay(step: int, decay: float, end_decay: float, anneal: int) -> float:
-    """The decay of an update: linear from `decay` to `end_decay` over `anneal` steps; the first step is 1.
-
-    Source: data2vec 2.0, examples/data2vec/models/data2vec2.py, `get_annealed_rate` and `set_num_updates`.
-    """
-    if step >= anneal:
-        return end_decay
-    return end_decay - (end_decay - decay) * (1.0 - step / anneal)
-
-
 class EMA(nn.Module):
     """Owns `module`, a copy of a model whose weights follow the model's as a moving average.
 
-    decay, end_decay, anneal: see `annealed_decay`; end_decay None keeps `decay` throughout. A decay of 1
-        stops the average.
-    The copy starts equal to the model (AveragedModel copies at its first update instead), is held in fp32
-    when the model is bf16 or fp16, needs no gradient and is in eval mode. Parameters with requires_grad False
-    and buffers are copied, not averaged. State dict: `module.*` and `n_averaged`, as AveragedModel's.
+    decay, end_decay, anneal: as in data2vec 2.0, from `decay` (0.9998) to `end_decay` (None: constant) over
+        `anneal` steps, see `annealed_decay`. A decay of 1 stops the average. Parameters with requires_grad
+        False and buffers are copied, not averaged.
+    like: "data2vec", "timm" or "torch"; None: the one whose arguments are given, else data2vec's.
+    min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, exclude_buffers, foreach: those of
+        timm's ModelEmaV3, with its numbers (decay 0.9999; all parameters and floating buffers are averaged;
+        `update(model, step)`, `set`, `get_decay`). foreach changes nothing.
+    avg_fn, multi_avg_fn, use_buffers: those of torch.optim.swa_utils.AveragedModel, with its numbers (all
+        parameters are averaged; the first update copies); `decay` is its get_ema_multi_avg_fn(decay), without
+        decay and functions it is the equal average of SWA.
+    device: where the copy is held, by default the model's; in timm's and torch's form too.
+    The copy starts equal to the model, is held in fp32 when the model is bf16 or fp16, needs no gradient and
+    is in eval mode. Models in DistributedDataParallel or torch.compile count as what is inside; parameters
+    may be DTensors, where the copy was sharded as the model (fully_shard both).
+    State dict: `module.*` and `n_averaged`, as AveragedModel's; in timm's form without the latter, as
+        ModelEmaV3's. Either loads into any.
+
+    Raises ValueError for a value out of range and for arguments of several kinds.
     """
 
     n_averaged: Tensor
@@ -82,31 +91,56 @@ class EMA(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        decay: float = 0.9998,
+        decay: float | None = None,
         end_decay: float | None = None,
         anneal: int = 0,
         *,
+        like: str | None = None,
+        device: torch.device | str | None = None,
+        min_decay: float | None = None,
+        update_after_step: int | None = None,
+        use_warmup: bool | None = None,
+        warmup_gamma: float | None = None,
+        warmup_power: float | None = None,
+        exclude_buffers: bool | None = None,
+        foreach: bool | None = None,
+        avg_fn: Callable[..., Any] | None = None,
+        multi_avg_fn: Callable[..., Any] | None = None,
+        use_buffers: bool | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_range("ema", "decay", decay, minimum=0.0, maximum=1.0)
-        check_range("ema", "anneal", anneal, minimum=0)
-        if end_decay is not None:
-            check_range("ema", "end_decay", end_decay, minimum=0.0, maximum=1.0)
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        others = {
+            "min_decay": min_decay,
+            "update_after_step": update_after_step,
+            "use_warmup": use_warmup,
+            "warmup_gamma": warmup_gamma,
+            "warmup_power": warmup_power,
+            "exclude_buffers": exclude_buffers,
+            "foreach": foreach,
+            "avg_fn": avg_fn,
+            "multi_avg_fn": multi_avg_fn,
+            "use_buffers": use_buffers,
+        }
+        given = {name: value for name, value in others.items() if value is not None}
+        self.rule = make_rule(like, decay, end_decay, anneal, given)
+        self.module = copy.deepcopy(unwrapped(model)).requires_grad_(False).eval()
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if tensor.dtype in (torch.bfloat16, torch.float16):
                 tensor.data = tensor.data.float()
-        self.decay = decay
-        self.end_decay = decay if end_decay is None else end_decay
-        self.anneal = anneal
+        if device is not None:
+            self.module.to(device)
         self.backend = backend
-        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64), persistent=self.rule.counts)
 
     def train(self, mode: bool = True) -> "EMA":
-        """Keeps the averaged module in eval mode, whatever mode its owner goes into."""
+        """Keeps the averaged module in eval mode, whatever mode its owner goes into.
+
+        In torch's form it goes along, as AveragedModel's: torch.optim.swa_utils.update_bn wants it to.
+        """
         super().train(mode)
-        self.module.eval()
+        if not isinstance(self.rule, TorchRule):
+            self.module.eval()
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,33 +149,57 @@ class EMA(nn.Module):
 
     def decay_at(self, step: int) -> float:
         """Decay of update number `step`, counted from 1."""
-        return annealed_decay(step, self.decay, self.end_decay, self.anneal)
+        return self.rule.decay_at(step)
+
+    def get_decay(self, step: int | None = None) -> float:
+        """As ModelEmaV3's: of the update with that step, None: of one that is given none."""
+        return self.rule.decay_at(int(self.n_averaged) + 1 if step is None and self.rule.counts else step)
 
     @torch.no_grad()
     def update(self, student: nn.Module, step: int | None = None) -> None:
         """Move the average towards `student` after optimizer step number `step` (the first is 1).
 
-        step: None is one more than the last; with the module on a GPU that read is a host sync, giving the
-            step is not.
+        step: None is one more than the last (in timm's form: the constant decay); with the module on a GPU
+            that read is a host sync, giving the step is not.
         Raises ValueError when the student's parameters or buffers are not the copy's.
         """
-        if step is None:
+        if step is None and self.rule.counts:
             step = int(self.n_averaged) + 1
-        self.n_averaged.fill_(step)
-        decay = self.decay_at(step)
-        if decay == 1.0:
-            return
-        averaged, copied = self._pairs(student)
-        ema_update_([t for t, _ in averaged], [s for _, s in averaged], decay, backend=self.backend)
-        for ours, theirs in copied:
-            ours.copy_(theirs)
+        decay = self.rule.decay_at(step)
+        if decay < 1.0:
+            averaged, copied = self._pairs(unwrapped(student))
+            before = self.n_averaged if step is None else torch.full_like(self.n_averaged, step - 1)
+            first = isinstance(self.rule, TorchRule) and step == 1
+            if first or not (isinstance(self.rule, TorchRule) and self.rule.by_function(averaged, before)):
+                ema_update_([t for t, _ in averaged], [s for _, s in averaged], decay, backend=self.backend)
+            for ours, theirs in copied:
+                ours.copy_(theirs)
+        if step is None:
+            self.n_averaged.add_(1)
+        else:
+            self.n_averaged.fill_(step)
 
     def update_parameters(self, model: nn.Module) -> None:
         """`update` under AveragedModel's name."""
         self.update(model)
 
+    @torch.no_grad()
+    def set(self, model: nn.Module) -> None:
+        """Make the average equal to the model, as ModelEmaV3's."""
+        for pairs in self._pairs(unwrapped(model)):
+            for ours, theirs in pairs:
+                ours.copy_(theirs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """ModelEmaV3 does not count its updates."""
+        if self.rule.counts:
+            state_dict.setdefault(f"{prefix}n_averaged", self.n_averaged)
+        else:
+            state_dict.pop(f"{prefix}n_averaged", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _pairs(self, student: nn.Module) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-        """(averaged, copied): the pairs (ours, student's) of trained parameters, and of all the rest."""
+        """(averaged, copied): the pairs (ours, student's) of what is averaged, and of all the rest."""
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         for kind in ("parameters", "buffers"):
@@ -154,7 +212,8 @@ class EMA(nn.Module):
                 )
             for name, tensor in theirs.items():
                 check_shape("ema", name, tensor, tuple(ours[name].shape), like="the averaged module's")
-                (averaged if tensor.requires_grad else copied).append((ours[name], tensor))
+                pair = ours[name], tensor.to(ours[name].device)
+                (averaged if self.rule.averages(tensor, kind == "buffers") else copied).append(pair)
         return averaged, copied
 
 
@@ -182,3 +241,5 @@ def check_lists(
                 check_shape(op, name, tensor, tuple(t.shape), like=f"teacher[{index}]")
                 check_dtype(op, name, tensor)
                 check_same_device(op, **{f"teacher[{index}]": t, name: tensor})
+            if is_sharded(t) or is_sharded(tensor):
+                check_same_shards(op, f"{kind}[{index}]", tensor, f"teacher[{index}]", t)

@@ -50,9 +50,9 @@ def adamw_ema_(
         all are equal. grads are scaled in place by the fused kernel when a clip factor is given.
     found_inf: 0-dim; when it is not 0, nothing changes.
     """
-    # torch's fused kernel on a CPU walks memory, not strides
+    # torch's fused kernel on a CPU walks memory, not strides, and wants one dtype
     grads = [
-        g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+        g if g.stride() == p.stride() and g.dtype == p.dtype else torch.empty_like(p).copy_(g)
         for p, g in zip(params, grads, strict=True)
     ]
     scalars = _Scalars(lr, betas, eps, weight_decay, eps_mode, clip_factor)

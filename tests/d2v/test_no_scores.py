@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from d2v.data import Batch
 from d2v.step import Trainer
+from d2vkern import _native
 from d2vkern._backend import REGISTRY, Implementation
 from d2vkern.reference import attention as reference
 from tests.d2v.tiny_models import make_source
@@ -145,6 +146,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """`native` is this module's attention."""
     _lengths.clear()
     monkeypatch.setitem(REGISTRY["attention"], "native", Implementation(__name__))
+    monkeypatch.setattr(_native, "problem", lambda: "")
 
 
 CPU = torch.device("cpu")

@@ -1,9 +1,10 @@
-"""csrc/philox.cuh, compiled for the host, against the Python reference and the Random123 vectors."""
+"""csrc/philox.cuh and normals.cuh, compiled for the host, against Python and the Random123 vectors."""
 
-import ctypes
+import math
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -25,53 +26,6 @@ KNOWN = [
 ]
 
 
-class Host:
-    """The compiled header; arrays in, arrays out."""
-
-    def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
-
-    def words(self, counter: np.ndarray, key: np.ndarray) -> np.ndarray:
-        out = np.empty_like(counter)
-        self._library.philox_words(
-            _address(counter), _address(key), _address(out), ctypes.c_size_t(len(counter))
-        )
-        return out
-
-    def below(self, words: np.ndarray, bound: int) -> np.ndarray:
-        out = np.empty_like(words)
-        size = ctypes.c_size_t(words.size)
-        self._library.philox_below(_address(words), ctypes.c_uint32(bound), _address(out), size)
-        return out
-
-    def uniform(self, words: np.ndarray) -> np.ndarray:
-        out = np.empty(words.shape, dtype=np.float32)
-        self._library.philox_uniform(_address(words), _address(out), ctypes.c_size_t(words.size))
-        return out
-
-    def normal(self, words: np.ndarray) -> np.ndarray:
-        out = np.empty(words.shape, dtype=np.float32)
-        self._library.philox_normal(_address(words), _address(out), ctypes.c_size_t(len(words)))
-        return out
-
-
-def _address(array: np.ndarray) -> ctypes.c_void_p:
-    assert array.flags.c_contiguous
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-@pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    library = tmp_path_factory.mktemp("philox") / "libphilox.so"
-    command = [compiler, "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    source = ROOT / "tests" / "host" / "philox_host.cpp"
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
-    return Host(library)
-
-
 @pytest.fixture(scope="module")
 def random_words() -> np.ndarray:
     """[1000, 6] uint32, with the extremes in the first rows."""
@@ -88,36 +42,59 @@ def _reference(counter: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN, ids=["zeros", "ones", "digits of pi"])
 def test_known_answers(
-    host: Host, counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+    maths_host: ModuleType, counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
     counters, keys = np.array([counter], dtype=np.uint32), np.array([key], dtype=np.uint32)
-    assert tuple(host.words(counters, keys)[0]) == expected
+    assert tuple(maths_host.philox_words(counters, keys)[0]) == expected
     assert tuple(_reference(counters, keys)[0]) == expected
 
 
-def test_words_equal_the_reference(host: Host, random_words: np.ndarray) -> None:
+def test_words_equal_the_reference(maths_host: ModuleType, random_words: np.ndarray) -> None:
     counter, key = random_words[:, :4].copy(), random_words[:, 4:].copy()
-    np.testing.assert_array_equal(host.words(counter, key), _reference(counter, key))
+    np.testing.assert_array_equal(maths_host.philox_words(counter, key), _reference(counter, key))
 
 
 @pytest.mark.parametrize("bound", [1, 2, 3, 196, 1 << 20, 1 << 31])
-def test_below_equals_the_reference(host: Host, random_words: np.ndarray, bound: int) -> None:
+def test_below_equals_the_reference(maths_host: ModuleType, random_words: np.ndarray, bound: int) -> None:
     expected = philox.below(torch.from_numpy(random_words.astype(np.int64)), bound).numpy()
-    np.testing.assert_array_equal(host.below(random_words, bound), expected)
+    np.testing.assert_array_equal(maths_host.philox_below(random_words, bound), expected)
 
 
-def test_uniform_equals_the_reference(host: Host, random_words: np.ndarray) -> None:
+def test_uniform_equals_the_reference(maths_host: ModuleType, random_words: np.ndarray) -> None:
     expected = philox.uniform(torch.from_numpy(random_words.astype(np.int64))).numpy()
-    np.testing.assert_array_equal(host.uniform(random_words).view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_array_equal(
+        maths_host.philox_uniform(random_words).view(np.uint32), expected.view(np.uint32)
+    )
 
 
-def test_normal_is_within_four_ulp_of_the_reference(host: Host, random_words: np.ndarray) -> None:
+def test_normal_is_within_four_ulp_of_the_reference(maths_host: ModuleType, random_words: np.ndarray) -> None:
     words = random_words[:, :4].copy()
     w0, w1, w2, w3 = torch.from_numpy(words.astype(np.int64)).unbind(1)
     expected = philox.normal((w0, w1, w2, w3)).numpy()
-    actual = host.normal(words)
+    actual = maths_host.philox_normal(words)
     assert np.abs(expected).max() > 3
     np.testing.assert_array_max_ulp(actual, expected, maxulp=4)
+
+
+def test_every_radius_and_angle(maths_host: ModuleType) -> None:
+    """All 2^24 of each within 1 ulp of torch's on a CPU; test_kernels_common.py has why that suffices."""
+    count = torch.arange(1 << 24)
+    angle = count.float().mul_(2.0 * math.pi * 2.0**-24)
+    radius = (count + 1).float().mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
+    expected = (radius, angle.cos(), angle.sin())
+    for values, reference in zip(maths_host.polar(), expected, strict=True):
+        wanted = reference.numpy()
+        error = np.abs(values.astype(np.float64) - wanted) / np.spacing(np.abs(wanted))
+        assert error.max() <= 1
+
+
+@pytest.mark.parametrize("seed", [0, -1, 1 << 40])
+def test_noise_of_elements_equals_the_reference(maths_host: ModuleType, seed: int) -> None:
+    rows, tokens = torch.tensor([0, 3, 70000, ONES]), torch.tensor([5, 0, 65536, 1])
+    expected = philox.element_normals(rows, tokens, 12, seed=seed).numpy()
+    k0, k1 = philox.split64(seed)
+    words = rows.numpy().astype(np.uint32), tokens.numpy().astype(np.uint32)
+    np.testing.assert_array_max_ulp(maths_host.element_normals(*words, 3, k0, k1), expected, maxulp=4)
 
 
 def test_cuda_compiler_takes_the_header(tmp_path: Path) -> None:
@@ -126,7 +103,7 @@ def test_cuda_compiler_takes_the_header(tmp_path: Path) -> None:
         pytest.skip("nvcc is not installed")
     kernel = tmp_path / "kernel.cu"
     kernel.write_text(
-        '#include "philox.cuh"\n'
+        '#include "normals.cuh"\n'
         "__global__ void draw(float* out) {\n"
         "  const d2v::Words words = d2v::philox(threadIdx.x, 0, 0, 0, 1, 2);\n"
         "  out[threadIdx.x] = d2v::uniform(words.w[0]) + d2v::normal_pair(words.w[2], words.w[3]).first;\n"

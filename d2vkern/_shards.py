@@ -1,0 +1,45 @@
+"""DTensors (FSDP2, tensor parallelism): what works element by element works on the shards held here.
+
+No process waits for another in these functions but `replicated`.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
+
+
+def is_sharded(value: object) -> bool:
+    """Whether a value is a DTensor; torch.distributed.tensor is not imported for the question."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def local(tensors: Sequence[_Maybe]) -> list[_Maybe]:
+    """The part of each tensor that this process holds; of plain tensors all."""
+    return [_local(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def check_same_shards(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Raise ValueError unless both are whole, or distributed alike."""
+    if not is_sharded(tensor) and not is_sharded(like):
+        return
+    ours, theirs = _layout(tensor), _layout(like)
+    if ours != theirs:
+        raise ValueError(f"{op}: {name} must be distributed like {like_name}, {theirs}, got {ours}")
+
+
+def replicated(value: Any) -> Any:
+    """A scalar as a plain tensor: a gradient norm of DTensors is one whose parts must still be added up."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local()
+
+
+def _layout(tensor: Any) -> str:
+    return f"{tensor.placements} on {tensor.device_mesh}" if is_sharded(tensor) else "not distributed"
