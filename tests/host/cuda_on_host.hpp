@@ -1,19 +1,20 @@
 // Runs a kernel's own source on a host: every block in turn, its threads as fibers that change at barriers.
 //
 // Include before the kernel's header. What CUDA defines and a kernel here uses is defined below; whoever adds a kernel
-// that uses more finds out when this does not compile. Threads of a block run one after another up to a barrier, the
-// last one first in every other block, so a missing barrier shows as a wrong result, and threads that wait for
-// different barriers as an error.
+// that uses more finds out when this does not compile. A warp runs as far ahead of the others as barriers let it, in
+// every other block the last warp and lane first, and shared memory begins as zeros; so a missing barrier shows as a
+// wrong result, and threads that wait for different barriers as an error.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #define __global__ static
@@ -21,7 +22,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static
+#define __shared__ static thread_local  // each block has an operating system's thread to itself
 #define __restrict__
 
 struct Dimensions {
@@ -109,22 +110,23 @@ static void run_block(uint32_t threads) {
     fiber.wait = Wait::kNone;
     fiber.done = false;
   }
+  const uint32_t warps = (threads + kLanes - 1) / kLanes;
+  const bool backwards = blockIdx.x % 2 == 0;
   for (;;) {
-    bool ran = false, alive = false;
-    for (uint32_t step = 0; step < threads; ++step) {
-      const uint32_t i = blockIdx.x % 2 == 0 ? threads - 1 - step : step;
-      alive = alive || !fibers[i].done;
-      if (fibers[i].done || fibers[i].wait != Wait::kNone) continue;
-      threadIdx.x = i;
-      swapcontext(&scheduler, &fibers[i].context);
-      ran = true;
+    for (uint32_t step = 0; step < warps; ++step) {
+      const uint32_t begin = (backwards ? warps - 1 - step : step) * kLanes, end = std::min(threads, begin + kLanes);
+      do {
+        for (uint32_t lane = begin; lane < end; ++lane) {
+          threadIdx.x = backwards ? begin + end - 1 - lane : lane;
+          Fiber& fiber = fibers[threadIdx.x];
+          if (!fiber.done && fiber.wait == Wait::kNone) swapcontext(&scheduler, &fiber.context);
+        }
+      } while (release(Wait::kWarp, begin, end));
     }
-    if (!alive) return;
-    bool released = release(Wait::kBlock, 0, threads);
-    for (uint32_t i = 0; i < threads; i += kLanes) {
-      released = release(Wait::kWarp, i, std::min(threads, i + kLanes)) || released;
+    if (std::all_of(fibers.begin(), fibers.end(), [](const Fiber& fiber) { return fiber.done; })) return;
+    if (!release(Wait::kBlock, 0, threads)) {
+      throw std::runtime_error("threads of a block wait for different barriers");
     }
-    if (!ran && !released) throw std::runtime_error("threads of a block wait for different barriers");
   }
 }
 
@@ -142,7 +144,15 @@ void run(const Grid& grid, bool waits, const std::function<void()>& body) {
         // What a block finds in its shared memory is anything.
         shared_memory.assign(static_cast<size_t>(grid.shared) / 4, 0xA5A5A5A5u);
         if (waits) {
-          run_block(blockDim.x);
+          std::exception_ptr error;
+          std::thread([&] {
+            try {
+              run_block(blockDim.x);
+            } catch (...) {
+              error = std::current_exception();
+            }
+          }).join();
+          if (error) std::rethrow_exception(error);
         } else {
           for (uint32_t i = 0; i < blockDim.x; ++i) {
             threadIdx = {i, 0, 0};
