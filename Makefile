@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | results | wheel | wheel-matrix | clean: each creates what it needs, in .venv beside this file.
+# make demo | test | lint | bench | results | wheel | wheel-matrix | aot-cuda | sanitize | clean: each creates what it
+# needs, in .venv beside this file.
 # Another Python or torch: make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),'torch==2.13.0$(comma)!=2.13.0+cpu','torch==2.13.0')
 comma := ,
 
-.PHONY: demo test lint bench results wheel wheel-matrix clean
+.PHONY: demo test lint bench results wheel wheel-matrix aot-cuda sanitize clean
 
 demo: $(INSTALLED)
 	$(RUN) -m d2v demo
@@ -53,6 +54,18 @@ wheel-matrix: wheel
 	    || exit 1; \
 	  cp tests/wheel_smoke.py build/matrix/ && $$folder/bin/python build/matrix/wheel_smoke.py || exit 1; \
 	done
+
+# nvcc for every architecture: spills, registers, access widths
+aot-cuda: $(INSTALLED)
+	$(RUN) -m benchmarks.aot_cuda
+
+# compute-sanitizer over the compiled CUDA kernels: needs a GPU
+CUDA_TESTS := $(RUN) -m pytest -q -m gpu tests/test_native_cuda.py
+sanitize: $(INSTALLED)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(CUDA_TESTS) -k "not 31 and not 32_bits and not ten_thousand"
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(CUDA_TESTS) -k "masks_are or adamw"
+	compute-sanitizer --tool initcheck --error-exitcode 1 $(CUDA_TESTS) -k "gather or scatter or masks_are"
+	compute-sanitizer --tool synccheck --error-exitcode 1 $(CUDA_TESTS) -k "masks_are"
 
 clean:
 	rm -rf $(VENV) build dist d2vkern.egg-info .pytest_cache .ruff_cache .mypy_cache

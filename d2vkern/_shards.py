@@ -20,6 +20,8 @@ def is_sharded(value: object) -> bool:
 
 def local(tensors: Sequence[_Maybe]) -> list[_Maybe]:
     """The part of each tensor that this process holds; of plain tensors all."""
+    if "torch.distributed.tensor" not in sys.modules:  # the usual case: no question per tensor
+        return list(tensors)
     return [_local(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
 
 
