@@ -21,7 +21,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import aot_cuda
 from benchmarks.aot_budgets import BUDGETS
 from benchmarks.aot_build import TARGETS, Build, build_of, compile_all
-from benchmarks.aot_gate import LIMITS, Use, narrow_accesses, problems, programs_per_multiprocessor
+from benchmarks.aot_gate import LIMITS, Budget, Use, narrow_accesses, problems, programs_per_multiprocessor
 from benchmarks.aot_read import Resources
 from benchmarks.aot_record import (
     DTYPES,
@@ -95,7 +95,7 @@ def findings(results: dict[Build, Resources | str], users: dict[Build, Users]) -
         by = users[build]
         row: dict[str, Any] = {"kernel": build.kernel, "target": build.target, "build": build.label}
         row |= {"pointers": _pointers(build), "use": by.use, "users": by.names}
-        row["problems"] = problems(found, build.target, BUDGETS.get(build.kernel), by.vectors, by.use)
+        row["problems"] = problems(found, build.target, _budget(build), by.vectors, by.use)
         if isinstance(found, Resources):
             row |= asdict(found)
             row["narrow"] = [access for access, *_ in narrow_accesses(found, by.vectors)]
@@ -104,6 +104,12 @@ def findings(results: dict[Build, Resources | str], users: dict[Build, Users]) -
                 row["occupancy"] = row["programs"] * found.warps / LIMITS[build.target].warps
         rows.append(row)
     return rows
+
+
+def _budget(build: Build) -> Budget | None:
+    """The kernel's; exact products of fp32 need no matrix instructions."""
+    budget = BUDGETS.get(build.kernel)
+    return replace(budget, products="") if budget and _pointers(build) == "fp32" else budget
 
 
 def resource_table(rows: list[dict[str, Any]]) -> Iterator[str]:

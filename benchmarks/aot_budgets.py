@@ -16,10 +16,26 @@ _MASK = Narrow("a byte per token: of a row that starts anywhere, and one to a hu
 _SLOTS = Narrow("an int32 per token: of a row that starts anywhere, and a hundredth of the row's bytes")
 _ODD_ENDS = Narrow("fours of elements are one access; what is left over at a tensor's end goes singly", 128)
 _PARTIALS = Narrow("partial sums, a few KB out of L2")
+_WINDOWS = Narrow("windows of ten samples, one at every fifth: 20 bytes for the 1,024 of an output row")
+_REPACKED = Narrow("as large as the weights, whose order it changes: taps innermost")
 
 BUDGETS: dict[str, Budget] = {
     "adamw_ema_fwd_kernel": Budget(registers=56, further=72, narrow={"*table_ptr": _ODD_ENDS}),
     "column_sums_kernel": Budget(registers=64),
+    # Tiles of 128 x 256 in eight warps hold 128 sums a thread.
+    "conv_stem_bwd_kernel_input": Budget(registers=255, products="HGMMA"),
+    "conv_stem_bwd_kernel_norm": Budget(registers=136),
+    "conv_stem_bwd_kernel_sum": Budget(registers=40, narrow={"dweight_ptr": _REPACKED}),
+    "conv_stem_bwd_kernel_wave": Budget(
+        registers=224, narrow={"x_ptr": _WINDOWS, "partials_ptr": _PARTIALS}, products="HGMMA and HMMA"
+    ),
+    "conv_stem_bwd_kernel_wave_finish": Budget(registers=40, narrow={"dweight_ptr": _REPACKED}),
+    "conv_stem_bwd_kernel_wave_squares": Budget(
+        registers=72, narrow={"x_ptr": _WINDOWS, "partials_ptr": _PARTIALS}
+    ),
+    "conv_stem_bwd_kernel_weight": Budget(registers=232, products="HGMMA"),
+    "conv_stem_fwd_kernel": Budget(registers=255, products="HGMMA"),
+    "conv_stem_fwd_kernel_wave": Budget(registers=136, narrow={"x_ptr": _WINDOWS}, products="HGMMA"),
     "ema_fwd_kernel": Budget(registers=40, narrow={"*table_ptr": _ODD_ENDS}),
     "gather_bwd_kernel_rows": Budget(registers=136),
     "gather_fwd_kernel": Budget(registers=48),
@@ -71,6 +87,10 @@ def _all_of(name: str) -> Callable[[Given], float]:
     return lambda given: given[name].numel() * given[name].element_size()
 
 
+def _nothing(given: Given) -> float:
+    return 0.0
+
+
 def _kept_of(name: str) -> Callable[[Given], float]:
     """Kept rows of a tensor [B, T, D] or [N, T, D]; each row of [B, T, D] is kept in some version."""
     return lambda given: min(
@@ -94,6 +114,8 @@ TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
         "load *table_ptr": _columns(0, 1, 2, 3, 4),
         "store *table_ptr": _columns(0, 2, 3, 4, 5, 6),
     },
+    # A program reads again what it has just written: 128 KB, out of L2.
+    "conv_stem_fwd_kernel": {"load r_ptr": _nothing},
     "ema_fwd_kernel": {"load *table_ptr": _columns(0, 1), "store *table_ptr": _columns(0, 2)},
     "gather_fwd_kernel": {"load x_ptr": _kept_of("x_ptr"), "load per_mask_ptr": _kept_of("per_mask_ptr")},
     "loss_bwd_kernel": {

@@ -1,4 +1,9 @@
-"""Convolution blocks of the decoder and the speech positional encoder, against conv, norm and GELU."""
+"""Convolution blocks of the decoder and the speech positional encoder, against conv, norm and GELU.
+
+Columns: eager (channels-last), torch.compile of it, Triton; `pytorch` is conv, norm and GELU on channels-last
+memory seen channels-first, as the original's norm leaves it, and `channels-first` the same on memory that is
+channels-first too.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +81,9 @@ def _case(
     def plain(inputs: Inputs) -> Tensor:
         return _one_by_one(inputs, groups, residual)
 
+    def channels_first(inputs: Inputs) -> Tensor:
+        return _one_by_one(inputs, groups, residual, contiguous=True)
+
     places = {None: prod(grid), "rows": s.rows * s.masked, "plan": s.rows * s.tokens}[at]
     read, written = prod(grid) * c * e, places * c * e
     weights = (c * c // groups * prod(kernel) + c) * 4
@@ -89,6 +97,7 @@ def _case(
         make=make,
         call=call,
         plain=plain,
+        peers={"channels-first": channels_first},
         leaves=("x", "weight", "bias"),
         # the convolution's output is kept for backward
         forward=Cost(read + weights + 2 * written, flops),
@@ -96,15 +105,19 @@ def _case(
     )
 
 
-def _one_by_one(inputs: Inputs, groups: int, residual: bool) -> Tensor:
-    """Channels first, as the original: conv, same padding, LayerNorm, GELU, residual."""
+def _one_by_one(inputs: Inputs, groups: int, residual: bool, contiguous: bool = False) -> Tensor:
+    """Channels first, as the original: conv, same padding, LayerNorm, GELU, residual.
+
+    contiguous: the convolution's input is copied into channels-first memory.
+    """
     x, weight = inputs["x"], inputs["weight"].to(inputs["x"].dtype)
     if "plan" in inputs:
         plan = inputs["plan"]
         x = x.repeat_interleave(plan.clones, 0).masked_fill(plan.mask.unsqueeze(2), 0)
     conv = F.conv2d if weight.dim() == 4 else F.conv1d
     bias, padding = inputs["bias"].to(x.dtype), weight.shape[-1] // 2
-    y = conv(x.movedim(-1, 1), weight, bias, padding=padding, groups=groups)
+    first = x.movedim(-1, 1).contiguous() if contiguous else x.movedim(-1, 1)
+    y = conv(first, weight, bias, padding=padding, groups=groups)
     for axis, length in enumerate(x.shape[1:-1], start=2):
         y = y.narrow(axis, 0, length)
     y = y.movedim(1, -1)

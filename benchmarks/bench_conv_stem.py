@@ -1,4 +1,9 @@
-"""Layers of the speech feature encoder: the first (from samples), the widest in time, the last."""
+"""The layers of the speech feature encoder, each on its own.
+
+Columns: eager (channels-last, products over strided views), torch.compile of it, Triton; `pytorch` is conv,
+norm and GELU on channels-last memory seen channels-first, as the original's norm leaves it, and
+`channels-first` the same on memory that is channels-first too.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ _EPS = 1e-5
 
 
 def cases(preset: str, size: Size, dtype: torch.dtype) -> list[Case]:
-    """Layers 0, 1 and the last; none for a front end without a convolutional stem."""
+    """Every layer; none for a front end without a convolutional stem."""
     s = shapes(preset, size)
     front = s.cfg.front
     if not isinstance(front, WaveformFront):
@@ -23,8 +28,7 @@ def cases(preset: str, size: Size, dtype: torch.dtype) -> list[Case]:
     found = []
     length, channels = s.samples, 1
     for i, (width, kernel, stride) in enumerate(front.conv_layers):
-        if i in (0, 1, len(front.conv_layers) - 1):
-            found.append(_case(s, i, length, channels, width, kernel, stride, dtype))
+        found.append(_case(s, i, length, channels, width, kernel, stride, dtype))
         length, channels = (length - kernel) // stride + 1, width
     return found
 
@@ -50,11 +54,15 @@ def _case(
     def call(inputs: Inputs, backend: str | None) -> Tensor:
         return d2vkern.conv_stem(**inputs, stride=stride, eps=_EPS, backend=backend)
 
-    def plain(inputs: Inputs) -> Tensor:
+    def plain(inputs: Inputs, contiguous: bool = False) -> Tensor:
         x = inputs["x"]
         weight, scale, shift = (inputs[name].to(x.dtype) for name in ("weight", "norm_weight", "norm_bias"))
-        y = F.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
+        first = x.transpose(1, 2).contiguous() if contiguous else x.transpose(1, 2)
+        y = F.conv1d(first, weight, stride=stride).transpose(1, 2)
         return F.gelu(F.layer_norm(y, (width,), scale, shift, _EPS))
+
+    def channels_first(inputs: Inputs) -> Tensor:
+        return plain(inputs, contiguous=True)
 
     frames = (length - kernel) // stride + 1
     read, written = (s.batch * t * c * dtype.itemsize for t, c in ((length, channels), (frames, width)))
@@ -70,6 +78,7 @@ def _case(
         make=make,
         call=call,
         plain=plain,
+        peers={"channels-first": channels_first},
         leaves=(*(["x"] if into_x else []), "weight", "norm_weight", "norm_bias"),
         # the convolution's output is kept for backward
         forward=Cost(read + weights + 2 * written, flops),

@@ -47,6 +47,7 @@ def test_triton_gives_eagers_loss_curve(modality: str, triton_device: torch.devi
     cfg = dataclasses.replace(cfg, model=model)
     expected, _ = curve(cfg, triton_device, "eager")
     losses, calls = curve(cfg, triton_device, ",".join(f"{stem}=triton" for stem in TRITON_STEMS))
-    assert {stem for stem, name in calls if name == "triton"} == set(TRITON_STEMS) - {"ema"}
+    # the optimizer averages the teacher; the tiny speech model has no convolutional stem
+    assert {stem for stem, name in calls if name == "triton"} == set(TRITON_STEMS) - {"ema", "conv_stem"}
     assert losses == pytest.approx(expected, rel=2e-5)
     assert len(set(losses)) == STEPS
