@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2vkern.kernels import _table
 from d2vkern.reference.adamw_ema import adamw_ema_
 
 NONE, FP32, FP16, BF16 = range(4)
@@ -187,15 +188,14 @@ ROWS = [
 def table_of_rows(
     chunk: int,
 ) -> tuple[np.ndarray, int, list[tuple[Tensor, Tensor]], tuple[tuple[int, ...], ...]]:
-    chunks = pytest.importorskip("d2vkern.kernels._chunks", reason="Triton is not installed")
     rows = []
     for count, dtype, skipped in ROWS:
         rows.append((torch.zeros(count + skipped)[skipped:], torch.zeros(count, dtype=dtype)))
     columns = (
-        chunks.Column("a", [a for a, _ in rows], written=True),
-        chunks.Column("b", [b for _, b in rows]),
+        _table.Column("a", [a for a, _ in rows], written=True),
+        _table.Column("b", [b for _, b in rows]),
     )
-    with chunks.table_of("test", columns, chunk) as table:
+    with _table.table_of("test", columns, chunk) as table:
         return table.data.numpy(), table.programs, rows, table.kinds
 
 
