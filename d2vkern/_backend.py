@@ -44,8 +44,20 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
-TRITON_STEMS = ("masks", "gather", "residual_norm", "mlp", "targets", "loss", "ema", "adamw_ema")
+TRITON_STEMS = (
+    "masks",
+    "gather",
+    "conv_block",
+    "residual_norm",
+    "mlp",
+    "targets",
+    "loss",
+    "ema",
+    "adamw_ema",
+)
 """ops with a file in kernels/"""
+UNVERIFIED = ("conv_block",)
+"""of those, the ops whose kernels no GPU has run yet: on request only, auto never picks them"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
 
 _logger = logging.getLogger("d2vkern")
@@ -88,7 +100,8 @@ def _table(stem: str) -> dict[str, Implementation]:
     it runs on request only."""
     table = {}
     if stem in TRITON_STEMS:
-        table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto=("cuda",))
+        auto = () if stem in UNVERIFIED else ("cuda",)
+        table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto=auto)
     return table | {"eager": Implementation(f"d2vkern.reference.{stem}")}
 
 
