@@ -14,7 +14,7 @@ Weights are packed once per call and cast on the way: [groups, K, COLUMNS], colu
 tiles. The gradient of x is the same product with taps mirrored and both channel dimensions exchanged.
 
 `bits` serves a masked input that is never formed: bit s of row r says whether tap s of its window exists and
-is not masked. It is a table of 8 bytes a row, made once per call, for windows of up to 64 taps.
+is not masked. It is a table of 4 bytes a row, made once per call, for windows of up to 32 taps.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from torch import Tensor
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import Config
 
-MOST_TAPS = 64
+MOST_TAPS = 32
 """of a window that `bits` can describe"""
 
 
@@ -140,15 +140,16 @@ def spans(taps: Taps, block_k: int, most: int) -> list[int]:
 
 
 def product_configs(
-    taps: Taps, places: Places, itemsize: int, *, owner: bool, spread: bool = True
+    taps: Taps, places: Places, itemsize: int, *, owner: bool, spread: bool = True, added: bool = False
 ) -> Sequence[Config]:
     """Tiles of a product, the first for where nothing was measured.
 
-    owner: a program has all columns of a group. spread: outputs may be packed (SPAN).
+    owner: a program has all columns of a group. spread: outputs may be packed (SPAN). added: an addend of the
+    tile's size waits in registers too.
     """
     low = itemsize < 4
     block_k = min(64 if low else 32, max(16, triton.next_power_of_2(taps.depth())))
-    most = 256 if low else 64
+    most = 64 if not low else 128 if added else 256
     if owner:
         most = max(most, triton.next_power_of_2(taps.outer))
     packed = spans(taps, block_k, most) if spread and places.index is None else [1]
@@ -230,11 +231,11 @@ def taps_weights_kernel(
 
 
 def tap_bits(mask_NT: Tensor | None, taps: Taps, span: int = 1) -> Tensor | None:
-    """[N, T] int64: which taps of each place's window are inside and not masked."""
+    """[N, T] int32: which taps of each place's window are inside and not masked."""
     if mask_NT is None:
         return None
     rows, width = mask_NT.shape
-    out = mask_NT.new_empty((rows, width), dtype=torch.int64)
+    out = mask_NT.new_empty((rows, width), dtype=torch.int32)
     launch(
         taps_bits_kernel,
         (triton.cdiv(rows * width, 256),),
@@ -253,7 +254,7 @@ def tap_bits(mask_NT: Tensor | None, taps: Taps, span: int = 1) -> Tensor | None
 @triton.jit(do_not_specialize=["rows", "width"])
 def taps_bits_kernel(
     mask_ptr,  # [N, T] uint8, 1: masked
-    out_ptr,  # [N, T] int64
+    out_ptr,  # [N, T] int32
     rows,
     width,
     WINDOW: tl.constexpr,
@@ -263,12 +264,12 @@ def taps_bits_kernel(
     # [BLOCK]
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     w = row % width
-    bits = tl.zeros([BLOCK], tl.int64)
+    bits = tl.zeros([BLOCK], tl.int32)
     for tap in range(WINDOW):
         shift = tap - PAD_W
         inside = (row < rows) & (w + shift >= 0) & (w + shift < width)
         kept = tl.load(mask_ptr + row + shift, mask=inside, other=1) == 0
-        bits |= kept.to(tl.int64) << tap
+        bits |= kept.to(tl.int32) << tap
     tl.store(out_ptr + row, bits, mask=row < rows)
 
 
@@ -310,7 +311,7 @@ def tap_offsets(k, width, C: tl.constexpr, IN: tl.constexpr, KH: tl.constexpr, W
 def taps_inside(tap, dh, dw, h, w, live, bits, height, width, KH: tl.constexpr, HAS_BITS: tl.constexpr):
     """bool: which taps of which places can be read. tap, dh, dw are [1, .]; the places' are [., 1]."""
     if HAS_BITS:
-        inside = live & (((bits >> tl.minimum(tap, 63)) & 1) != 0)
+        inside = live & (((bits >> tl.minimum(tap, 31)) & 1) != 0)
     else:
         inside = live & (w + dw >= 0) & (w + dw < width)
         if KH > 1:

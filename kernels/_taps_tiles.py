@@ -56,7 +56,7 @@ def taps_tiles_kernel(
     weight_ptr,  # [GROUPS, K, COLUMNS] packed
     bias_ptr,  # [GROUPS * OUT] or None
     index_ptr,  # [N, picked]: outputs of a line, or None: all
-    bits_ptr,  # [N, width] int64, or None: forward of a masked input
+    bits_ptr,  # [N, width] int32, or None: forward of a masked input
     mask_ptr,  # [N, width] uint8, or None: gradient of a masked input, summed over its clones
     add_ptr,  # [.., GROUPS * OUT] or None: what the product is added to
     slot_ptr,  # [N * width] int32 or None: where in `add` a row is, -1: nowhere
@@ -175,9 +175,8 @@ def launch_tiles(
     """One product for all outputs. masked: of the source's versions; summed: of the versions to sum over."""
     # What differs from one output of a block to the next is looked up once per block.
     spread = summed is None and slot is None
-    config = product_config(
-        "taps_tiles_kernel", taps, places, source.element_size(), owner=False, spread=spread
-    )
+    settings = {"owner": False, "spread": spread, "added": add is not None}
+    config = product_config("taps_tiles_kernel", taps, places, source.element_size(), **settings)
     tiles = triton.cdiv(config["SPAN"] * taps.outer, config["BLOCK_N"] + config["BLOCK_N2"])
     launch(
         taps_tiles_kernel,

@@ -34,7 +34,7 @@ def taps_weight_kernel(
     x_ptr,  # [N or N / clones, height, width, GROUPS * IN]
     dr_ptr,  # [N * height * width, GROUPS * OUT]
     index_ptr,  # [N, picked]: outputs of a line, or None: all
-    bits_ptr,  # [N, width] int64, or None
+    bits_ptr,  # [N, width] int32, or None
     partials_ptr,  # [shares, GROUPS, K, OUT] fp32
     rows,
     height,

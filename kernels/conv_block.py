@@ -19,7 +19,7 @@ and rstd made again (the row is in registers anyway). dx is the tiles' product w
 its epilogue. dweight is split over rows into fp32 partials that a last kernel adds in order. No atomics.
 
 plan: rows of x [B, T, C] are read by every version, masked taps skipped by a table of bits. dx sums over the
-versions inside one accumulator, in order; what was masked in a version adds nothing. Windows beyond 64 taps
+versions inside one accumulator, in order; what was masked in a version adds nothing. Kernels beyond 29 taps
 do not fit the bits: then the masked versions are formed.
 rows: forward and dweight do the asked outputs only. dr is written at every place, 0 where nothing was asked,
 so that dx is the plain product; it multiplies those zeros (2.1 times the useful FLOPs of text's last layer).
@@ -119,7 +119,7 @@ def conv_block_1d(
     masked = None if plan is None else plan.mask
     clones = 1 if plan is None else plan.clones
     if plan is not None and weight.shape[2] > MOST_TAPS - 3:
-        # More taps than bits: the masked versions are formed.
+        # More taps than bits, even of two outputs a block: the masked versions are formed.
         (b, t, c), keep = x.shape, (~plan.mask).view(-1, clones, plan.mask.shape[1], 1)
         x, masked, clones = (x.unsqueeze(1) * keep).view(b * clones, t, c), None, 1
     index = None if rows is None else rows.contiguous()

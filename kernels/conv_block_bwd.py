@@ -70,7 +70,9 @@ def conv_block_bwd_kernel_rows(
                 centred = tl.where(column < D, centred, 0.0)
             values = _replaced(values, chunk, centred)
             total += centred * centred
-        rstd = tl.rsqrt((tl.sum(total, 1) / D)[:, None] + tl.full((), eps, tl.float32))
+        # Rows without an output have variance 0, of which there is no root.
+        square = tl.where(made, tl.sum(total, 1) / D, 1.0)[:, None]
+        rstd = tl.rsqrt(square + tl.full((), eps, tl.float32))
         total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
         along = tl.zeros([BLOCK_R, CHUNK], tl.float32)
         for chunk in tl.static_range(CHUNKS):
@@ -83,8 +85,6 @@ def conv_block_bwd_kernel_rows(
         for chunk in tl.static_range(CHUNKS):
             column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
             dr = (gradients[chunk] - mean_total - values[chunk] * mean_along) * rstd
-            if slot_ptr is not None:
-                dr = tl.where(made[:, None], dr, 0.0)
             tl.store(
                 dr_ptr + row.to(tl.int64)[:, None] * D + column,
                 dr.to(dr_ptr.dtype.element_ty),

@@ -50,7 +50,8 @@ def norm_gelu_rows(
         if D % CHUNK != 0:
             centred = tl.where(column < D, centred, 0.0)
         total += centred * centred
-    rstd = tl.rsqrt((tl.sum(total, 1) / D)[:, None] + eps)
+    # Rows that are not there have variance 0, of which there is no root.
+    rstd = tl.rsqrt(tl.where(live, tl.sum(total, 1) / D, 1.0)[:, None] + eps)
     for chunk in tl.static_range(CHUNKS):
         column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
         y = gelu((values[chunk] - mean) * rstd)
@@ -66,7 +67,7 @@ def conv_block_fwd_kernel_rows(
     weight_ptr,  # [GROUPS, K, COLUMNS] packed
     bias_ptr,  # [GROUPS * OUT] or None
     index_ptr,  # [N, picked]: outputs of a line, or None: all
-    bits_ptr,  # [N, width] int64, or None
+    bits_ptr,  # [N, width] int32, or None
     r_ptr,  # [outputs, GROUPS * OUT]: the convolution, may be y
     y_ptr,  # [outputs, GROUPS * OUT]
     blocks,

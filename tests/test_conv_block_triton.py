@@ -10,6 +10,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from d2vkern import BackendError, MaskPlan, conv_block_1d, conv_block_2d  # noqa: E402
+from d2vkern.kernels import conv_block_bwd, conv_block_fwd  # noqa: E402
+from d2vkern.kernels._launch import record_launches  # noqa: E402
 from d2vkern.kernels._tuning import forced, record_choices  # noqa: E402
 from d2vkern.testing import assert_bitwise_equal, assert_no_worse_than_eager, backend_spy  # noqa: E402
 
@@ -100,7 +102,7 @@ MASKED = {
     "even kernel": (2, 6, 8, 8, 2, 4),
     "dense": (1, 7, 8, 136, 1, 3),
     "one token": (2, 1, 4, 4, 1, 3),
-    "more taps than bits": (1, 9, 4, 4, 2, 63),
+    "more taps than bits": (1, 5, 4, 4, 2, 30),
 }
 
 
@@ -143,6 +145,12 @@ def test_rows(shape: Shape, count: str, triton_device: torch.device) -> None:
     n, t = shape[:2]
     rows = make_rows(n, t, {"one": 1, "some": (t + 1) // 2}[count]).to(triton_device)
     assert_matches_eager(shape, make_case(shape, triton_device), rows=rows)
+
+
+def test_places_that_were_not_asked_for_have_no_gradient_even_with_eps_0(triton_device: torch.device) -> None:
+    shape = PICKED["grouped"]
+    rows = make_rows(2, 11, 1).to(triton_device)
+    assert_matches_eager(shape, make_case(shape, triton_device), rows=rows, eps=0.0)
 
 
 def test_rows_in_fp16_and_in_int64(triton_device: torch.device) -> None:
@@ -223,6 +231,33 @@ def test_repeats_bitwise_and_reads_no_uninitialised_memory(
         values_and_gradients(op(shape, backend="triton", **given), inputs), expected, strict=True
     ):
         assert_bitwise_equal(actual, clean)
+
+
+def test_nothing_is_written_past_the_end(
+    triton_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Two outputs a block, and a line of odd length: the last block has one.
+    shape = (2, 11, 24, 24, 1, 7, True)
+    behind: list[Tensor] = []
+
+    def with_room(make: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        def allocate(*args: Any) -> tuple[Tensor, ...]:
+            outputs = make(*args)
+            rooms = [out.new_full((out.numel() + 256,), 7.0) for out in outputs]
+            behind.extend(room[out.numel() :] for room, out in zip(rooms, outputs, strict=True))
+            return tuple(
+                room[: out.numel()].view(out.shape) for room, out in zip(rooms, outputs, strict=True)
+            )
+
+        return allocate
+
+    for module, name in ((conv_block_fwd, "forward_outputs"), (conv_block_bwd, "backward_outputs")):
+        monkeypatch.setattr(module, name, with_room(getattr(module, name)))
+    with record_launches() as launches:
+        assert_matches_eager(shape, make_case(shape, triton_device))
+    spans = [launch.constexprs["SPAN"] for launch in launches if "BLOCK_K" in launch.constexprs]
+    assert spans == [2, 2] and len(behind) == 5
+    assert all((rest == 7.0).all() for rest in behind)
 
 
 @pytest.mark.parametrize(
