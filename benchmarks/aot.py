@@ -21,7 +21,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from benchmarks import aot_cuda
 from benchmarks.aot_budgets import BUDGETS
 from benchmarks.aot_build import TARGETS, Build, build_of, compile_all
-from benchmarks.aot_gate import LIMITS, Budget, Use, narrow_accesses, problems, programs_per_multiprocessor
+from benchmarks.aot_gate import LIMITS, Use, narrow_accesses, problems, programs_per_multiprocessor
 from benchmarks.aot_read import Resources
 from benchmarks.aot_record import (
     DTYPES,
@@ -44,7 +44,7 @@ from benchmarks.aot_record import (
     triton_stems,
     vector_bytes,
 )
-from benchmarks.aot_roofline import GOAL, LAUNCHES, Paper, on_paper
+from benchmarks.aot_roofline import GOAL, LAUNCHES, PLAN_GOAL, Paper, on_paper
 from benchmarks.aot_variants import variants
 from benchmarks.cases import Case
 from d2v.presets import PRESETS
@@ -95,7 +95,9 @@ def findings(results: dict[Build, Resources | str], users: dict[Build, Users]) -
         by = users[build]
         row: dict[str, Any] = {"kernel": build.kernel, "target": build.target, "build": build.label}
         row |= {"pointers": _pointers(build), "use": by.use, "users": by.names}
-        row["problems"] = problems(found, build.target, _budget(build), by.vectors, by.use)
+        row["problems"] = problems(
+            found, build.target, BUDGETS.get(build.kernel), by.vectors, by.use, row["pointers"]
+        )
         if isinstance(found, Resources):
             row |= asdict(found)
             row["narrow"] = [access for access, *_ in narrow_accesses(found, by.vectors)]
@@ -104,12 +106,6 @@ def findings(results: dict[Build, Resources | str], users: dict[Build, Users]) -
                 row["occupancy"] = row["programs"] * found.warps / LIMITS[build.target].warps
         rows.append(row)
     return rows
-
-
-def _budget(build: Build) -> Budget | None:
-    """The kernel's; exact products of fp32 need no matrix instructions."""
-    budget = BUDGETS.get(build.kernel)
-    return replace(budget, products="") if budget and _pointers(build) == "fp32" else budget
 
 
 def resource_table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -147,6 +143,27 @@ def roofline_table(papers: list[Paper]) -> Iterator[str]:
         cells = [paper.op, paper.case, paper.preset, paper.dtype, paper.direction, _mb(paper.floor)]
         cells += [f"{paper.floor_us:.1f}", _mb(paper.moved), _starred(paper), _launches(paper)]
         yield f"| {' | '.join([*cells, str(paper.library), *eager])} |"
+
+
+def product_table(papers: list[Paper]) -> Iterator[str]:
+    """Markdown, one row per launch with matrix products; "all" counts the algorithm's FLOPs as useful.
+
+    Plan: the passes of aot_budgets.PASSES. A star: more than PLAN_GOAL times those bytes.
+    """
+    yield (
+        "| op | case | preset | dtype | direction | plan MB | moved over plan | kernel "
+        "| useful GFLOP | issued GFLOP | useful over issued |"
+    )
+    yield "|---|---|---|---|---|---:|---:|---|---:|---:|---:|"
+    for paper in papers:
+        if not paper.issued:
+            continue
+        over = f"{paper.moved / paper.plan:.3f}" + "*" * (paper.moved > PLAN_GOAL * paper.plan)
+        cells = [paper.op, paper.case, paper.preset, paper.dtype, paper.direction, _mb(paper.plan), over]
+        total = sum(issued for _, _, issued in paper.issued)
+        for kernel, useful, issued in (*paper.issued, ("all", paper.flops, total)):
+            numbers = [f"{useful / 1e9:.4g}", f"{issued / 1e9:.4g}", f"{useful / issued:.3f}"]
+            yield f"| {' | '.join([*cells, kernel, *numbers])} |"
 
 
 def _starred(paper: Paper) -> str:
@@ -234,6 +251,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         papers = [on_paper(each, built, args.eager) for each in records]
     undeclared = sorted({access for paper in papers for access in paper.undeclared})
     wrong += [f"{access}: no bytes declared in TOUCHED (aot_budgets.py)" for access in undeclared]
+    wrong += [
+        f"{paper.op} ({paper.case}), {paper.preset}, {paper.dtype} {paper.direction}: moves "
+        f"{paper.moved / paper.plan:.3f} times the bytes of its plan, allowed is {PLAN_GOAL}"
+        for paper in papers
+        if paper.plan and paper.moved > PLAN_GOAL * paper.plan
+    ]
     wrong += [f"{row['target']} {row['build']}: {text}" for row in rows for text in row["problems"]]
     return {
         "schema": SCHEMA,
@@ -265,6 +288,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(resource_table(report["builds"])))
     if report["papers"]:
         print("\n" + "\n".join(roofline_table(report["papers"])))
+        if any(paper.issued for paper in report["papers"]):
+            print("\n" + "\n".join(product_table(report["papers"])))
     if args.nvcc and not args.sample:
         _add_cuda(report, args)
     if args.json is not None:

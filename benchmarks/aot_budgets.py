@@ -15,6 +15,7 @@ from benchmarks.aot_gate import Budget, Narrow
 _MASK = Narrow("a byte per token: of a row that starts anywhere, and one to a hundred of the row's bytes")
 _SLOTS = Narrow("an int32 per token: of a row that starts anywhere, and a hundredth of the row's bytes")
 _ODD_ENDS = Narrow("fours of elements are one access; what is left over at a tensor's end goes singly", 128)
+_TAPS = Narrow("taps of a weight lie side by side, its channels do not; a program moves all taps of its own")
 _PARTIALS = Narrow("partial sums, a few KB out of L2")
 _WINDOWS = Narrow("windows of ten samples, one at every fifth: 20 bytes for the 1,024 of an output row")
 _REPACKED = Narrow("as large as the weights, whose order it changes: taps innermost")
@@ -22,6 +23,9 @@ _REPACKED = Narrow("as large as the weights, whose order it changes: taps innerm
 BUDGETS: dict[str, Budget] = {
     "adamw_ema_fwd_kernel": Budget(registers=56, further=72, narrow={"*table_ptr": _ODD_ENDS}),
     "column_sums_kernel": Budget(registers=64),
+    "conv_block_bwd_kernel_rows": Budget(registers=200),
+    "conv_block_fwd_kernel_norm": Budget(registers=128),
+    "conv_block_fwd_kernel_rows": Budget(registers=255, products="HGMMA"),
     # Tiles of 128 x 256 in eight warps hold 128 sums a thread.
     "conv_stem_bwd_kernel_input": Budget(registers=255, products="HGMMA"),
     "conv_stem_bwd_kernel_norm": Budget(registers=136),
@@ -58,6 +62,11 @@ BUDGETS: dict[str, Budget] = {
     "residual_norm_bwd_kernel_rows": Budget(registers=176, further=255),
     "residual_norm_fwd_kernel": Budget(registers=80),
     "scatter_fwd_kernel": Budget(registers=72),
+    "taps_bits_kernel": Budget(registers=64, narrow={"mask_ptr": _MASK}),
+    "taps_tiles_kernel": Budget(registers=255, products="HGMMA"),
+    "taps_weight_kernel": Budget(registers=255, products="HGMMA"),
+    "taps_weight_kernel_sum": Budget(registers=128, narrow={"dw_ptr": _TAPS}),
+    "taps_weights_kernel": Budget(registers=128, narrow={"weight_ptr": _TAPS}),
     "targets_fwd_kernel_batch": Budget(registers=128),
     "targets_fwd_kernel_batch_moments": Budget(registers=96),
     "targets_fwd_kernel_rows": Budget(registers=80),
@@ -116,6 +125,8 @@ TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
     },
     # A program reads again what it has just written: 128 KB, out of L2.
     "conv_stem_fwd_kernel": {"load r_ptr": _nothing},
+    # its own rows, just written: out of L1 or L2
+    "conv_block_fwd_kernel_rows": {"load r_ptr": _nothing},
     "ema_fwd_kernel": {"load *table_ptr": _columns(0, 1), "store *table_ptr": _columns(0, 2)},
     "gather_fwd_kernel": {"load x_ptr": _kept_of("x_ptr"), "load per_mask_ptr": _kept_of("per_mask_ptr")},
     "loss_bwd_kernel": {
@@ -125,4 +136,54 @@ TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
         ),
     },
     "loss_fwd_kernel": {"load pred_ptr": _masked_of("pred_ptr", lambda given: given["EVERY_TOKEN"])},
+}
+
+# kernel -> tensors that its op's plan moves once in this launch; packed weights and partials are overhead.
+PASSES: dict[str, tuple[str, ...]] = {
+    "conv_block_bwd_kernel_rows": ("dy_ptr", "r_ptr", "dr_ptr"),
+    "conv_block_fwd_kernel_norm": ("r_ptr", "skip_ptr", "y_ptr"),
+    "conv_block_fwd_kernel_rows": ("x_ptr", "r_ptr", "y_ptr"),
+    "taps_tiles_kernel": ("source_ptr", "add_ptr", "out_ptr"),
+    "taps_weight_kernel": ("x_ptr", "dr_ptr"),
+    "taps_weight_kernel_sum": ("dw_ptr",),
+    "taps_weights_kernel": ("weight_ptr",),
+}
+
+
+def _taps_flops(given: Given, outputs: int) -> tuple[float, float]:
+    """Of a product over taps: useful for `outputs` places, and issued with all padding."""
+    taps, channels, span = given["KH"] * given["KW"], given["GROUPS"] * given["OUT"], given["SPAN"]
+    depth = given["KH"] * (given["KW"] + span - 1) * given["IN"]
+    steps = -(-depth // given["BLOCK_K"])
+    tile = given["BLOCK_M"] * (given["BLOCK_N"] + given["BLOCK_N2"]) * given["BLOCK_K"]
+    return 2.0 * outputs * channels * taps * given["IN"], 2.0 * given["programs"] * steps * tile
+
+
+def _tiles_flops(given: Given) -> tuple[float, float]:
+    versions = given["clones"] if given["mask_ptr"] is not None else 1
+    channels = given["GROUPS"] * given["OUT"]
+    useful, issued = _taps_flops(given, given["out_ptr"].numel() // channels)
+    return useful * versions, issued * versions
+
+
+def _rows_flops(given: Given) -> tuple[float, float]:
+    useful, issued = _taps_flops(given, given["y_ptr"].numel() // (given["GROUPS"] * given["OUT"]))
+    return useful, issued * given["GROUPS"]
+
+
+def _weight_flops(given: Given) -> tuple[float, float]:
+    """A share ends in a block that may be part empty."""
+    depth, rows = given["KH"] * given["KW"] * given["IN"], given["rows"]
+    shares = given["partials_ptr"].shape[0]
+    tiles = given["programs"] // shares
+    steps = shares * -(-rows // shares // given["BLOCK_R"])
+    tile = given["BLOCK_M"] * given["BLOCK_N"] * given["BLOCK_R"]
+    return 2.0 * rows * given["GROUPS"] * depth * given["OUT"], 2.0 * tiles * steps * tile
+
+
+# kernel -> (useful, issued) FLOPs of one launch's matrix products.
+ISSUED: dict[str, Callable[[Given], tuple[float, float]]] = {
+    "conv_block_fwd_kernel_rows": _rows_flops,
+    "taps_tiles_kernel": _tiles_flops,
+    "taps_weight_kernel": _weight_flops,
 }

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import aot_read
 from benchmarks.aot_read import Resources, Traffic
-from d2vkern.kernels._launch import Launch
+from d2vkern.kernels._launch import MOST_STAGES_ON_AMD, Launch
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "aot"
 TARGETS = {
@@ -63,10 +63,13 @@ def build_of(launch: Launch, target: str) -> Build:
     """The compilation that this launch would cause on `target`."""
     kernel = launch.kernel
     backend, binder = _binder(kernel, target)
+    stages = launch.num_stages
+    if target.startswith("gfx"):
+        stages = min(stages, MOST_STAGES_ON_AMD)
     given = {
         **launch.constexprs,
         "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
+        "num_stages": stages,
         "enable_fp_fusion": launch.fp_fusion,
     }
     bound, specialization, options = binder(*launch.args, **given)
@@ -80,7 +83,7 @@ def build_of(launch: Launch, target: str) -> Build:
         tuple(constants.items()),
         tuple((path, tuple(map(tuple, hints))) for path, hints in attributes.items()),
         launch.num_warps,
-        launch.num_stages,
+        stages,
         launch.fp_fusion,
     )
 

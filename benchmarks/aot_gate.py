@@ -63,7 +63,7 @@ class Budget:
     narrow: Mapping[str, Narrow] = field(default_factory=dict)
     """argument -> why its accesses cannot be wider"""
     products: str = ""
-    """matrix instruction it must have on sm_90: HGMMA or HMMA; none when empty"""
+    """matrix instruction it must have on sm_90 in 16 bits: HGMMA or HMMA; none when empty, and in fp32"""
 
 
 def problems(
@@ -72,10 +72,12 @@ def problems(
     budget: Budget | None,
     vectors: Mapping[str, int],
     use: Use = "preset",
+    pointers: str = "bf16",
 ) -> list[str]:
     """Everything that is wrong with a build.
 
     vectors: argument -> bytes that its layout allows at once (`aot_record.vector_bytes`).
+    pointers: the build's floating types.
     """
     if isinstance(found, str):
         return [f"does not compile: {found}"]
@@ -95,8 +97,9 @@ def problems(
         wrong.append(f"{found.registers} registers, budget {registers}")
     if target == "sm_90":
         names = " and ".join(sorted(found.products)) or "none"
-        if names != (budget.products or "none"):
-            wrong.append(f"matrix instructions: {names}, expected {budget.products or 'none'}")
+        expected = (budget.products if "16" in pointers else "") or "none"
+        if names != expected:
+            wrong.append(f"matrix instructions: {names}, expected {expected}")
     for access, narrowest, possible in narrow_accesses(found, vectors):
         leave = budget.narrow.get(access.split(" ", 1)[1])
         widest = max(bits for bits, *_ in found.traffic[access].blocks)

@@ -43,6 +43,8 @@ class Record:
     """bytes that the op's formula counts (d2vkern/_costs.py)"""
     calls: int
     """of the op's implementation"""
+    flops: int
+    """of the algorithm, by the same formula"""
 
     def arguments(self, launch: Launch) -> dict[str, Any]:
         """`arguments` of one of the launches; with "shapes" of its preset and, where it has a pointer table,
@@ -104,7 +106,8 @@ def _record(stem: str, case: Case, direction: str, run: Callable[[], object]) ->
     tables = [(table.data, table.staged) for table in _table._tables.values()]
     ours = [tally for name, tally in costs.items() if name.endswith("/triton")]
     floor, calls = sum(tally.bytes for tally in ours), sum(tally.calls for tally in ours)
-    return Record(stem, case, direction, launches, library, tables, floor, calls)
+    flops = sum(tally.flops for tally in ours)
+    return Record(stem, case, direction, launches, library, tables, floor, calls, flops)
 
 
 def kernels_of(stems: Iterable[str]) -> set[str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.aot_budgets import TOUCHED
+from benchmarks.aot_budgets import ISSUED, PASSES, TOUCHED
 from benchmarks.aot_read import Resources
 from benchmarks.aot_record import DTYPES, Record
 from benchmarks.aot_trace import OpTrace
@@ -29,6 +29,8 @@ H200_COPY = 4.3e12
 """bytes/s, read plus written, of a PyTorch copy of 8.6 GB from device to device on an H200 (2.0 ms)"""
 GOAL = 1.1
 """bytes moved over the floor's"""
+PLAN_GOAL = 1.15
+"""bytes moved over those of the passes that an op's plan is made of"""
 LAUNCHES = {"forward": 1, "backward": 2}
 """kernels of one call, at most"""
 MOST_VALUES = 1 << 22
@@ -58,6 +60,12 @@ class Paper:
     library_names: tuple[str, ...]
     products: bool
     """matrix products are among them: the op is not bound by its bytes"""
+    flops: int = 0
+    """of the algorithm, by d2vkern/_costs.py"""
+    issued: tuple[tuple[str, float, float], ...] = ()
+    """(kernel, useful FLOPs, FLOPs with padding) of each launch with matrix products"""
+    plan: int = 0
+    """bytes of the passes its kernels are made for (PASSES of aot_budgets.py)"""
     undeclared: tuple[str, ...] = ()
     """accesses of which nobody knows how much they move"""
     eager_moved: int | None = None
@@ -82,11 +90,15 @@ def on_paper(record: Record, built: Callable[[Any], Resources | str], eager: boo
     """The row of a record. built: what a launch compiles to."""
     case = record.case
     moved = record.library.bytes
-    undeclared = []
+    undeclared, issued, plan = [], [], 0
     for launch in record.launches:
         found, name = built(launch), launch.kernel.fn.__name__
+        given = record.arguments(launch)
+        if name in ISSUED:
+            issued.append((name, *ISSUED[name](given)))
+        plan += sum(_nbytes(given[argument]) for argument in PASSES.get(name, ()))
         if isinstance(found, Resources):
-            by_access = touched(name, found, record.arguments(launch))
+            by_access = touched(name, found, given)
             moved += sum(size for size in by_access.values() if size is not None)
             undeclared += [f"{name}: {access}" for access, size in by_access.items() if size is None]
     products = any(call.name in ("mm", "addmm", "bmm") for call in record.library.calls)
@@ -104,7 +116,10 @@ def on_paper(record: Record, built: Callable[[Any], Resources | str], eager: boo
         kernels=len(record.launches),
         library=len(record.library.calls),
         library_names=tuple(call.name for call in record.library.calls),
-        products=products,
+        products=products or bool(issued),
+        flops=record.flops,
+        issued=tuple(issued),
+        plan=plan,
         undeclared=tuple(undeclared),
     )
     if not eager:
@@ -128,6 +143,10 @@ def touched(kernel: str, found: Resources, given: Mapping[str, Any]) -> dict[str
             else:
                 moved[key] = None
     return moved
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
 def _declared(function: Callable[[Mapping[str, Any]], float], given: Mapping[str, Any]) -> int | None:

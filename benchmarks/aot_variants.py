@@ -1,7 +1,8 @@
 """Calls that no preset's benchmark makes but that run other code in the kernels: further cases for the gate.
 
 Seeds and decays that live on the device (as in a step replayed by a CUDA graph), norms of other recipes,
-dropout, missing arguments, rows longer than a program holds. Each is a base preset's case with another call.
+dropout, missing arguments, first layers, rows longer than a program holds. Each is a base preset's case with
+another call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 import d2vkern
 from benchmarks import (
     bench_adamw_ema,
+    bench_conv_block,
     bench_ema,
     bench_gather,
     bench_loss,
@@ -79,6 +81,30 @@ def _gather(dtype: torch.dtype) -> _Variants:
         "trained positions": (trained, gather.call, True),
         "seed on the device": (scatter, on_device, True),
         "no noise": (scatter, silent, True),
+    }
+
+
+def _conv_block(dtype: torch.dtype) -> _Variants:
+    audio = bench_conv_block.cases("audio_base", "gpu", dtype)[0]
+    text, picked = bench_conv_block.cases("text_base", "gpu", dtype)[:2]
+
+    def first(inputs: Inputs, backend: str | None) -> Outputs:
+        """The layer before: twice the channels in."""
+        x, weight = (torch.cat([inputs[name]] * 2, dim) for name, dim in (("x", 2), ("weight", 1)))
+        return d2vkern.conv_block_1d(x, weight, inputs["bias"], 16, backend=backend)
+
+    def even(inputs: Inputs, backend: str | None) -> Outputs:
+        return d2vkern.conv_block_1d(inputs["x"], inputs["weight"][..., :6], None, 16, backend=backend)
+
+    def added(inputs: Inputs, backend: str | None) -> Outputs:
+        return d2vkern.conv_block_1d(**inputs, residual=True, backend=backend)
+
+    return {
+        "first layer": (audio, first, True),
+        "even kernel, no bias": (replace(audio, leaves=("x", "weight")), even, True),
+        "evaluation": (audio, audio.call, False),
+        "dense, residual": (text, added, True),
+        "masked places, residual": (picked, added, True),
     }
 
 
@@ -185,6 +211,7 @@ def _adamw_ema(dtype: torch.dtype) -> _Variants:
 _VARIANTS: dict[str, Callable[[torch.dtype], _Variants]] = {
     "masks": _masks,
     "gather": _gather,
+    "conv_block": _conv_block,
     "residual_norm": _residual_norm,
     "mlp": _mlp,
     "targets": _targets,

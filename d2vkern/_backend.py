@@ -49,6 +49,7 @@ COMMON_BACKENDS = ("eager", "triton", "native")
 TRITON_STEMS = (
     "masks",
     "gather",
+    "conv_block",
     "conv_stem",
     "residual_norm",
     "mlp",
@@ -58,7 +59,7 @@ TRITON_STEMS = (
     "adamw_ema",
 )
 """ops with a file in kernels/"""
-UNVERIFIED_STEMS = ("conv_stem",)
+UNVERIFIED_STEMS = ("conv_block", "conv_stem")
 """those of them whose kernels no GPU has verified: they run on request only"""
 NATIVE_STEMS = ("masks", "gather", "ema", "adamw_ema")
 """ops with files in csrc/"""

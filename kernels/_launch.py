@@ -28,6 +28,9 @@ class Launch:
     fp_fusion: bool
 
 
+MOST_STAGES_ON_AMD = 2
+"""one buffer of a tile in 64 KB of LDS, and one in registers on its way there"""
+
 _recorders: list[list[Launch]] = []
 
 
@@ -68,6 +71,8 @@ def launch(
         recorder.append(Launch(kernel, tuple(grid), args, constexprs, num_warps, num_stages, fp_fusion))
     if any(isinstance(value, Tensor) and value.device.type == "meta" for value in args):
         return
+    if torch.version.hip:
+        num_stages = min(num_stages, MOST_STAGES_ON_AMD)
     with _device_of(args):
         kernel[tuple(grid)](
             *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs
