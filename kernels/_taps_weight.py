@@ -123,22 +123,24 @@ def taps_weight_kernel_sum(
         tl.store(dw_ptr + at, total.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
-def _config(taps: Taps, places: Places, itemsize: int) -> Config:
+def _config(taps: Taps, places: Places, itemsize: int, masked: bool) -> Config:
     low = itemsize < 4
     depth, outs = taps.depth(), taps.outer
     if low and outs > 128:
         tiles = [(128, 256, 8, 3), (128, 128, 8, 3)]
     elif low:
         width = max(16, triton.next_power_of_2(outs))
+        stages = 2 if masked else 3  # with bits to fetch ahead of rows a third stage spills on sm_100
         tiles = sorted(
-            [(64, width, 4, 3), (128, width, 8, 3)], key=lambda tile: triton.cdiv(depth, tile[0]) * tile[0]
+            [(64, width, 4, stages), (128, width, 8, stages)],
+            key=lambda tile: triton.cdiv(depth, tile[0]) * tile[0],
         )
     else:
         width = min(64, max(16, triton.next_power_of_2(outs)))
         tiles = [(64, width, 8, 2), (32, width, 4, 2)]
     names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
     candidates = [{**dict(zip(names, tile, strict=True)), "BLOCK_R": 64 if low else 32} for tile in tiles]
-    bucket = f"{power_of_two_bucket(rows=places.outputs)} bytes{itemsize} " + " ".join(
+    bucket = f"{power_of_two_bucket(rows=places.outputs)} bytes{itemsize} masked{int(masked)} " + " ".join(
         f"{name}{value}" for name, value in taps.constexprs.items() if not name.startswith("PAD")
     )
     return choose("taps_weight_kernel", bucket, candidates)
@@ -158,7 +160,7 @@ def weight_gradient(
     x: Tensor, dr: Tensor, taps: Taps, places: Places, masked: Tensor | None, clones: int, dw: Tensor
 ) -> None:
     """Write dw [O, C / groups, kh, kw]; dr: [samples * height * width, O]."""
-    config = _config(taps, places, x.element_size())
+    config = _config(taps, places, x.element_size(), masked is not None)
     tiles = triton.cdiv(taps.depth(), config["BLOCK_M"]) * triton.cdiv(taps.outer, config["BLOCK_N"])
     shares = shares_of(taps, places, x.element_size(), config)
     partials = x.new_empty((shares, taps.groups, taps.depth(), taps.outer), dtype=torch.float32)

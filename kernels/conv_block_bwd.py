@@ -12,10 +12,11 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import row_config, tile_columns
+from d2vkern.kernels._rows import _chunk, tile_columns
 from d2vkern.kernels._taps import Places, Taps, share_of
 from d2vkern.kernels._taps_tiles import launch_tiles
 from d2vkern.kernels._taps_weight import weight_gradient
+from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
 from d2vkern.kernels.conv_block_fwd import places_of
 
 
@@ -188,6 +189,20 @@ def _slots(places: Places) -> Tensor | None:
     return slot.scatter_(1, index, numbers.view(index.shape))
 
 
+def _rows_config(dr: Tensor) -> Config:
+    """At most 256 programs share the rows, so each has eight warps: 16 on each of 132 SMs."""
+    (rows, width), itemsize = dr.shape, dr.element_size()
+    chunk, span = _chunk(width, itemsize, most=24), 512 // itemsize
+    ahead = 3 if itemsize < 4 else 2
+    candidates = []
+    for least, stages in ((8, ahead), (8, ahead + 1), (4, ahead), (4, ahead + 1)):
+        warps = max(least, chunk // span)
+        tile = {"CHUNK": chunk, "BLOCK_R": warps * span // chunk, "STAGES": stages, "num_warps": warps}
+        candidates.append(tile)
+    bucket = f"{power_of_two_bucket(rows=rows)} D{width} bytes{itemsize}"
+    return choose("conv_block_bwd_kernel_rows", bucket, candidates)
+
+
 def _normal_gradient(
     dy: Tensor, r: Tensor, slot: Tensor | None, places: Places, eps: float, db: Tensor | None
 ) -> Tensor:
@@ -209,7 +224,7 @@ def _normal_gradient(
         eps,
         D=width,
         BIAS=db is not None,
-        **row_config("conv_block_bwd_kernel_rows", dr, most=24, loop=True),
+        **_rows_config(dr),
     )
     if db is not None:
         column_sums(partials, (db,))
