@@ -17,8 +17,21 @@ _SLOTS = Narrow("an int32 per token: of a row that starts anywhere, and a hundre
 _ODD_ENDS = Narrow("fours of elements are one access; what is left over at a tensor's end goes singly", 128)
 _PARTIALS = Narrow("partial sums, a few KB out of L2")
 
+
+def _attention_products(given: Mapping[str, Any]) -> str:
+    """wgmma wherever 64 tokens and more make a tile; fp32 products are exact, so none."""
+    if given["qkv_ptr"] == "*fp32":
+        return ""
+    return "HGMMA" if given.get("BLOCK_S", 64) >= 64 else "HMMA"
+
+
 BUDGETS: dict[str, Budget] = {
     "adamw_ema_fwd_kernel": Budget(registers=56, further=72, narrow={"*table_ptr": _ODD_ENDS}),
+    "attention_bwd_kernel_keys": Budget(registers=255, products=_attention_products),
+    "attention_bwd_kernel_queries": Budget(registers=255, products=_attention_products),
+    "attention_bwd_kernel_short": Budget(registers=255, products=_attention_products),
+    "attention_fwd_kernel": Budget(registers=255, products=_attention_products),
+    "attention_fwd_kernel_short": Budget(registers=255, products=_attention_products),
     "column_sums_kernel": Budget(registers=64),
     "ema_fwd_kernel": Budget(registers=40, narrow={"*table_ptr": _ODD_ENDS}),
     "gather_bwd_kernel_rows": Budget(registers=136),
@@ -88,12 +101,19 @@ def _masked_of(name: str, everywhere: Callable[[Given], bool]) -> Callable[[Give
     return moved
 
 
+def _slots_of(name: str, share: int) -> Callable[[Given], float]:
+    """`share` of the three tensors q, k, v in [N, S, 3, H, Dh]."""
+    return lambda given: _all_of(name)(given) * share / 3
+
+
 # kernel -> "load x_ptr" or "store x_ptr" -> bytes, where it is not the whole tensor once.
 TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
     "adamw_ema_fwd_kernel": {
         "load *table_ptr": _columns(0, 1, 2, 3, 4),
         "store *table_ptr": _columns(0, 2, 3, 4, 5, 6),
     },
+    "attention_bwd_kernel_keys": {"store dqkv_ptr": _slots_of("dqkv_ptr", 2)},
+    "attention_bwd_kernel_queries": {"store dqkv_ptr": _slots_of("dqkv_ptr", 1)},
     "ema_fwd_kernel": {"load *table_ptr": _columns(0, 1), "store *table_ptr": _columns(0, 2)},
     "gather_fwd_kernel": {"load x_ptr": _kept_of("x_ptr"), "load per_mask_ptr": _kept_of("per_mask_ptr")},
     "loss_bwd_kernel": {

@@ -8,9 +8,9 @@ Narrow accesses must be declared with their reason in aot_budgets.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.aot_read import Resources
 
@@ -62,8 +62,9 @@ class Budget:
     """registers in the calls of aot_variants.py, where those may take more"""
     narrow: Mapping[str, Narrow] = field(default_factory=dict)
     """argument -> why its accesses cannot be wider"""
-    products: str = ""
-    """matrix instruction it must have on sm_90: HGMMA or HMMA; none when empty"""
+    products: str | Callable[[Mapping[str, Any]], str] = ""
+    """matrix instruction it must have on sm_90: HGMMA or HMMA; none when empty. Or a function of a build's
+    arguments (`aot_build.Build.arguments`), where that depends on tiles and dtypes"""
 
 
 def problems(
@@ -72,10 +73,12 @@ def problems(
     budget: Budget | None,
     vectors: Mapping[str, int],
     use: Use = "preset",
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Everything that is wrong with a build.
 
     vectors: argument -> bytes that its layout allows at once (`aot_record.vector_bytes`).
+    arguments: the build's (`aot_build.Build.arguments`).
     """
     if isinstance(found, str):
         return [f"does not compile: {found}"]
@@ -95,8 +98,10 @@ def problems(
         wrong.append(f"{found.registers} registers, budget {registers}")
     if target == "sm_90":
         names = " and ".join(sorted(found.products)) or "none"
-        if names != (budget.products or "none"):
-            wrong.append(f"matrix instructions: {names}, expected {budget.products or 'none'}")
+        products = budget.products
+        wanted = (products if isinstance(products, str) else products(arguments or {})) or "none"
+        if names != wanted:
+            wrong.append(f"matrix instructions: {names}, expected {wanted}")
     for access, narrowest, possible in narrow_accesses(found, vectors):
         leave = budget.narrow.get(access.split(" ", 1)[1])
         widest = max(bits for bits, *_ in found.traffic[access].blocks)

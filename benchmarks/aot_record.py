@@ -41,6 +41,8 @@ class Record:
     """pointer tables of the launches, on the device and on the host"""
     floor: int
     """bytes that the op's formula counts (d2vkern/_costs.py)"""
+    flops: int
+    """likewise"""
     calls: int
     """of the op's implementation"""
 
@@ -104,7 +106,8 @@ def _record(stem: str, case: Case, direction: str, run: Callable[[], object]) ->
     tables = [(table.data, table.staged) for table in _chunks._tables.values()]
     ours = [tally for name, tally in costs.items() if name.endswith("/triton")]
     floor, calls = sum(tally.bytes for tally in ours), sum(tally.calls for tally in ours)
-    return Record(stem, case, direction, launches, library, tables, floor, calls)
+    flops = sum(tally.flops for tally in ours)
+    return Record(stem, case, direction, launches, library, tables, floor, flops, calls)
 
 
 def kernels_of(stems: Iterable[str]) -> set[str]:

@@ -44,7 +44,17 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
-TRITON_STEMS = ("masks", "gather", "residual_norm", "mlp", "targets", "loss", "ema", "adamw_ema")
+TRITON_STEMS = (
+    "masks",
+    "gather",
+    "attention",
+    "residual_norm",
+    "mlp",
+    "targets",
+    "loss",
+    "ema",
+    "adamw_ema",
+)
 """ops with a file in kernels/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
 
@@ -83,12 +93,21 @@ def _triton_gaps(*tensors: Tensor) -> list[str]:
     return reasons
 
 
+def _triton_attention_gaps(qkv: Tensor, *others: Tensor) -> list[str]:
+    """The same for attention, whose kernels hold a head's whole width."""
+    reasons = _triton_gaps(qkv, *others)
+    if qkv.shape[-1] > 128:
+        reasons.append(f"head widths up to 128 only, got {qkv.shape[-1]}")
+    return reasons
+
+
 def _table(stem: str) -> dict[str, Implementation]:
     """Backend -> implementation, in auto's order of preference; eager takes everything, so what stands after
     it runs on request only."""
     table = {}
     if stem in TRITON_STEMS:
-        table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto=("cuda",))
+        unsupported = _triton_attention_gaps if stem == "attention" else _triton_gaps
+        table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, auto=("cuda",))
     return table | {"eager": Implementation(f"d2vkern.reference.{stem}")}
 
 
