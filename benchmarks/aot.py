@@ -96,7 +96,13 @@ def findings(results: dict[Build, Resources | str], users: dict[Build, Users]) -
         row: dict[str, Any] = {"kernel": build.kernel, "target": build.target, "build": build.label}
         row |= {"pointers": _pointers(build), "use": by.use, "users": by.names}
         row["problems"] = problems(
-            found, build.target, BUDGETS.get(build.kernel), by.vectors, by.use, row["pointers"]
+            found,
+            build.target,
+            BUDGETS.get(build.kernel),
+            by.vectors,
+            by.use,
+            row["pointers"],
+            build.arguments,
         )
         if isinstance(found, Resources):
             row |= asdict(found)
@@ -129,19 +135,25 @@ def resource_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def roofline_table(papers: list[Paper]) -> Iterator[str]:
-    """Markdown; MB are 1e6 bytes. A star: above the goal."""
+    """Markdown; MB are 1e6 bytes. A star: above the goal. The floor in us is that of bytes or of FLOPs."""
     yield (
-        "| op | case | preset | dtype | direction | floor MB | floor us | moved MB | ratio | kernels "
+        "| op | case | preset | dtype | direction | floor MB | GFLOP | floor us | moved MB | ratio | kernels "
         "| library calls | eager MB | over floor | eager allocates MB | eager calls |"
     )
-    yield "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+    yield "|---|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     for paper in papers:
         eager = ["", "", "", ""]
         if paper.eager_moved is not None:
             over = f"{paper.eager_moved / paper.floor:.2f}" if paper.floor else ""
             eager = [_mb(paper.eager_moved), over, _mb(paper.eager_allocated), str(paper.eager_operators)]
         cells = [paper.op, paper.case, paper.preset, paper.dtype, paper.direction, _mb(paper.floor)]
-        cells += [f"{paper.floor_us:.1f}", _mb(paper.moved), _starred(paper), _launches(paper)]
+        cells += [
+            f"{paper.flops / 1e9:.4g}",
+            f"{paper.floor_us:.1f}",
+            _mb(paper.moved),
+            _starred(paper),
+            _launches(paper),
+        ]
         yield f"| {' | '.join([*cells, str(paper.library), *eager])} |"
 
 
@@ -167,10 +179,10 @@ def product_table(papers: list[Paper]) -> Iterator[str]:
 
 
 def _starred(paper: Paper) -> str:
-    """Bytes over the floor's, with a star above the goal; matrix products have another floor."""
+    """Bytes over the floor's, with a star above the goal where bytes are what takes the time."""
     if paper.ratio is None:
         return "no floor*" if paper.moved else ""
-    return f"{paper.ratio:.3f}" + "*" * (paper.ratio > GOAL and not paper.products)
+    return f"{paper.ratio:.3f}" + "*" * (paper.ratio > GOAL and paper.bound_by_bytes)
 
 
 def _launches(paper: Paper) -> str:

@@ -20,8 +20,21 @@ _PARTIALS = Narrow("partial sums, a few KB out of L2")
 _WINDOWS = Narrow("windows of ten samples, one at every fifth: 20 bytes for the 1,024 of an output row")
 _REPACKED = Narrow("as large as the weights, whose order it changes: taps innermost")
 
+
+def _attention_products(given: Mapping[str, Any]) -> str:
+    """wgmma wherever 64 tokens and more make a tile; fp32 products are exact, so none."""
+    if given["qkv_ptr"] == "*fp32":
+        return ""
+    return "HGMMA" if given.get("BLOCK_S", 64) >= 64 else "HMMA"
+
+
 BUDGETS: dict[str, Budget] = {
     "adamw_ema_fwd_kernel": Budget(registers=56, further=72, narrow={"*table_ptr": _ODD_ENDS}),
+    "attention_bwd_kernel_keys": Budget(registers=255, products=_attention_products),
+    "attention_bwd_kernel_queries": Budget(registers=255, products=_attention_products),
+    "attention_bwd_kernel_short": Budget(registers=255, products=_attention_products),
+    "attention_fwd_kernel": Budget(registers=255, products=_attention_products),
+    "attention_fwd_kernel_short": Budget(registers=255, products=_attention_products),
     "column_sums_kernel": Budget(registers=64),
     "conv_block_bwd_kernel_rows": Budget(registers=200),
     "conv_block_fwd_kernel_norm": Budget(registers=128),
@@ -117,12 +130,19 @@ def _masked_of(name: str, everywhere: Callable[[Given], bool]) -> Callable[[Give
     return moved
 
 
+def _slots_of(name: str, share: int) -> Callable[[Given], float]:
+    """`share` of the three tensors q, k, v in [N, S, 3, H, Dh]."""
+    return lambda given: _all_of(name)(given) * share / 3
+
+
 # kernel -> "load x_ptr" or "store x_ptr" -> bytes, where it is not the whole tensor once.
 TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
     "adamw_ema_fwd_kernel": {
         "load *table_ptr": _columns(0, 1, 2, 3, 4),
         "store *table_ptr": _columns(0, 2, 3, 4, 5, 6),
     },
+    "attention_bwd_kernel_keys": {"store dqkv_ptr": _slots_of("dqkv_ptr", 2)},
+    "attention_bwd_kernel_queries": {"store dqkv_ptr": _slots_of("dqkv_ptr", 1)},
     # A program reads again what it has just written: 128 KB, out of L2.
     "conv_stem_fwd_kernel": {"load r_ptr": _nothing},
     # its own rows, just written: out of L1 or L2

@@ -51,6 +51,13 @@ class Build:
     fp_fusion: bool
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """By name: values of what is constant, types of the rest ("*bf16", "i32")."""
+        named = dict(self.signature)
+        names = list(named)
+        return named | {names[path[0]]: value for path, value in self.constants}
+
+    @property
     def label(self) -> str:
         """Kernel, dtypes of its pointers and compile-time values, for people."""
         pointers = "/".join(dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*")))

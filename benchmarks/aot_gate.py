@@ -8,9 +8,9 @@ Narrow accesses must be declared with their reason in aot_budgets.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.aot_read import Resources
 
@@ -62,8 +62,9 @@ class Budget:
     """registers in the calls of aot_variants.py, where those may take more"""
     narrow: Mapping[str, Narrow] = field(default_factory=dict)
     """argument -> why its accesses cannot be wider"""
-    products: str = ""
-    """matrix instruction it must have on sm_90 in 16 bits: HGMMA or HMMA; none when empty, and in fp32"""
+    products: str | Callable[[Mapping[str, Any]], str] = ""
+    """matrix instruction it must have on sm_90 in 16 bits: HGMMA or HMMA; none when empty, and in fp32. Or a
+    function of a build's arguments (`aot_build.Build.arguments`), where that depends on tiles"""
 
 
 def problems(
@@ -73,11 +74,12 @@ def problems(
     vectors: Mapping[str, int],
     use: Use = "preset",
     pointers: str = "bf16",
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Everything that is wrong with a build.
 
     vectors: argument -> bytes that its layout allows at once (`aot_record.vector_bytes`).
-    pointers: the build's floating types.
+    pointers: the build's floating types. arguments: the build's (`aot_build.Build.arguments`).
     """
     if isinstance(found, str):
         return [f"does not compile: {found}"]
@@ -97,7 +99,10 @@ def problems(
         wrong.append(f"{found.registers} registers, budget {registers}")
     if target == "sm_90":
         names = " and ".join(sorted(found.products)) or "none"
-        expected = (budget.products if "16" in pointers else "") or "none"
+        products = budget.products
+        if callable(products):
+            products = products(arguments or {})
+        expected = (products if "16" in pointers else "") or "none"
         if names != expected:
             wrong.append(f"matrix instructions: {names}, expected {expected}")
     for access, narrowest, possible in narrow_accesses(found, vectors):

@@ -27,6 +27,8 @@ from d2vkern.testing import _allocations
 
 H200_COPY = 4.3e12
 """bytes/s, read plus written, of a PyTorch copy of 8.6 GB from device to device on an H200 (2.0 ms)"""
+H200_PRODUCTS = {"bfloat16": 790e12, "float32": 67e12}
+"""FLOP/s of matrix products: measured on an H200 in bf16; in fp32 without TF32 what NVIDIA states"""
 GOAL = 1.1
 """bytes moved over the floor's"""
 PLAN_GOAL = 1.15
@@ -50,6 +52,8 @@ class Paper:
     direction: str
     floor: int
     """by d2vkern/_costs.py"""
+    flops: int
+    """of matrix products and convolutions, by d2vkern/_costs.py"""
     moved: int
     """by kernels and PyTorch's operators"""
     calls: int
@@ -74,8 +78,13 @@ class Paper:
 
     @property
     def floor_us(self) -> float:
-        """At an H200's measured copy bandwidth."""
-        return self.floor / H200_COPY * 1e6
+        """The longer of the bytes at an H200's measured copy bandwidth and the FLOPs at its matmul rate."""
+        return max(self.floor / H200_COPY, self.flops / H200_PRODUCTS[self.dtype]) * 1e6
+
+    @property
+    def bound_by_bytes(self) -> bool:
+        """Whether bytes, and not FLOPs or the products of a library, take the time."""
+        return not self.products and self.floor / H200_COPY >= self.flops / H200_PRODUCTS[self.dtype]
 
     @property
     def ratio(self) -> float | None:
@@ -111,6 +120,7 @@ def on_paper(record: Record, built: Callable[[Any], Resources | str], eager: boo
         dtype=str(case.dtype).removeprefix("torch."),
         direction=record.direction,
         floor=record.floor,
+        flops=record.flops,
         moved=moved,
         calls=record.calls,
         kernels=len(record.launches),

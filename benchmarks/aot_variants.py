@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 import d2vkern
 from benchmarks import (
     bench_adamw_ema,
+    bench_attention,
     bench_conv_block,
     bench_ema,
     bench_gather,
@@ -82,6 +84,35 @@ def _gather(dtype: torch.dtype) -> _Variants:
         "seed on the device": (scatter, on_device, True),
         "no noise": (scatter, silent, True),
     }
+
+
+def _attention(dtype: torch.dtype) -> _Variants:
+    """Head widths 64 and 128 (no preset has that), in each kind of tile: with everything, and plain."""
+    case = bench_attention.cases("audio_base", "gpu", dtype)[0]
+    plain = replace(case, leaves=("qkv",))
+
+    def make(tokens: int, width: int, device: torch.device) -> Inputs:
+        inputs = {"qkv": torch.empty(8, tokens, 3, 12, width, dtype=dtype, device=device)}
+        inputs |= {name: torch.empty(12, device=device) for name in ("slopes", "alibi_scale")}
+        inputs["positions"] = torch.empty(8, tokens, dtype=torch.int32, device=device)
+        return inputs | {"lengths": torch.empty(8, dtype=torch.int32, device=device)}
+
+    def everything(inputs: Inputs, backend: str | None) -> Outputs:
+        return d2vkern.multimask_attention(**inputs, dropout_p=0.1, seed=1, backend=backend)
+
+    def nothing(inputs: Inputs, backend: str | None) -> Outputs:
+        return d2vkern.multimask_attention(inputs["qkv"], backend=backend)
+
+    found: _Variants = {}
+    for width in (64, 128):
+        for tokens in (15, 30, 41, 300):
+            found[f"everything, {tokens} tokens of {width}"] = (
+                replace(case, make=partial(make, tokens, width)), everything, True,
+            )  # fmt: skip
+        found[f"nothing, 300 tokens of {width}"] = (
+            replace(plain, make=partial(make, 300, width)), nothing, True,
+        )  # fmt: skip
+    return found
 
 
 def _conv_block(dtype: torch.dtype) -> _Variants:
@@ -211,6 +242,7 @@ def _adamw_ema(dtype: torch.dtype) -> _Variants:
 _VARIANTS: dict[str, Callable[[torch.dtype], _Variants]] = {
     "masks": _masks,
     "gather": _gather,
+    "attention": _attention,
     "conv_block": _conv_block,
     "residual_norm": _residual_norm,
     "mlp": _mlp,

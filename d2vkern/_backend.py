@@ -46,21 +46,8 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
-TRITON_STEMS = (
-    "masks",
-    "gather",
-    "conv_block",
-    "conv_stem",
-    "residual_norm",
-    "mlp",
-    "targets",
-    "loss",
-    "ema",
-    "adamw_ema",
-)
-"""ops with a file in kernels/"""
 UNVERIFIED_STEMS = ("conv_block", "conv_stem")
-"""those of them whose kernels no GPU has verified: they run on request only"""
+"""ops whose Triton kernels run on request only, until a GPU has verified them"""
 NATIVE_STEMS = ("masks", "gather", "ema", "adamw_ema")
 """ops with files in csrc/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
@@ -103,6 +90,14 @@ def _triton_gaps(*tensors: Tensor, **_: Any) -> list[str]:
     return reasons
 
 
+def _triton_attention_gaps(qkv: Tensor, **_: Any) -> list[str]:
+    """The same for attention, whose kernels hold a head's whole width."""
+    reasons = _triton_gaps(qkv)
+    if qkv.shape[-1] > 128:
+        reasons.append(f"head widths up to 128 only, got {qkv.shape[-1]}")
+    return reasons
+
+
 def _native_gaps(*tensors: Tensor, **_: Any) -> list[str]:
     """Why the compiled extension cannot take these tensors."""
     reasons = []
@@ -125,9 +120,9 @@ def _table(stem: str) -> dict[str, Implementation]:
     table = {}
     if stem in NATIVE_STEMS:
         table["native"] = Implementation(f"d2vkern.native.{stem}", _native_gaps, auto=("cpu",))
-    if stem in TRITON_STEMS:
-        auto = () if stem in UNVERIFIED_STEMS else ("cuda",)
-        table["triton"] = Implementation(f"d2vkern.kernels.{stem}", _triton_gaps, auto)
+    unsupported = _triton_attention_gaps if stem == "attention" else _triton_gaps
+    auto = () if stem in UNVERIFIED_STEMS else ("cuda",)
+    table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, auto)
     table["eager"] = Implementation(f"d2vkern.reference.{stem}")
     if stem == "attention":
         for name in ATTENTION_BACKENDS:

@@ -61,12 +61,14 @@ def _normal_tail(x, size):
 @triton.jit
 def philox(c0, c1, c2, c3, k0, k1):
     """Four output words of a 128-bit counter under a 64-bit key; all are uint32 blocks or scalars."""
+    factor0, factor1 = _word(0xD2511F53), _word(0xCD9E8D57)
+    step0, step1 = _word(0x9E3779B9), _word(0xBB67AE85)
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, _word(0xD2511F53)), c0 * _word(0xD2511F53)
-        high1, low1 = tl.umulhi(c2, _word(0xCD9E8D57)), c2 * _word(0xCD9E8D57)
+        high0, low0 = tl.umulhi(c0, factor0), c0 * factor0
+        high1, low1 = tl.umulhi(c2, factor1), c2 * factor1
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 += _word(0x9E3779B9)
-        k1 += _word(0xBB67AE85)
+        k0 += step0
+        k1 += step1
     return c0, c1, c2, c3
 
 

@@ -7,7 +7,8 @@
 Nothing is stored: forward and backward make the same bits from the same seed. One counter serves eight
 elements, so whole counters (`keep_tile`, `keep_span`) cost an eighth of a Philox per element, and their words
 reach their elements by interleaving: in registers for 16-bit tensors, where a thread's 16-byte access holds
-eight neighbours, through shared memory for fp32. `keep_at` takes any elements, at a Philox each.
+eight neighbours, through shared memory for fp32. Rows that start within a counter (`keep_rows`) take two
+counters per eight elements and shift. `keep_at` takes any elements, at a Philox each.
 
 The seed lies in device memory, so that a replayed CUDA graph can draw anew.
 """
@@ -62,6 +63,34 @@ def keep_span(block, seed, threshold, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def keep_rows(first, seed, threshold, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """bool [BLOCK_R, BLOCK]: elements first .. first + BLOCK - 1 of each row; first int64 [BLOCK_R].
+
+    ALIGNED: every `first` is a multiple of 8.
+    """
+    block = (first >> 3)[:, None] + tl.arange(0, BLOCK // 8)[None, :]
+    if ALIGNED:
+        return _keep_eight(block, seed, threshold)
+    else:
+        w0, w1, w2, w3 = _words(block, seed)
+        w4, w5, w6, w7 = _words(block + 1, seed)
+        # The eight half-words from number `place` on: by four, by two, by one.
+        place = (first & 7).to(tl.int32)[:, None]
+        by = (place & 4) != 0
+        w0, w1, w2 = tl.where(by, w2, w0), tl.where(by, w3, w1), tl.where(by, w4, w2)
+        w3, w4, w5 = tl.where(by, w5, w3), tl.where(by, w6, w4), tl.where(by, w7, w5)
+        by = (place & 2) != 0
+        w0, w1, w2 = tl.where(by, w1, w0), tl.where(by, w2, w1), tl.where(by, w3, w2)
+        w3, w4 = tl.where(by, w4, w3), tl.where(by, w5, w4)
+        by = (place & 1) != 0
+        w0 = tl.where(by, (w0 >> 16) | (w1 << 16), w0)
+        w1 = tl.where(by, (w1 >> 16) | (w2 << 16), w1)
+        w2 = tl.where(by, (w2 >> 16) | (w3 << 16), w2)
+        w3 = tl.where(by, (w3 >> 16) | (w4 << 16), w3)
+        return _keep_words(w0, w1, w2, w3, threshold)
+
+
+@triton.jit
 def keep_at(element, seed, threshold):
     """bool like `element`, int64 of any shape."""
     w0, w1, w2, w3 = _words(element >> 3, seed)
@@ -83,6 +112,12 @@ def sample_factor(row, group, seed, scale, threshold, HAS_PATH: tl.constexpr):
 def _keep_eight(block, seed, threshold):
     """bool [..., 8 n] of counters [..., n]."""
     w0, w1, w2, w3 = _words(block, seed)
+    return _keep_words(w0, w1, w2, w3, threshold)
+
+
+@triton.jit
+def _keep_words(w0, w1, w2, w3, threshold):
+    """bool [..., 8 n] of words [..., n]."""
     # [..., 4 n]: w0, w1, w2, w3 of the first counter, and so on
     word = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     return tl.interleave(word & 0xFFFF, word >> 16).to(tl.int32) >= threshold

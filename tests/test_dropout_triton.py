@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from d2vkern.kernels._dropout import draw_seed, keep_at, keep_span, keep_tile, threshold  # noqa: E402
+from d2vkern.kernels._dropout import draw_seed, keep_at, keep_rows, keep_span, keep_tile, threshold  # noqa: E402
 from d2vkern.reference._dropout import _counter_bits, keep_mask  # noqa: E402
 
 SEED = 0x1234_5678_9ABC_DEF0
@@ -44,6 +44,26 @@ def test_keep_functions_make_the_documented_bits(
         assert torch.equal(at.cpu(), whole)
         assert torch.equal(span.cpu(), whole[0])
     assert whole[0, 3]
+
+
+@triton.jit
+def keep_rows_kernel(out_ptr, first_ptr, seed, dropout, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    """Sixteen rows of BLOCK elements, each from its own first one on."""
+    first = tl.load(first_ptr + tl.arange(0, 16))
+    at = tl.arange(0, 16)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptr + at, keep_rows(first, tl.full((), seed, tl.int64), dropout, BLOCK, ALIGNED))
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["anywhere", "whole counters"])
+@pytest.mark.parametrize("start", [0, 2**35 - 24], ids=["start", "a counter's upper word changes"])
+def test_rows_may_start_within_a_counter(start: int, aligned: bool, triton_device: torch.device) -> None:
+    first = start + torch.arange(16) * (8 if aligned else 5)
+    assert set((first % 8).tolist()) == ({0} if aligned else set(range(8)))
+    out = torch.zeros(16, 32, dtype=torch.bool, device=triton_device)
+    keep_rows_kernel[(1,)](out, first.to(triton_device), SEED, threshold(0.4), BLOCK=32, ALIGNED=aligned)
+    cpu = torch.device("cpu")
+    expected = [keep_mask((32,), 0.4, cpu, SEED, first=value) for value in first.tolist()]
+    assert torch.equal(out.cpu(), torch.stack(expected))
 
 
 def test_seeds(triton_device: torch.device) -> None:
