@@ -64,8 +64,6 @@ class Paper:
     library_names: tuple[str, ...]
     products: bool
     """matrix products are among them: the op is not bound by its bytes"""
-    flops: int = 0
-    """of the algorithm, by d2vkern/_costs.py"""
     issued: tuple[tuple[str, float, float], ...] = ()
     """(kernel, useful FLOPs, FLOPs with padding) of each launch with matrix products"""
     plan: int = 0
@@ -127,7 +125,6 @@ def on_paper(record: Record, built: Callable[[Any], Resources | str], eager: boo
         library=len(record.library.calls),
         library_names=tuple(call.name for call in record.library.calls),
         products=products or bool(issued),
-        flops=record.flops,
         issued=tuple(issued),
         plan=plan,
         undeclared=tuple(undeclared),

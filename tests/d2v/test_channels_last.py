@@ -24,7 +24,7 @@ import d2vkern
 from d2v.config import ImageFront, WaveformFront
 from d2v.model import Data2Vec
 from d2vkern import _nvtx
-from d2vkern._backend import TRITON_STEMS
+from d2vkern._backend import STEMS
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_model, make_source
 
@@ -95,7 +95,7 @@ def test_a_step_transposes_no_activation(
         pytest.skip("a GPU's backward runs in another thread, where the trace does not see it")
     model, source = make(modality)
     copies = TransposingCopies(list(model.parameters()))
-    requested = dict.fromkeys(TRITON_STEMS, backend)
+    requested = dict.fromkeys(STEMS, backend)
     with d2vkern.use_backend("eager", **requested), backend_spy() as calls, copies.ranges(monkeypatch):
         model(source, ids=torch.arange(2)).loss.backward()
     assert ("mlp", backend) in calls

@@ -77,7 +77,7 @@ def test_a_model_with_padding(triton_device: torch.device) -> None:
 
 @pytest.mark.slow
 def test_the_originals_numbers(goldens: Path, triton_device: torch.device) -> None:
-    """Loss, features and the stem's gradients of the golden padded case; the rest of the model runs on eager."""
+    """Loss and the stem's gradients of the golden padded case; the rest of the model runs on eager."""
     case = load(goldens, "audio_padded")
     model = case.model().to(triton_device)
     inputs = {key: None if x is None else x.to(triton_device) for key, x in case.inputs().items()}

@@ -8,7 +8,7 @@ import torch
 from d2v.config import Config
 from d2v.data import Batch
 from d2v.step import Trainer
-from d2vkern._backend import TRITON_STEMS
+from d2vkern._backend import STEMS
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source
 from tests.d2v.tiny_runs import tiny
@@ -46,8 +46,8 @@ def test_triton_gives_eagers_loss_curve(modality: str, triton_device: torch.devi
     )
     cfg = dataclasses.replace(cfg, model=model)
     expected, _ = curve(cfg, triton_device, "eager")
-    losses, calls = curve(cfg, triton_device, ",".join(f"{stem}=triton" for stem in TRITON_STEMS))
+    losses, calls = curve(cfg, triton_device, ",".join(f"{stem}=triton" for stem in STEMS))
     # the optimizer averages the teacher; the tiny speech model has no convolutional stem
-    assert {stem for stem, name in calls if name == "triton"} == set(TRITON_STEMS) - {"ema", "conv_stem"}
+    assert {stem for stem, name in calls if name == "triton"} == set(STEMS) - {"ema", "conv_stem"}
     assert losses == pytest.approx(expected, rel=2e-5)
     assert len(set(losses)) == STEPS
