@@ -21,8 +21,8 @@ from torch import Tensor
 
 from d2vkern.kernels._dropout import dropout_scale, keep_rows, threshold
 
-SHORT = {2: 64, 4: 16}
-"""bytes of an element -> tokens that one program takes at once: fp32 products need registers for operands"""
+SHORT = {2: 64, 4: 0}
+"""bytes of an element -> tokens that one program takes at once; fp32 products have operands in registers"""
 
 
 class Inputs(NamedTuple):

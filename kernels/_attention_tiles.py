@@ -2,8 +2,8 @@
 
 All have four warps, the least that wgmma takes; with eight, gfx942 (64 threads to a warp) leaves a thread 256
 registers, which are too few. In 16 bits a program owns 64 rows, the least of wgmma, and walks along the other
-side in steps of 64 tokens; wide heads (above 64) take half of that for their accumulators, and so do, in
-backward, dropout's generator and, in wide heads, the bias. Registers at the widest (all at once, 300 tokens):
+side in steps of 64 tokens; wide heads (above 64) need half of that for accumulators, and so do dropout's
+generator and, in backward, the bias. Registers at the widest (all at once, 300 tokens):
 
     16 bits             sm_80  sm_90  sm_100  gfx942
     forward     Dh 64
@@ -34,46 +34,39 @@ def short_tiles(call: Call, kernel: str) -> Config:
 
 def forward_tiles(call: Call) -> Config:
     """For attention_fwd_kernel."""
-    wide = call.padded_width > 64
     if call.item == 4:
-        candidates = _candidates([(16, 16), (16, 32)] if wide else [(32, 32), (32, 16)], stages=1)
-    else:
-        step = 32 if wide or call.dropped else 64
-        candidates = _candidates([(64, step), (64, step // 2)], stages=2)
-    return _config(call, "attention_fwd_kernel", candidates)
+        return _config(call, "attention_fwd_kernel", _FP32)
+    step = 32 if call.padded_width > 64 or call.dropped else 64
+    return _config(call, "attention_fwd_kernel", [_tile(64, step), _tile(64, step // 2)])
 
 
 def queries_tiles(call: Call) -> Config:
     """For attention_bwd_kernel_queries."""
-    if call.item == 4:
-        candidates = _candidates([(32, 16), (16, 16)], stages=1, warps=8)
-    else:
-        candidates = [c for step, n in _steps(call) for c in _candidates([(64, step)], stages=n)]
+    step = _backward_step(call)
+    other = _tile(64, step // 2) if step > 16 else _tile(64, step, stages=1)
+    candidates = _FP32 if call.item == 4 else [_tile(64, step), other]
     return _config(call, "attention_bwd_kernel_queries", candidates)
 
 
 def keys_tiles(call: Call) -> Config:
     """For attention_bwd_kernel_keys."""
-    if call.item == 4:
-        candidates = _candidates([(16, 32), (16, 16)], stages=1)
-    else:
-        steps = _steps(call)
-        if call.padded_width > 64 and steps[0][0] == 32:  # a second stage is too much for sm_80
-            steps = [(32, 1), (16, 2)]
-        candidates = [c for step, n in steps for c in _candidates([(step, 64)], stages=n)]
-    return _config(call, "attention_bwd_kernel_keys", candidates)
+    step = _backward_step(call)
+    other = _tile(step // 2, 64) if step > 16 else _tile(step, 64, stages=1)
+    # At a step of 32 in wide heads a second stage is too much for sm_80.
+    first = _tile(step, 64, stages=1 if step == 32 and call.padded_width > 64 else 2)
+    return _config(call, "attention_bwd_kernel_keys", _FP32 if call.item == 4 else [first, other])
 
 
-def _steps(call: Call) -> list[tuple[int, int]]:
-    """Tokens that backward takes at a time in 16 bits, and stages; then others to try."""
-    wide = call.padded_width > 64
-    step = 64 >> (wide + (call.dropped or (wide and call.biased)))
-    return [(step, 2), (step // 2, 2) if step > 16 else (step, 1)]
+def _backward_step(call: Call) -> int:
+    """Tokens that backward takes at a time in 16 bits."""
+    return 64 >> ((call.padded_width > 64) + (call.dropped or call.biased))
 
 
-def _candidates(sides: list[tuple[int, int]], stages: int, warps: int = 4) -> list[Config]:
-    """sides: of queries and of keys."""
-    return [{"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages} for m, n in sides]
+def _tile(queries: int, keys: int, stages: int = 2) -> Config:
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 4, "num_stages": stages}
+
+
+_FP32 = [_tile(16, 16, stages=1), _tile(16, 32, stages=1)]
 
 
 def _config(call: Call, kernel: str, candidates: list[Config]) -> Config:

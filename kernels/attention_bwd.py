@@ -117,7 +117,7 @@ def scale_gradient(along, slopes_ptr, alibi_scale_ptr, h):
 
 @triton.jit
 def store_partial(partials_ptr, row, h, value, HEADS: tl.constexpr):
-    """One head's, in a row of a multiple of 16, read 16 bytes at a time: the last head fills it up."""
+    """One head's in a row of a multiple of 16, to be read 16 bytes at a time: the last head fills it up."""
     WIDTH: tl.constexpr = tl.cdiv(HEADS, 16) * 16
     column = h + tl.arange(0, 16)
     end = tl.where(h == HEADS - 1, WIDTH, h + 1)

@@ -183,22 +183,32 @@ def test_checkpointing_repeats_the_same_dropout(
         assert_bitwise_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("case", [SHORT, LONG, Case(shape=(1, 16, 1, 16), extra=0)], ids=["11", "67", "16"])
-def test_every_candidate_of_the_tuner_gives_the_same(case: Case, triton_device: torch.device) -> None:
-    for dtype in (torch.float32, torch.float16):
-        inputs, call = case.inputs(triton_device, dtype), case.op("triton", triton_device)
-        with record_choices() as choices:
-            expected = values_and_gradients(call, inputs)
-        short = case.shape[1] <= 64
-        assert {kernel for kernel, _ in choices} == {*FORWARD[short], *BACKWARD[short]}
-        tolerance = 1e-5 if dtype == torch.float32 else 4e-3
-        for (kernel, bucket), candidates in choices.items():
-            tiles = {tuple(v for k, v in c.items() if k.startswith("BLOCK")): c for c in candidates}
-            for config in list(tiles.values())[1:] if len(tiles) > 1 else []:
-                with forced(kernel, bucket, config):
-                    actual = values_and_gradients(call, inputs)
-                for ours, theirs in zip(actual, expected, strict=True):
-                    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+# case, dtype: the kernels that a GPU would run
+TUNED: dict[str, tuple[Case, torch.dtype]] = {
+    "one tile of 16": (SHORT, torch.float16),
+    "one tile of 32": (Case(shape=(1, 20, 1, 16), extra=0), torch.float16),
+    "tiles": (LONG, torch.float16),
+    "fp32": (Case(shape=(1, 20, 1, 16), extra=1), torch.float32),
+}
+
+
+@pytest.mark.parametrize(("case", "dtype"), TUNED.values(), ids=TUNED)
+def test_every_candidate_of_the_tuner_gives_the_same(
+    case: Case, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    inputs, call = case.inputs(triton_device, dtype), case.op("triton", triton_device)
+    with record_choices() as choices:
+        expected = values_and_gradients(call, inputs)
+    short = case.shape[1] <= 64 and dtype == torch.float16
+    assert {kernel for kernel, _ in choices} == {*FORWARD[short], *BACKWARD[short]}
+    tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+    for (kernel, bucket), candidates in choices.items():
+        tiles = {tuple(v for k, v in c.items() if k.startswith("BLOCK")): c for c in candidates}
+        for config in list(tiles.values())[1:]:
+            with forced(kernel, bucket, config):
+                actual = values_and_gradients(call, inputs)
+            for ours, theirs in zip(actual, expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 @fast
