@@ -3,15 +3,7 @@
 All have four warps, the least that wgmma takes; with eight, gfx942 (64 threads to a warp) leaves a thread 256
 registers, which are too few. In 16 bits a program owns 64 rows, the least of wgmma, and walks along the other
 side in steps of 64 tokens; wide heads (above 64) need half of that for accumulators, and so do dropout's
-generator and, in backward, the bias. Registers at the widest (all at once, 300 tokens):
-
-    16 bits             sm_80  sm_90  sm_100  gfx942
-    forward     Dh 64
-                Dh 128
-    queries     Dh 64
-                Dh 128
-    keys        Dh 64
-                Dh 128
+generator and, in backward, the bias.
 
 fp32 has no matrix instructions that are exact: there a thread keeps whole rows of both operands, and the more
 of them the larger the tile.
@@ -44,7 +36,7 @@ def queries_tiles(call: Call) -> Config:
     """For attention_bwd_kernel_queries."""
     step = _backward_step(call)
     other = _tile(64, step // 2) if step > 16 else _tile(64, step, stages=1)
-    candidates = _FP32 if call.item == 4 else [_tile(64, step), other]
+    candidates = _FP32[::-1] if call.item == 4 else [_tile(64, step), other]
     return _config(call, "attention_bwd_kernel_queries", candidates)
 
 
