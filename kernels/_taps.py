@@ -135,7 +135,7 @@ def spans(taps: Taps, block_k: int, most: int) -> list[int]:
         per_k = sum(max(n / 2, 16 + n / 4) for n in tiles if n)
         return triton.cdiv(taps.depth(span), block_k) * per_k / span * 1.05 ** (span.bit_length() - 1)
 
-    possible = [span for span in (1, 2, 4) if span * taps.outer <= most]
+    possible = [span for span in (1, 2) if span * taps.outer <= most]
     return sorted(possible or [1], key=clocks)
 
 

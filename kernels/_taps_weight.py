@@ -25,7 +25,7 @@ from d2vkern.kernels._taps import (
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
 
 _PROGRAMS = 1024
-_LEAST_ROWS = 256
+_LEAST_ROWS = 512
 """of a share"""
 
 
@@ -130,7 +130,8 @@ def _config(taps: Taps, places: Places, itemsize: int, masked: bool) -> Config:
         tiles = [(128, 256, 8, 3), (128, 128, 8, 3)]
     elif low:
         width = max(16, triton.next_power_of_2(outs))
-        stages = 2 if masked else 3  # with bits to fetch ahead of rows a third stage spills on sm_100
+        # A third stage spills on sm_100 with bits to fetch ahead of rows, on sm_80 with few columns.
+        stages = 2 if masked or width <= 16 else 3
         tiles = sorted(
             [(64, width, 4, stages), (128, width, 8, stages)],
             key=lambda tile: triton.cdiv(depth, tile[0]) * tile[0],

@@ -190,12 +190,12 @@ def _slots(places: Places) -> Tensor | None:
 
 
 def _rows_config(dr: Tensor) -> Config:
-    """At most 256 programs share the rows, so each has eight warps: 16 on each of 132 SMs."""
+    """Up to 16 values of a row per thread: 24, without idle lanes at width 768, spill on sm_100 with slots."""
     (rows, width), itemsize = dr.shape, dr.element_size()
-    chunk, span = _chunk(width, itemsize, most=24), 512 // itemsize
-    ahead = 3 if itemsize < 4 else 2
+    span, ahead = 512 // itemsize, 3 if itemsize < 4 else 2
     candidates = []
-    for least, stages in ((8, ahead), (8, ahead + 1), (4, ahead), (4, ahead + 1)):
+    for most, least, stages in ((16, 4, ahead), (16, 8, ahead), (24, 8, ahead), (24, 4, ahead)):
+        chunk = _chunk(width, itemsize, most)
         warps = max(least, chunk // span)
         tile = {"CHUNK": chunk, "BLOCK_R": warps * span // chunk, "STAGES": stages, "num_warps": warps}
         candidates.append(tile)
