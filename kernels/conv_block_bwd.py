@@ -190,7 +190,7 @@ def _slots(places: Places) -> Tensor | None:
 
 
 def _rows_config(dr: Tensor) -> Config:
-    """Up to 16 values of a row per thread: 24, without idle lanes at width 768, spill on sm_100 with slots."""
+    """Up to 16 values of a row a thread: 24, with no idle lanes at width 768, spill on sm_100 with slots."""
     (rows, width), itemsize = dr.shape, dr.element_size()
     span, ahead = 512 // itemsize, 3 if itemsize < 4 else 2
     candidates = []
