@@ -169,8 +169,8 @@ def test_auto_never_picks_what_no_gpu_has_verified(monkeypatch: pytest.MonkeyPat
     with FakeTensorMode():
         x = torch.empty(2, 3, 8, device="cuda")
         assert x.device.type == "cuda"
-        assert _backend._choose("conv_block", (x,)) == "eager"
-        assert _backend._choose("residual_norm", (x,)) == "triton"
+        assert _backend._choose("conv_block", (x,), {}) == "eager"
+        assert _backend._choose("residual_norm", (x,), {}) == "triton"
         assert _backend.select("conv_block", "triton", x).__name__ == "d2vkern.kernels.conv_block"
     report = info.collect()["ops"]["conv_block"]
     assert report["triton"] == []
