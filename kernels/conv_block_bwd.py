@@ -198,7 +198,8 @@ def _rows_config(dr: Tensor) -> Config:
         chunk = _chunk(width, itemsize, most)
         warps = max(least, chunk // span)
         tile = {"CHUNK": chunk, "BLOCK_R": warps * span // chunk, "STAGES": stages, "num_warps": warps}
-        candidates.append(tile)
+        if tile not in candidates:  # narrow rows know fewer chunks
+            candidates.append(tile)
     bucket = f"{power_of_two_bucket(rows=rows)} D{width} bytes{itemsize}"
     return choose("conv_block_bwd_kernel_rows", bucket, candidates)
 
