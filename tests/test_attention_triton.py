@@ -269,7 +269,7 @@ VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "heads before slots": (lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), True),
     "part of a wider head": (lambda x: torch.cat([x, x], 4)[..., : x.shape[4]], True),
     "one sequence repeated": (lambda x: x[:1].expand(x.shape), True),
-    "head width not innermost": (lambda x: x.transpose(3, 4).contiguous().transpose(3, 4), False),
+    "every second value": (lambda x: torch.stack([x, x + 1], 5)[..., 0], False),
 }
 
 

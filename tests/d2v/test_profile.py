@@ -166,7 +166,7 @@ def test_almost_all_of_the_step_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_a_compiled_model_keeps_the_phases_around_it() -> None:
-    cfg = tiny("image")
+    cfg = tiny("image", train={"backend": "eager"})
     front = cfg.model.front
     trainer = Trainer(cfg, torch.device("cpu"))
     trainer.model.forward = torch.compile(trainer.model.forward, fullgraph=True, backend="aot_eager")
