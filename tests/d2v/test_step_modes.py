@@ -273,7 +273,8 @@ def test_short_options_switch_the_modes() -> None:
 @pytest.mark.slow
 def test_profile_of_compiled_steps(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
-    result = run_profile(tiny("image", train={"compile": True}), tmp_path, steps=1, batch=2, quick=True)
+    cfg = tiny("image", train={"compile": True})
+    result = run_profile(cfg, tmp_path, backend="eager", steps=1, batch=2, quick=True)
     torch._dynamo.reset()
     assert result.compile and not result.cuda_graph
     (report,) = result.reports
