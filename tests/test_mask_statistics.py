@@ -194,7 +194,7 @@ def test_number_of_centres(name, stats, monkeypatch):
         return draws(ids, clones, count, purpose, **more)
 
     monkeypatch.setattr(reference, "row_draws", spy)
-    sample(name)
+    sample(name, backend="eager")
     assert asked[CENTRES] == stats[name]["centers_per_row"]
 
 
