@@ -270,8 +270,10 @@ def test_short_options_switch_the_modes() -> None:
     assert _with_modes(TrainOptions(**sections), cfg) == cfg
 
 
-@pytest.mark.slow
-def test_profile_of_compiled_steps(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_profile_of_compiled_steps(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     cfg = tiny("image", train={"compile": True})
     result = run_profile(cfg, tmp_path, backend="eager", steps=1, batch=2, quick=True)
