@@ -64,7 +64,7 @@ VARIANTS = {
 }
 """Eager is what the losses and times of the others are held against."""
 
-DEFAULT_VARIANTS = {"cpu": ["eager", "compile"], "cuda": ["eager", "auto", "compile", "cuda_graph"]}
+DEFAULT_VARIANTS = {"cpu": ["eager", "auto", "compile"], "cuda": ["eager", "auto", "compile", "cuda_graph"]}
 
 
 @dataclass(frozen=True)
