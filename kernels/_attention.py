@@ -72,7 +72,7 @@ class Call:
             None if lengths is None else lengths.contiguous(),
             seed if self.dropped else None,
             self.tokens,
-            *qkv.stride()[:4],
+            *qkv.stride()[:3],
             0 if positions is None else positions.stride(0),
             self.width**-0.5 if scale is None else scale,
             dropout_scale(dropout_p),
@@ -83,6 +83,8 @@ class Call:
         furthest = max(qkv.stride(1), 3 * self.heads * self.width, 0 if dout is None else dout.stride(1))
         self.constants = {
             "HEADS": self.heads,
+            # constant, so that the compiler sees how rows are aligned at widths that are no multiple of 16
+            "STRIDE_H": qkv.stride(3),
             "WIDTH": self.width,
             "BLOCK_D": self.padded_width,
             "ZERO_PADDED": zero_padded,

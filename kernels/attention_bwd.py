@@ -48,12 +48,12 @@ def attention_bwd_kernel_short(
     qkv_stride_n,
     qkv_stride_s,
     qkv_stride_slot,
-    qkv_stride_h,
     positions_stride_n,
     scale,
     dropout_scale,
     dropout_threshold,
     HEADS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ZERO_PADDED: tl.constexpr,
@@ -66,7 +66,7 @@ def attention_bwd_kernel_short(
     queries, keys = counted(lengths_ptr, n, tokens, ZERO_PADDED)
     row = tl.arange(0, BLOCK_S)
     scale = tl.full((), scale, tl.float32)
-    q_ptr = qkv_ptr + n * qkv_stride_n + h * qkv_stride_h
+    q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     do_ptr = dout_ptr + n * dout_stride_n + h * WIDTH
     # [BLOCK_S, BLOCK_D]
@@ -145,12 +145,12 @@ def attention_bwd_kernel_queries(
     qkv_stride_n,
     qkv_stride_s,
     qkv_stride_slot,
-    qkv_stride_h,
     positions_stride_n,
     scale,
     dropout_scale,
     dropout_threshold,
     HEADS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ZERO_PADDED: tl.constexpr,
@@ -173,7 +173,7 @@ def attention_bwd_kernel_queries(
         positions_ptr += n * positions_stride_n
         place_q, real_q = load_places(positions_ptr, row, tokens, tokens)
         weight = real_q * bias_weight(slopes_ptr, alibi_scale_ptr, h)
-    q_ptr = qkv_ptr + n * qkv_stride_n + h * qkv_stride_h
+    q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_ptr, row, qkv_stride_s, queries, WIDTH, BLOCK_D, LARGE)
@@ -248,12 +248,12 @@ def attention_bwd_kernel_keys(
     qkv_stride_n,
     qkv_stride_s,
     qkv_stride_slot,
-    qkv_stride_h,
     positions_stride_n,
     scale,
     dropout_scale,
     dropout_threshold,
     HEADS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ZERO_PADDED: tl.constexpr,
@@ -280,7 +280,7 @@ def attention_bwd_kernel_keys(
         place_k, real_k = load_places(positions_ptr, key, tokens, tokens)
         weight = real_k * bias_weight(slopes_ptr, alibi_scale_ptr, h)
     bias = key_bias(key, keys)
-    q_ptr = qkv_ptr + n * qkv_stride_n + h * qkv_stride_h
+    q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     do_ptr = dout_ptr + n * dout_stride_n + h * WIDTH
     # [BLOCK_N, BLOCK_D]

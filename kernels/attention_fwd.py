@@ -44,12 +44,12 @@ def attention_fwd_kernel_short(
     qkv_stride_n,
     qkv_stride_s,
     qkv_stride_slot,
-    qkv_stride_h,
     positions_stride_n,
     scale,
     dropout_scale,
     dropout_threshold,
     HEADS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ZERO_PADDED: tl.constexpr,
@@ -61,7 +61,7 @@ def attention_fwd_kernel_short(
     n, h = sequence_and_head(tl.program_id(0), HEADS)
     queries, keys = counted(lengths_ptr, n, tokens, ZERO_PADDED)
     row = tl.arange(0, BLOCK_S)
-    q_ptr = qkv_ptr + n * qkv_stride_n + h * qkv_stride_h
+    q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr = q_ptr + qkv_stride_slot
     # [BLOCK_S, BLOCK_D]
     q = load_rows(q_ptr, row, qkv_stride_s, queries, WIDTH, BLOCK_D, LARGE)
@@ -129,12 +129,12 @@ def attention_fwd_kernel(
     qkv_stride_n,
     qkv_stride_s,
     qkv_stride_slot,
-    qkv_stride_h,
     positions_stride_n,
     scale,
     dropout_scale,
     dropout_threshold,
     HEADS: tl.constexpr,
+    STRIDE_H: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ZERO_PADDED: tl.constexpr,
@@ -154,7 +154,7 @@ def attention_fwd_kernel(
         positions_ptr += n * positions_stride_n
         place_q, real_q = load_places(positions_ptr, row, tokens, tokens)
         weight = real_q * bias_weight(slopes_ptr, alibi_scale_ptr, h)
-    q_ptr = qkv_ptr + n * qkv_stride_n + h * qkv_stride_h
+    q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     # [BLOCK_M, BLOCK_D]
     q = load_rows(q_ptr, row, qkv_stride_s, queries, WIDTH, BLOCK_D, LARGE)
