@@ -6,58 +6,24 @@ Exit codes: 0 done, or stopped on request; 1 failed while running; 2 wrong argum
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import inspect
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
-from tyro import MISSING_NONPROP as MISSING
-from tyro.conf import AvoidSubcommands, Positional, arg
+from tyro.conf import Positional, arg
 
+from .cli_parse import DataPath, Model, UsageError, parse
 from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, TrainConfig
 from .nsys import parse_steps
 from .presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from .data import Report
-
-T = TypeVar("T")
-Model = Annotated[Positional[str], arg(metavar="RUN")]
-Path = Annotated[str, arg(metavar="PATH")]
-
-
-class UsageError(ValueError):
-    """Arguments that cannot be understood; the message is ready for the user."""
-
-
-def _parse(options: type[T], arguments: Sequence[str], command: str, default: T | None = None) -> T:
-    """tyro's parser, but a value the config refuses is reported as the config says it, in one line."""
-    described = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(described):
-            return tyro.cli(
-                options,
-                args=list(arguments),
-                prog=f"d2v {command}",
-                default=MISSING if default is None else default,
-                config=(AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        cause: BaseException | None = stop
-        while cause is not None:
-            if isinstance(cause, ValueError) and str(cause).startswith("config:"):
-                raise UsageError(str(cause)) from None
-            cause = cause.__cause__ or cause.__context__
-        raise UsageError(described.getvalue().rstrip()) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +69,7 @@ def train(arguments: Sequence[str]) -> int:
         base, source = read_config(resumed)
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
-    given = _parse(TrainOptions, _join_backends(rest, "--train.backend"), command, defaults)
+    given = parse(TrainOptions, _join_backends(rest, "--train.backend"), command, defaults)
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
     if name is None and given.resume is None:
         raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
@@ -162,7 +128,7 @@ class ProbeOptions:
 
     run: Model
     """run directory, checkpoint folder or original .pt"""
-    data: Path
+    data: DataPath
     """labelled folder or embedded data set"""
     layer: int | Literal["mean", "all"] = -1
     """index of a main block, negative from the last; mean: the average of all; all: side by side"""
@@ -174,7 +140,7 @@ class ProbeOptions:
 
 def probe(arguments: Sequence[str]) -> int:
     """See `ProbeOptions`."""
-    given = _parse(ProbeOptions, arguments, "probe")
+    given = parse(ProbeOptions, arguments, "probe")
     kinds: list[Literal["linear", "knn"]] = ["linear", "knn"] if given.kind == "both" else [given.kind]
 
     from .probe import run_probe
@@ -189,7 +155,7 @@ class ExtractOptions:
 
     run: Model
     """run directory, checkpoint folder or original .pt"""
-    data: Path
+    data: DataPath
     """folder, file, tar or embedded data set"""
     out: Annotated[str, arg(metavar="F.npz")]
     """file to write"""
@@ -203,7 +169,7 @@ class ExtractOptions:
 
 def extract(arguments: Sequence[str]) -> int:
     """See `ExtractOptions`."""
-    given = _parse(ExtractOptions, arguments, "extract")
+    given = parse(ExtractOptions, arguments, "extract")
 
     from .extract import run_extract
 
@@ -218,7 +184,7 @@ class CheckOptions:
     Exits with 1 when training would refuse it.
     """
 
-    data: Path
+    data: DataPath
     """folder, file, tar or embedded data set"""
     preset: Annotated[str | None, arg(metavar="NAME")] = None
     """whose front end reads the data (channels, sample rate, tokenizer)"""
@@ -228,7 +194,7 @@ class CheckOptions:
 
 def check(arguments: Sequence[str]) -> int:
     """See `CheckOptions`."""
-    given = _parse(CheckOptions, arguments, "check")
+    given = parse(CheckOptions, arguments, "check")
     embedded = {"digits": "image_tiny", "speech": "audio_tiny", "text": "text_tiny"}
     from .data import check_data, guess_modality
 
@@ -260,7 +226,7 @@ class PresetsOptions:
 
 def presets(arguments: Sequence[str]) -> int:
     """See `PresetsOptions`."""
-    name = _parse(PresetsOptions, arguments, "presets").name
+    name = parse(PresetsOptions, arguments, "presets").name
     if name is None:
         width = max(map(len, PRESETS))
         for key, make in PRESETS.items():
@@ -299,7 +265,7 @@ class PlotOptions:
 
 def plot(arguments: Sequence[str]) -> int:
     """See `PlotOptions`."""
-    run = _parse(PlotOptions, arguments, "plot").run
+    run = parse(PlotOptions, arguments, "plot").run
 
     from .plot import plot_run
 
@@ -320,7 +286,7 @@ class DemoOptions:
 
 def demo(arguments: Sequence[str]) -> int:
     """See `DemoOptions`."""
-    given = _parse(DemoOptions, arguments, "demo")
+    given = parse(DemoOptions, arguments, "demo")
     if not given.minutes_scale > 0:
         raise UsageError(f"d2v demo: --minutes-scale must be positive, got {given.minutes_scale}")
 
@@ -370,7 +336,7 @@ def profile(arguments: Sequence[str]) -> int:
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = ProfileOptions(**{key: getattr(base, key) for key in sections})
     rest = arguments if name is None else arguments[1:]
-    given = _parse(ProfileOptions, _join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)
+    given = parse(ProfileOptions, _join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)
     if name is None:
         raise UsageError(f"d2v profile: the preset is missing; presets: {', '.join(PRESETS)}")
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))

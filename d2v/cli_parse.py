@@ -1,0 +1,43 @@
+"""What the commands share: tyro's parser with errors in one line, and the arguments many of them take."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
+
+import tyro
+from tyro import MISSING_NONPROP as MISSING
+from tyro.conf import AvoidSubcommands, Positional, arg
+
+T = TypeVar("T")
+Model = Annotated[Positional[str], arg(metavar="RUN")]
+DataPath = Annotated[str, arg(metavar="PATH")]
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be understood; the message is ready for the user."""
+
+
+def parse(options: type[T], arguments: Sequence[str], command: str, default: T | None = None) -> T:
+    """tyro's parser, but a value the config refuses is reported as the config says it, in one line."""
+    described = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(described):
+            return tyro.cli(
+                options,
+                args=list(arguments),
+                prog=f"d2v {command}",
+                default=MISSING if default is None else default,
+                config=(AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        cause: BaseException | None = stop
+        while cause is not None:
+            if isinstance(cause, ValueError) and str(cause).startswith("config:"):
+                raise UsageError(str(cause)) from None
+            cause = cause.__cause__ or cause.__context__
+        raise UsageError(described.getvalue().rstrip()) from None
