@@ -16,26 +16,37 @@ if TYPE_CHECKING:
     from d2vkern import __version__
 
     from .checkpoint import CheckpointError
+    from .finetune.model import FineTuned
     from .model.data2vec import Data2Vec
 
-__all__ = ["CheckpointError", "Data2Vec", "__version__", "load", "preset"]
+__all__ = ["CheckpointError", "Data2Vec", "FineTuned", "__version__", "load", "preset"]
 
 
-def load(path: str | Path, *, device: str | torch.device = "cpu", step: int | None = None) -> Data2Vec:
-    """A pretrained model in eval mode, its teacher loaded, from any of three kinds of `path`.
+def load(
+    path: str | Path, *, device: str | torch.device = "cpu", step: int | None = None
+) -> Data2Vec | FineTuned:
+    """A model in eval mode from any of three kinds of `path`.
 
     A run directory (its newest checkpoint, or that of `step`), one `checkpoints/step_N` folder, or a
-    `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no code.
+    `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no code. What was
+    pretrained is a `Data2Vec`, its teacher loaded; what was fine-tuned, here or by the original, is a
+    `FineTuned` with `.logits()` (of a run: the best checkpoint unless `step` is given).
     Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
     """
     from .checkpoint import CheckpointError, fill_model, latest_checkpoint, load_checkpoint, read_config
+    from .finetune.load import is_tuned_run, load_run, load_tuned_file
+    from .finetune.original import is_finetuned
     from .model.data2vec import Data2Vec
     from .original import load_original
 
     path = Path(path)
+    if is_tuned_run(path):
+        return load_run(path, step=step)[0].to(device)
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"load: step must be None for a file, got {step}")
+        if is_finetuned(path):
+            return load_tuned_file(path).to(device)
         config, tensors = load_original(path)
     else:
         run, folder = path, latest_checkpoint(path)
@@ -59,6 +70,10 @@ def __getattr__(name: str) -> Any:
         from .model.data2vec import Data2Vec
 
         return Data2Vec
+    if name == "FineTuned":
+        from .finetune.model import FineTuned
+
+        return FineTuned
     if name == "CheckpointError":
         from .checkpoint import CheckpointError
 

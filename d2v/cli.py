@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from .cli_finetune import evaluate, finetune
 from .cli_parse import DataPath, Model, UsageError, parse
 from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, TrainConfig
 from .nsys import parse_steps
@@ -361,6 +362,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "pretrain a preset on a folder of data, or continue a run exactly"),
     "probe": (probe, "accuracy of frozen features: linear probe and kNN"),
     "extract": (extract, "features of every sample to an .npz file"),
+    "finetune": (finetune, "fine-tune on labels: pictures, sounds, CTC transcripts, sentences"),
+    "eval": (evaluate, "scores of a fine-tuned run: top-1, WER, GLUE's metrics"),
     "presets": (presets, "list the presets, or print one with the source of its values"),
     "check": (check, "counts, sizes, sample rates and unreadable files of a data set"),
     "profile": (profile, "time, bytes and FLOPs of every hot path of a training step"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from .fronts import FRONTS, Front, ImageFront, Modality, check, check_probability
 from .fronts import LogMelFront as LogMelFront
@@ -319,10 +319,6 @@ def _tuples(value: Any) -> Any:
 
 def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
     """The inverse of `to_dict`; an unknown key raises `ValueError` naming it."""
-    nested = {
-        "model": ModelConfig, "optim": OptimConfig, "ema": EMAConfig, "data": DataConfig,
-        "train": TrainConfig, "mask": MaskConfig, "decoder": DecoderConfig, "target": TargetConfig,
-    }  # fmt: skip
     data = dict(data)
     if cls in FRONTS.values():
         data.pop("kind", None)
@@ -337,7 +333,7 @@ def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
                 raise ValueError(f"{where}.front: kind must be one of {sorted(FRONTS)}, got {kind!r}")
             values[name] = from_dict(FRONTS[kind], value, f"{where}.front")
         elif isinstance(value, dict):
-            values[name] = from_dict(nested[name], value, f"{where}.{name}")
+            values[name] = from_dict(get_type_hints(cls)[name], value, f"{where}.{name}")
         else:
             values[name] = _tuples(value)
     # a key absent because it was None must come back as None, whatever the default is

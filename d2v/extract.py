@@ -41,6 +41,10 @@ def open_model(path: str | Path) -> tuple[Data2Vec, Config, Path | None]:
     """
     path = Path(path)
     model = load(path, device=pick_device("auto"))
+    if not isinstance(model, Data2Vec):
+        raise ValueError(
+            f"{path} is fine-tuned: a pretrained model is needed (`d2v eval` scores fine-tuned ones)"
+        )
     if path.is_dir():
         is_run = (path / "config.toml").exists()
         run = path if is_run else path.resolve().parent.parent

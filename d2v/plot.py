@@ -16,7 +16,8 @@ FIGURES: dict[str, tuple[str, list[str]]] = {
     "schedule": ("learning rate", ["lr"]),
     "speed": ("samples per second", ["samples_per_s"]),
 }
-"""file name -> (label of the y axis, keys of metrics.jsonl); `loss_*` keys join the loss figure"""
+"""file name -> (label of the y axis, keys of metrics.jsonl); `loss_*` keys join the loss figure, and keys
+with a slash, scores of held-out parts, make a figure "scores" """
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -40,8 +41,9 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
     folder = Path(out) if out is not None else Path(run) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     parts = sorted({key for row in rows for key in row if key.startswith("loss_")})
+    scores = list(dict.fromkeys(key for row in rows for key in row if "/" in key))
     written = []
-    for name, (label, keys) in FIGURES.items():
+    for name, (label, keys) in {**FIGURES, "scores": ("score", scores)}.items():
         wanted = [*keys, *(parts if name == "loss" and len(parts) > 1 else [])]
         series = {key: _series(rows, key) for key in wanted}
         series = {key: points for key, points in series.items() if points[0]}

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -89,8 +90,17 @@ def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
 class Progress:
     """Context manager around the loop: `tick` every step, `log` every log step, `say` for anything else."""
 
-    def __init__(self, run: Path, *, start: int, steps: int, unit: str, stream: TextIO | None = None) -> None:
-        self.steps, self.unit = steps, unit
+    def __init__(
+        self,
+        run: Path,
+        *,
+        start: int,
+        steps: int,
+        unit: str,
+        stream: TextIO | None = None,
+        describe: Callable[[dict[str, Any], int, str, float], str] = describe,
+    ) -> None:
+        self.steps, self.unit, self._describe = steps, unit, describe
         self._start, self._began = start, time.perf_counter()
         self._marked, self._samples = self._began, 0.0
         self._file = (run / METRICS).open("a", encoding="utf-8")
@@ -128,6 +138,11 @@ class Progress:
             last = self._text.partition(" | ")[2] or "..."
             self._live.update(_unstyled(f"step {step:,}/{self.steps:,} | {last}"))
 
+    def note(self, row: dict[str, Any]) -> None:
+        """Write one line of metrics as it is, and show nothing."""
+        self._file.write(_line(row))
+        self._file.flush()
+
     def log(self, row: dict[str, Any]) -> None:
         """Write one line of metrics, with speed added, and show it."""
         now = time.perf_counter()
@@ -141,7 +156,7 @@ class Progress:
         self._file.flush()
         done = row["step"] - self._start
         eta = (now - self._began) / done * (self.steps - row["step"]) if done else math.inf
-        self._text = describe(row, self.steps, self.unit, eta)
+        self._text = self._describe(row, self.steps, self.unit, eta)
         if self._live is None:
             print(self._text, file=self._stream, flush=True)
         else:

@@ -228,8 +228,8 @@ def test_arguments_that_cannot_be(machine, arguments, message):
 def test_dry_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("PYTHON", sys.executable)
-    arguments = ["--dry-run", "--limit", "3600", "--out", str(tmp_path), "--presets", "text_tiny", "--ops", "mlp",
-                 "--variants", "eager", "--tests", "tests/test_benchmarks.py"]  # fmt: skip
+    arguments = ["--dry-run", "--limit", "3600", "--out", str(tmp_path), "--presets", "text_tiny",
+                 "--ops", "mlp", "--variants", "eager", "--tests", "tests/test_benchmarks.py"]  # fmt: skip
     done = subprocess.run([str(SCRIPT), *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, summary(done)) == (0, dict.fromkeys(PARTS, "done")), done.stdout
     assert "no CUDA device" in (tmp_path / "build" / "log").read_text()

@@ -203,15 +203,23 @@ class ImageSource(Source):
 
     def finish(self, batch: Batch) -> Batch:
         """Enlarge, flip and normalise on the device: source [B,C,H,W] float32."""
+        return Batch(self.normalise(self.pixels(batch)), batch.ids, batch.epoch)
+
+    def normalise(self, source: Tensor) -> Tensor:
+        """(source - mean) / std per channel."""
         from kornia.enhance import normalize
 
+        mean, std = (torch.tensor(v, device=source.device) for v in (self.mean, self.std))
+        return normalize(source, mean, std)
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """[B,C,H,W] float32, enlarged and flipped, bytes as 0..1."""
         is_bytes = batch.source.dtype == torch.uint8
         source = batch.source.float() / 255 if is_bytes else batch.source
         if batch.extra:
             source = enlarge_and_flip(source, batch.extra["size"], batch.extra["flip"])
             source = source.clamp(0, 1) if is_bytes else source  # bicubic overshoots
-        mean, std = (torch.tensor(v, device=source.device) for v in (self.mean, self.std))
-        return Batch(normalize(source, mean, std), batch.ids, batch.epoch)
+        return source
 
     def _statistics(self, cfg: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and deviation per channel: given, ImageNet's, or measured; 1 for a constant channel."""

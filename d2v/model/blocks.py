@@ -89,13 +89,23 @@ class Block(nn.Module):
         self.attn = Attention(cfg.dim)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
         self.mlp = Mlp(cfg.dim, int(cfg.dim * cfg.mlp_ratio))
+        self.drop_path = 0.0
+        """probability that a sequence skips each half of the block; pretraining has none"""
 
     def forward(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """x [N,S,D] -> the block's output, and its FFN output before dropout, residual and norm2."""
         residual, ffn = self.halves(x, context)
-        dropout = self.cfg.post_mlp_dropout if self.training else 0.0
         norm = self.norm2
-        return d2vkern.residual_norm(residual, ffn, norm.weight, norm.bias, norm.eps, dropout_p=dropout), ffn
+        out = d2vkern.residual_norm(
+            residual,
+            ffn,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            dropout_p=self.cfg.post_mlp_dropout if self.training else 0.0,
+            drop_path_p=self.drop_path if self.training else 0.0,
+        )
+        return out, ffn
 
     def halves(self, x: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """The normed residual stream after attention, and the FFN output: a last teacher block ends here."""
@@ -116,6 +126,7 @@ class Block(nn.Module):
             norm.bias,
             norm.eps,
             dropout_p=cfg.encoder_dropout if drop else 0.0,
+            drop_path_p=self.drop_path if drop else 0.0,
         )
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         ffn = d2vkern.gelu_mlp(

@@ -21,6 +21,7 @@ from d2vkern._nvtx import phase
 from ..config import ImageFront, ModelConfig, TextFront
 from .blocks import AttentionContext
 from .encoder import Network, ffn_outputs, run_blocks
+from .frontends import token_lengths
 
 HEALTH_ROWS = 512
 """tokens of each kind that a forward pass hands to the collapse alarms"""
@@ -181,7 +182,7 @@ class Data2Vec(Network):
         Raises ValueError or TypeError for sources and masks that do not fit the model.
         """
         plan = self._plan(source, mask, ids, epoch, seed)
-        samples, lengths = self._lengths(source, padding_mask)
+        samples, lengths = token_lengths(self.cfg.front, source, padding_mask)
         with phase("student/front"):
             local = self.encoder.local(source, samples, self.compute_dtype)
         if local.shape[1] != plan.tokens:
@@ -234,7 +235,7 @@ class Data2Vec(Network):
 
         teacher: use the EMA weights (speech and text read the student's local features, as in pretraining).
         """
-        samples, lengths = self._lengths(source, padding_mask)
+        samples, lengths = token_lengths(self.cfg.front, source, padding_mask)
         if teacher:
             local = self._teacher_local(source, samples)
             x, context, blocks = self._teacher_input(local, lengths)
@@ -269,28 +270,6 @@ class Data2Vec(Network):
         if ids is None:
             ids, seed = torch.arange(source.shape[0]), int(torch.randint(2**62, ()))
         return self.sample_masks(source, ids, epoch=epoch, seed=seed)
-
-    def _lengths(self, source: Tensor, padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """[B] samples and [B] int32 tokens before the padding; none without a padding mask."""
-        if padding_mask is None or isinstance(self.cfg.front, ImageFront):
-            return None, None
-        if padding_mask.shape != source.shape:
-            raise ValueError(f"Data2Vec: padding_mask must have shape {tuple(source.shape)} like source, "
-                             f"got {tuple(padding_mask.shape)}")  # fmt: skip
-        lengths = (~padding_mask.bool()).sum(1)
-        if padding_mask.device.type == "cpu":  # elsewhere the check would wait for the device
-            suffix = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
-            if not torch.equal(suffix, padding_mask.bool()):
-                row = int((suffix != padding_mask.bool()).any(1).nonzero()[0])
-                raise ValueError(
-                    f"Data2Vec: padding_mask must mark the end of each row, got other padding in row {row}"
-                )
-        if isinstance(self.cfg.front, TextFront):
-            return lengths, lengths.int()
-        frames = lengths
-        for kernel, stride in self.cfg.front.strides:
-            frames = torch.where(frames < kernel, 0, (frames - kernel) // stride + 1)
-        return lengths, frames.int()
 
     def _teacher_local(self, source: Tensor, samples: Tensor | None) -> Tensor:
         """What a teacher that runs alone starts from: its own patches, or the student's local features."""

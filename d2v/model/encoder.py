@@ -84,6 +84,8 @@ class ModalityEncoder(nn.Module):
             # entry 0 is the original's transpose
             self.relative_positional_encoder = nn.Sequential(nn.Identity(), *layers)
         self.decoder = Decoder(cfg) if decoder else None
+        self.prenet_layerdrop = 0.0
+        """probability of skipping a block of the prenet; pretraining has none"""
 
     def local(self, source: Tensor, lengths: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Local features [B,T,D] in `dtype`. lengths: [B], audio samples before the padding."""
@@ -124,8 +126,10 @@ class ModalityEncoder(nn.Module):
         if self.context_encoder.norm is not None:
             x = layer_norm(x, self.context_encoder.norm)
         x = F.dropout(x, self.cfg.prenet_dropout, self.training)
+        layerdrop = self.prenet_layerdrop if self.training else 0.0
         for block in self.context_encoder.blocks:
-            x, _ = block(x, context)
+            if not layerdrop or float(torch.rand(())) >= layerdrop:
+                x, _ = block(x, context)
         return x, context
 
     def _conv_positions(self, local_BTD: Tensor, plan: d2vkern.MaskPlan | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import d2vkern
 
 from ..config import ImageFront, LogMelFront, ModelConfig, TextFront, WaveformFront
+from ..fronts import Front
 from .blocks import layer_norm, linear
 from .logmel import log_mel
 
@@ -147,3 +148,28 @@ def speech_features(
     norm, proj = projection[1], projection[2]
     assert isinstance(norm, nn.LayerNorm) and isinstance(proj, nn.Linear)
     return linear(layer_norm(x, norm), proj)
+
+
+def token_lengths(
+    front: Front, source: Tensor, padding_mask: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """[B] samples and [B] int32 tokens before the padding; none without a padding mask."""
+    if padding_mask is None or isinstance(front, ImageFront):
+        return None, None
+    if padding_mask.shape != source.shape:
+        raise ValueError(f"Data2Vec: padding_mask must have shape {tuple(source.shape)} like source, "
+                         f"got {tuple(padding_mask.shape)}")  # fmt: skip
+    lengths = (~padding_mask.bool()).sum(1)
+    if padding_mask.device.type == "cpu":  # elsewhere the check would wait for the device
+        suffix = torch.arange(source.shape[1]) >= lengths.unsqueeze(1)
+        if not torch.equal(suffix, padding_mask.bool()):
+            row = int((suffix != padding_mask.bool()).any(1).nonzero()[0])
+            raise ValueError(
+                f"Data2Vec: padding_mask must mark the end of each row, got other padding in row {row}"
+            )
+    if isinstance(front, TextFront):
+        return lengths, lengths.int()
+    frames = lengths
+    for kernel, stride in front.strides:
+        frames = torch.where(frames < kernel, 0, (frames - kernel) // stride + 1)
+    return lengths, frames.int()

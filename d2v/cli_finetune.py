@@ -1,0 +1,134 @@
+"""The commands `d2v finetune` and `d2v eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from .cli_parse import Model, UsageError, parse
+from .config import DataConfig, OptimConfig
+from .finetune.config import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
+
+SECTIONS = ("head", "optim", "drop", "augment", "span", "data", "train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions:
+    """Fine-tune: `d2v finetune RUN --task TASK --data PATH --out OUT`, or `d2v finetune --resume OUT`.
+
+    RUN: run directory, checkpoint folder or original .pt of pretraining. A recipe (see --recipe) gives every
+    value; each can be overridden by its name.
+    """
+
+    task: Literal["classify", "ctc", "sentence"] | None = None
+    """classify pictures or utterances; ctc: letters of speech; sentence: classify or score texts"""
+    path: Annotated[str | None, arg(name="data", metavar="PATH")] = None
+    """labelled folder or file, or embedded data set (digits, speech, text)"""
+    out: Annotated[str | None, arg(metavar="OUT")] = None
+    """run directory to make"""
+    resume: Annotated[str | None, arg(metavar="OUT")] = None
+    """run directory to continue, exactly"""
+    recipe: Annotated[str | None, arg(metavar="NAME")] = None
+    """imagenet_base|large|huge, librispeech_{10m,1h,10h,100h,960h}_{base,large}, glue_TASK, image_tiny,
+    speech_tiny, sound_tiny, text_tiny; none: by task and size of the encoder"""
+    scratch: bool = False
+    """the encoder's architecture with fresh weights, to see what pretraining is worth"""
+    data_limit: int | None = None
+    """training samples used, as many of each class as there are; none: all"""
+    vocabulary: str | None = None
+    """ctc: a vocabulary.json or a fairseq dictionary; none: counted on the training transcripts"""
+    glue: str | None = None
+    """GLUE task whose .tsv files PATH holds; a glue_TASK recipe sets it"""
+    head: HeadConfig
+    optim: OptimConfig
+    drop: DropConfig
+    augment: AugmentConfig
+    span: SpanConfig
+    data: DataConfig
+    train: TuneConfig
+
+
+def finetune(arguments: Sequence[str]) -> int:
+    """See `FineTuneOptions`."""
+    from .finetune.recipes import default_recipe, recipe, with_drops
+
+    source = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    rest = arguments if source is None else arguments[1:]
+    options = _values(rest, ("--task", "--recipe", "--resume"))
+    if options["--resume"] is not None:
+        if source is not None or len(rest) > (1 if rest[0].startswith("--resume=") else 2):
+            raise UsageError("d2v finetune: --resume OUT goes alone: a run keeps its settings")
+        from .finetune.run import resume_finetune
+
+        return resume_finetune(options["--resume"]).exit_code
+    model = None
+    if source is not None and {"-h", "--help"}.isdisjoint(rest):
+        from .extract import open_model
+
+        model = open_model(source)[1].model
+    name = options["--recipe"]
+    if name is None and model is not None and options["--task"] in ("classify", "ctc", "sentence"):
+        name = default_recipe(options["--task"], model)  # type: ignore[arg-type]
+    base = recipe(name or "image_tiny")
+    defaults = FineTuneOptions(**{key: getattr(base, key) for key in SECTIONS}, glue=base.glue)
+    given = parse(FineTuneOptions, rest, f"finetune {source or 'RUN'}", defaults)
+    if source is None or model is None:
+        raise UsageError("d2v finetune: RUN is missing (or --resume OUT)")
+    for option, value in (("--task TASK", given.task), ("--data PATH", given.path), ("--out OUT", given.out)):
+        if value is None:
+            raise UsageError(f"d2v finetune: {option} is missing")
+    assert given.task is not None and given.path is not None and given.out is not None and name is not None
+    if given.head.task != given.task:
+        raise UsageError(
+            f"d2v finetune: recipe {name} is for task {given.head.task}, got --task {given.task}"
+        )
+    cfg = dataclasses.replace(
+        base.on(name, model),
+        **{key: getattr(given, key) for key in SECTIONS},
+        data_limit=given.data_limit,
+        vocabulary=given.vocabulary,
+        glue=given.glue,
+    )
+
+    from .finetune.run import run_finetune
+
+    cfg = with_drops(cfg)
+    return run_finetune(cfg, source, given.path, given.out, scratch=given.scratch).exit_code
+
+
+def _values(arguments: Sequence[str], flags: Sequence[str]) -> dict[str, str | None]:
+    """The values of options that decide the defaults that the others are parsed with."""
+    found: dict[str, str | None] = dict.fromkeys(flags)
+    for place, word in enumerate(arguments):
+        flag, equals, value = word.partition("=")
+        if flag in found:
+            found[flag] = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else None)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Scores of a fine-tuned run on its held-out data: top-1 and top-5, WER and CER, GLUE's metrics."""
+
+    run: Model
+    """run directory of `d2v finetune`"""
+    data: Annotated[str | None, arg(metavar="PATH")] = None
+    """other data of the same classes or letters; none: the run's own"""
+    step: int | None = None
+    """of a checkpoint; none: the best one"""
+    beam: int = 0
+    """ctc: width of the beam search; 0: the best path"""
+
+
+def evaluate(arguments: Sequence[str]) -> int:
+    """See `EvalOptions`."""
+    given = parse(EvalOptions, arguments, "eval")
+
+    from .finetune.evaluate import run_eval
+
+    run_eval(given.run, given.data, step=given.step, beam=given.beam)
+    return 0

@@ -1,0 +1,1 @@
+"""Fine-tuning: heads on a pretrained encoder, recipes, data with labels, scores."""

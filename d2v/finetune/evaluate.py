@@ -1,0 +1,98 @@
+"""Scores of a fine-tuned model on held-out parts, while training and for `d2v eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data import DataError
+from ..train import pick_device
+from .config import FineTuneConfig
+from .data import Part, open_tune_data
+from .decode import beam_search, greedy
+from .load import load_run
+from .metrics import GLUE_METRICS, class_scores, regression_scores, transcript_scores
+from .model import FineTuned
+from .transcripts import Vocabulary
+
+BATCH = {"image": 64, "audio": 1, "text": 32}
+"""samples of a forward pass; utterances go alone, as the positional convolution of speech sees padding"""
+
+
+@torch.no_grad()
+def evaluate(
+    model: FineTuned, cfg: FineTuneConfig, parts: Mapping[str, Part], names: Sequence[str], beam: int = 0
+) -> dict[str, float]:
+    """{"part/metric": score}, the deciding metric of a part first.
+
+    classify: top1, top5. ctc: wer, cer; beam: width of the beam search, 0 takes the best path. sentence:
+    GLUE's metrics of cfg.glue, else accuracy, or pearson, spearman and mse for regression.
+    The model is left in the mode it had. Raises DataError when no sample of a part can be read.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return {
+            f"{part}/{name}": score
+            for part, split in parts.items()
+            for name, score in _part_scores(model, cfg, part, split, names, beam).items()
+        }
+    finally:
+        model.train(was_training)
+
+
+def _part_scores(
+    model: FineTuned, cfg: FineTuneConfig, name: str, part: Part, names: Sequence[str], beam: int
+) -> dict[str, float]:
+    device = next(model.parameters()).device
+    logits: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    heard: list[str] = []
+    said: list[str] = []
+    vocabulary = Vocabulary(tuple(names))
+    for source, padding, label in part.batches(BATCH[model.modality]):
+        padding = None if padding is None else padding.to(device)
+        out, padded = model(source.to(device), padding)
+        if cfg.head.task == "ctc":
+            found = beam_search(out, padded, beam) if beam else greedy(out, padded)
+            heard += [vocabulary.decode(ids) for ids in found]
+            said += label
+        else:
+            logits.append(out.cpu().numpy())
+            labels.append(label.numpy())
+    if not logits and not said:
+        raise DataError(f"evaluate: part {name} has no readable sample")
+    if cfg.head.task == "ctc":
+        return transcript_scores(heard, said)
+    scores, truth = np.concatenate(logits), np.concatenate(labels)
+    if cfg.head.regression:
+        return regression_scores(scores[:, 0], truth)
+    if cfg.head.task == "sentence":
+        return class_scores(scores, truth, GLUE_METRICS.get(cfg.glue or "", ("accuracy",)))
+    return class_scores(scores, truth)
+
+
+def run_eval(
+    path: str | Path, data: str | None = None, *, step: int | None = None, beam: int = 0
+) -> dict[str, Any]:
+    """Score a fine-tuned run again, print one line per part and metric, and return the scores.
+
+    path: a run of `d2v finetune`. data: another data set of the same classes or letters; none: the run's own.
+    step: of a checkpoint; none: the best one. Raises CheckpointError, ValueError and DataError.
+    """
+    if beam < 0:
+        raise ValueError(f"eval: beam must be at least 0, got {beam}")
+    model, cfg, own = load_run(path, step=step)
+    device = pick_device("auto")
+    model.to_device(device, cfg.train.precision)
+    found = open_tune_data(data or own, cfg, device=device, encoder_dir=None, run_dir=Path(path))
+    if found.outputs != cfg.head.outputs:
+        raise DataError(f"eval: {data} has {found.outputs} classes, {path} was trained on {cfg.head.outputs}")
+    scores = evaluate(model, cfg, found.parts, found.names, beam)
+    for name, score in scores.items():
+        print(f"{name:<28} {score:.4f}")
+    return scores

@@ -1,0 +1,206 @@
+"""An encoder with a task's head: logits of whole samples. Parameter names are the original's.
+
+classify: mean over tokens without CLS -> LayerNorm -> linear (models/mae_image_classification.py; speech
+likewise, padding left out). ctc: linear at every frame, padded frames forced to blank
+(fairseq/models/wav2vec/wav2vec2_asr.py, wav2vec_ctc). sentence: first token -> dropout -> linear -> tanh ->
+dropout -> linear (models/data2vec_text_classification.py, RobertaClassificationHead).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2vkern._nvtx import phase
+
+from ..config import ModelConfig
+from ..extract import mean_over_tokens
+from ..fronts import TextFront, WaveformFront
+from ..model.blocks import Block, layer_norm, linear
+from ..model.encoder import Network, run_blocks
+from ..model.frontends import token_lengths
+from .config import DropConfig, HeadConfig
+
+BLANK = 0
+"""CTC's blank: fairseq's <s>"""
+
+
+def tuned_model_config(cfg: ModelConfig, drop: DropConfig) -> ModelConfig:
+    """The encoder's config with the dropouts of fine-tuning."""
+    cfg = replace(
+        cfg,
+        prenet_dropout=drop.dropout,
+        encoder_dropout=drop.dropout,
+        post_mlp_dropout=drop.dropout,
+        attention_dropout=drop.attention,
+        activation_dropout=drop.activation,
+        layerdrop=drop.layer,
+    )
+    if isinstance(cfg.front, TextFront):
+        cfg = replace(cfg, front=replace(cfg.front, dropout=drop.dropout))
+    return cfg
+
+
+class Backbone(Network):
+    """The student's encoder alone: no decoder, no teacher."""
+
+    def __init__(self, cfg: ModelConfig) -> None:
+        super().__init__(cfg, local=True, decoder=False)
+        self.cfg = cfg
+        self.compute_dtype = torch.float32
+        self.encoder.prenet_layerdrop = cfg.layerdrop
+
+    def forward(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        time_mask: Tensor | None = None,
+        channel_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output of the last block [B,E+T,D], extra tokens first, and the padding [B,T] (True) or None.
+
+        time_mask: [B,T] bool, local features that become noise; channel_mask: [B,D] bool, that become 0.
+        """
+        samples, lengths = token_lengths(self.cfg.front, source, padding_mask)
+        with phase("student/front"):
+            local = self.encoder.local(source, samples, self.compute_dtype)
+            if time_mask is not None:
+                noise = torch.randn_like(local) * self.cfg.decoder.noise_std
+                local = torch.where(time_mask.unsqueeze(-1), noise, local)
+            if channel_mask is not None:
+                local = local.masked_fill(channel_mask.unsqueeze(1), 0.0)
+            x, context = self.encoder.contextualise(local, None, lengths)
+        x = run_blocks(self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0)
+        padded = None
+        if lengths is not None:
+            padded = torch.arange(local.shape[1], device=local.device) >= lengths.unsqueeze(1)
+        return x, padded
+
+    def set_drop_path(self, largest: float) -> None:
+        """Drop path of each block: linspace(0, largest) over the main depth; the prenet takes its first
+        ones, the main blocks what is left, spread anew (mae_image_classification.py)."""
+        prenet = list(self.encoder.context_encoder.blocks)
+        rates = torch.linspace(0, largest, len(self.blocks)).tolist()
+        first = rates[: len(prenet)]
+        rest = torch.linspace(rates[min(len(prenet), len(rates) - 1)], largest, len(self.blocks)).tolist()
+        for block, rate in zip([*prenet, *self.blocks], [*first, *rest], strict=True):
+            assert isinstance(block, Block)
+            block.drop_path = rate
+
+
+class FineTuned(nn.Module):
+    """A fine-tuned encoder: `logits` is what it is for.
+
+    cfg: the encoder's, with fine-tuning's dropouts. head: the task, with a positive number of outputs.
+    drop: rates that are the run's own (drop path, the head's dropout); none while only evaluating.
+    Raises ValueError where the task does not fit the encoder's modality.
+    """
+
+    def __init__(self, cfg: ModelConfig, head: HeadConfig, drop: DropConfig | None = None) -> None:
+        super().__init__()
+        fits = {"classify": ("image", "audio"), "ctc": ("audio",), "sentence": ("text",)}[head.task]
+        if cfg.modality not in fits:
+            raise ValueError(f"finetune: task {head.task} needs {' or '.join(fits)}, got {cfg.modality}")
+        if head.outputs < 1:
+            raise ValueError(f"finetune: head.outputs must be positive, got {head.outputs}")
+        self.cfg, self.head_cfg = cfg, head
+        self.drop = drop or DropConfig()
+        backbone = Backbone(cfg)
+        backbone.set_drop_path(self.drop.path)
+        outputs, dim = head.outputs, cfg.dim
+        if head.task == "ctc":
+            self.w2v_encoder = nn.ModuleDict({"w2v_model": backbone, "proj": nn.Linear(dim, outputs)})
+        else:
+            self.model = backbone
+        if head.task == "classify":
+            self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
+            self.head = nn.Linear(dim, outputs)
+        elif head.task == "sentence":
+            layers = {"dense": nn.Linear(dim, dim), "out_proj": nn.Linear(dim, outputs)}
+            self.classification_heads = nn.ModuleDict({"sentence_classification_head": nn.ModuleDict(layers)})
+        self._initialise_head()
+
+    @property
+    def backbone(self) -> Backbone:
+        """The encoder."""
+        found = self.w2v_encoder["w2v_model"] if self.head_cfg.task == "ctc" else self.model
+        assert isinstance(found, Backbone)
+        return found
+
+    @property
+    def modality(self) -> str:
+        return self.cfg.modality
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """All parameters outside the encoder."""
+        inside = set(self.backbone.parameters())
+        return [p for p in self.parameters() if p not in inside]
+
+    def forward(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        time_mask: Tensor | None = None,
+        channel_mask: Tensor | None = None,
+        *,
+        train_encoder: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits in fp32, [B,C], or for ctc [B,T,V], and the padding [B,T] (True) of speech or None.
+
+        train_encoder: False keeps the encoder out of the gradient.
+        See `Data2Vec.forward` for source and padding_mask, `Backbone.forward` for the masks.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
+            x, padded = self.backbone(source, padding_mask, time_mask, channel_mask)
+        extra = self.cfg.front.extra_tokens
+        with phase("head"):
+            if self.head_cfg.task == "ctc":
+                projection = self.w2v_encoder["proj"]
+                assert isinstance(projection, nn.Linear)
+                logits = linear(x[:, extra:], projection).float()
+                if padded is not None:
+                    forced = torch.full(logits.shape[-1:], float("-inf"), device=logits.device)
+                    forced[BLANK] = 0.0
+                    logits = torch.where(padded.unsqueeze(-1), forced, logits)
+                return logits, padded
+            if self.head_cfg.task == "classify":
+                pooled = layer_norm(mean_over_tokens(x[:, extra:], padded), self.fc_norm)
+                return linear(pooled, self.head).float(), padded
+            head = self.classification_heads["sentence_classification_head"]
+            dense, out = head.get_submodule("dense"), head.get_submodule("out_proj")
+            assert isinstance(dense, nn.Linear) and isinstance(out, nn.Linear)
+            first = F.dropout(x[:, extra], self.drop.head, self.training)
+            hidden = F.dropout(torch.tanh(linear(first, dense)), self.drop.head, self.training)
+            return linear(hidden, out).float(), padded
+
+    def logits(self, source: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """[B,C] fp32, or for ctc [B,T,V]: what the original's forward gives in eval mode."""
+        return self(source, padding_mask)[0]
+
+    def to_device(self, device: torch.device, precision: str) -> FineTuned:
+        """On `device`, activations in the precision's dtype; parameters stay fp32."""
+        self.backbone.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return self.to(device)
+
+    def freeze_front(self) -> None:
+        """The convolutions of a waveform's front end keep their weights."""
+        if not isinstance(self.cfg.front, WaveformFront):
+            kind = type(self.cfg.front).__name__
+            raise ValueError(f"finetune: train.freeze_front needs a waveform front end, got {kind}")
+        assert self.backbone.encoder.local_encoder is not None
+        self.backbone.encoder.local_encoder.requires_grad_(False)
+
+    @torch.no_grad()
+    def _initialise_head(self) -> None:
+        """truncated normal (classify), torch's default (sentence), Xavier (ctc); biases of linears 0."""
+        if self.head_cfg.task == "classify":
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            self.head.bias.zero_()
+        elif self.head_cfg.task == "ctc":
+            projection = self.w2v_encoder["proj"]
+            assert isinstance(projection, nn.Linear)
+            nn.init.xavier_uniform_(projection.weight)
+            projection.bias.zero_()

@@ -1,0 +1,298 @@
+"""The run of `d2v finetune`: steps, evaluation on the held-out parts, checkpoints, exact resuming.
+
+A run directory holds config.toml, metrics.jsonl (a line per log step, and one with scores per evaluation),
+env.json, checkpoints/step_N to resume from, and best/ with the weights that scored best on the first
+held-out part. Random states are part of a checkpoint, so a resumed run repeats the unbroken one bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2vkern._nvtx import phase
+
+from .. import rng
+from ..checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    fill_model,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    write_environment,
+)
+from ..cpu import tune_allocator
+from ..data import Batch, DataError, Position
+from ..extract import open_model
+from ..model import Data2Vec
+from ..plot import plot_run
+from ..progress import Progress, duration, read_metrics, truncate_metrics
+from ..signals import StopRequest
+from ..train import RunError, _claim, pick_device
+from .config import FineTuneConfig
+from .data import open_tune_data
+from .evaluate import evaluate
+from .load import BEST, read_tuned_config, write_tuned_config
+from .metrics import is_better
+from .tuner import Outcome, Tuner
+
+UNITS = {"image": "images", "audio": "seconds", "text": "samples"}
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """How a run ended."""
+
+    out: Path
+    step: int
+    finished: bool
+    exit_code: int
+    """0: finished, or stopped on request; 1: too many bad steps in a row"""
+    seconds: float
+    """spent in this call"""
+    scores: dict[str, float]
+    """of the last evaluation"""
+    best: float | None
+    """best value of the deciding score"""
+
+
+@dataclass
+class _Place:
+    """Where a run stands: the trainer's part of a checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    skipped: int = 0
+    bad_in_a_row: int = 0
+    best: float | None = None
+
+
+def run_finetune(
+    cfg: FineTuneConfig,
+    encoder: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    scratch: bool = False,
+    stop: Callable[[int], bool] | None = None,
+) -> TuneResult:
+    """Fine-tune to cfg.train.steps in the run directory `out`.
+
+    encoder: run, checkpoint folder or original `.pt` of pretraining. scratch: take its architecture alone.
+    stop: asked after every step with its number; True saves and returns, as SIGTERM and Ctrl-C do.
+    Raises ValueError (DataError), CheckpointError or FileNotFoundError for what is wrong before the first
+    step, after which a new `out` is gone again, and RunError for what stops the run later.
+    """
+    out, device = Path(out), _prepare(cfg)
+    _claim(out)
+    begun = None
+    try:
+        begun = _Run(cfg, encoder, data, out, device, None, scratch)
+        return begun.loop(stop)
+    except BaseException:
+        if begun is None or begun.place.step == 0:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def resume_finetune(out: str | Path, *, stop: Callable[[int], bool] | None = None) -> TuneResult:
+    """Go on from the newest checkpoint of the run in `out`, with its settings; see `run_finetune`.
+
+    Raises CheckpointError where there is none.
+    """
+    cfg, data, encoder = read_tuned_config(out)
+    newest = latest_checkpoint(out)
+    if newest is None:
+        raise CheckpointError(f"{out}: no checkpoint to continue from: start it anew")
+    run = _Run(cfg, encoder, data, Path(out), _prepare(cfg), load_checkpoint(newest), False)
+    return run.loop(stop)
+
+
+def _prepare(cfg: FineTuneConfig) -> torch.device:
+    device = pick_device(cfg.train.device)
+    if device.type == "cpu":
+        tune_allocator()
+    return device
+
+
+class _Run:
+    """One process's part of a run: tuner, data and files."""
+
+    def __init__(
+        self,
+        cfg: FineTuneConfig,
+        encoder: str | Path,
+        data: str,
+        out: Path,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        scratch: bool,
+    ) -> None:
+        weights, folder = None, None
+        if checkpoint is None:
+            weights, pretraining, folder = open_model(encoder)
+            if pretraining.data.mean is not None:  # pictures are normalised as in pretraining
+                mean, std = pretraining.data.mean, pretraining.data.std
+                cfg = replace(cfg, data=replace(cfg.data, mean=mean, std=std))
+        self.out, self.device = out, device
+        self.data = open_tune_data(data, cfg, device=device, encoder_dir=folder, run_dir=out)
+        cfg = replace(cfg, head=replace(cfg.head, outputs=self._outputs(cfg)))
+        self.cfg = cfg
+        self.tuner = Tuner(cfg, self.data, device)
+        self.place = _Place()
+        if checkpoint is not None:
+            self.tuner.load(checkpoint)
+            self.place = _Place(**checkpoint.trainer)
+            if self.place.bad_in_a_row >= cfg.train.max_bad_steps:
+                self.place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
+            self.tuner.bad[0], self.tuner.bad[1] = self.place.skipped, self.place.bad_in_a_row
+        elif not scratch:
+            assert weights is not None
+            start_from(self.tuner, weights, encoder)
+        write_tuned_config(out, cfg, data, str(encoder))
+        write_environment(out)
+        self.saved = None if checkpoint is None else checkpoint.step
+        self.scores: dict[str, float] = {}
+        truncate_metrics(out, self.place.step)
+
+    def _outputs(self, cfg: FineTuneConfig) -> int:
+        found = self.data.outputs
+        if cfg.head.outputs and cfg.head.outputs < found:
+            raise ValueError(f"finetune: head.outputs must be at least {found}, as the data have, "
+                             f"got {cfg.head.outputs}")  # fmt: skip
+        return cfg.head.outputs or found
+
+    def loop(self, stop: Callable[[int], bool] | None) -> TuneResult:
+        """Step, log, evaluate and save until the end, a request to stop, or too many bad steps in a row."""
+        began, train, place = time.perf_counter(), self.cfg.train, self.place
+        unit = UNITS[self.cfg.model.modality]
+        shown = Progress(self.out, start=place.step, steps=train.steps, unit=unit, describe=describe)
+        with StopRequest() as request, shown as progress:
+            report = self.data.report
+            progress.say(f"data {report.path}: {len(self.data.loader.source):,} training samples, "
+                         f"{', '.join(f'{name} {len(part):,}' for name, part in self.data.parts.items())}; "
+                         f"{self.cfg.head.outputs} outputs")  # fmt: skip
+            start = Position(place.epoch, place.step_in_epoch)
+            stream = self.data.loader.micro_batches(start, train.micro_batch or self.cfg.data.batch)
+            while place.step < train.steps and request.name is None and not self._too_bad:
+                self._step(self._next(stream), progress)
+                if place.step % train.evaluate_every == 0 or place.step == train.steps:
+                    self._evaluate(progress)
+                if place.step % train.save_every == 0:
+                    self._save()
+                if stop is not None and stop(place.step):
+                    break
+            self._save()
+            finished = place.step >= train.steps
+            if self._too_bad:
+                progress.say(f"stopped: {place.bad_in_a_row} bad steps in a row (train.max_bad_steps)")
+            elif not finished:
+                progress.say(f"stopped at step {place.step}; saved. Continue:")
+                progress.say(f"  d2v finetune --resume {self.out}")
+        if finished and not self.scores:  # resumed at its end
+            last = read_metrics(self.out)[-1]
+            self.scores = {name: score for name, score in last.items() if "/" in name}
+        if finished:
+            plot_run(self.out)
+        seconds = time.perf_counter() - began
+        return TuneResult(
+            self.out, place.step, finished, int(self._too_bad), seconds, self.scores, place.best
+        )
+
+    @property
+    def _too_bad(self) -> bool:
+        return self.place.bad_in_a_row >= self.cfg.train.max_bad_steps
+
+    def _next(self, stream: Iterator[list[Batch]]) -> list[Batch]:
+        try:
+            with phase("data"):
+                return next(stream)
+        except DataError as error:
+            if self.place.step == 0:
+                raise
+            self._save()
+            raise RunError(f"step {self.place.step + 1}: {error}\n{self._resume_line()}") from error
+
+    def _step(self, batches: list[Batch], progress: Progress) -> None:
+        place, train = self.place, self.cfg.train
+        outcome: Outcome = self.tuner.step(place.step + 1, batches)
+        place.step += 1
+        place.epoch, place.step_in_epoch = self.data.loader.position
+        progress.tick(place.step, sum(map(self._amount, batches)))
+        log = place.step % train.log_every == 0 or place.step == train.steps
+        if log or self.device.type == "cpu":  # a GPU is asked on log steps only
+            before = place.skipped
+            place.skipped, place.bad_in_a_row = self.tuner.count_bad()
+            if place.skipped > before:
+                progress.say(
+                    f"step {place.step}: loss or gradient is NaN or inf: skipped, nothing was updated"
+                )
+        if log:
+            progress.log({"step": place.step, **self.tuner.report(outcome), "skipped": place.skipped})
+
+    def _amount(self, batch: Batch) -> float:
+        rate = getattr(self.cfg.model.front, "sample_rate", None)
+        if rate is None:
+            return len(batch)
+        return (batch.source.numel() if batch.unpadded is None else batch.unpadded) / rate
+
+    def _evaluate(self, progress: Progress) -> None:
+        """Score the held-out parts; random states are left as they were."""
+        states = rng.capture(self.device)
+        with phase("evaluate"):
+            self.scores = evaluate(self.tuner.model, self.cfg, self.data.parts, self.data.names)
+        rng.restore(states, self.device)
+        progress.note({"step": self.place.step, **self.scores})
+        said = ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
+        progress.say(f"step {self.place.step}: {said}")
+        name, score = next(iter(self.scores.items()))
+        if math.isfinite(score) and is_better(name, score, self.place.best):
+            self.place.best = score
+            save_checkpoint(
+                self.out / BEST, self.place.step, self.tuner.model, {}, {"scores": self.scores}, {}, 1
+            )
+
+    def _save(self) -> None:
+        if self.saved == self.place.step:
+            return
+        self.place.skipped, self.place.bad_in_a_row = self.tuner.count_bad()
+        state: dict[str, Any] = dict(vars(self.place))
+        try:
+            save_checkpoint(
+                self.out, self.place.step, self.tuner.model, self.tuner.optimizer_state(), state,
+                rng.capture(self.device), self.cfg.train.keep,
+            )  # fmt: skip
+        except CheckpointError as error:
+            raise RunError(f"step {self.place.step}: {error}; {self._resume_line()}") from error
+        self.saved = self.place.step
+
+    def _resume_line(self) -> str:
+        if latest_checkpoint(self.out) is None:
+            return "nothing was saved yet"
+        return f"continue with `d2v finetune --resume {self.out}`"
+
+
+def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
+    """The progress line of one row of metrics."""
+    return (
+        f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | gradient {row['grad_norm']:.2f} | "
+        f"lr {row['lr']:.2e} | {row['samples_per_s']:,.0f} {unit}/s | eta {duration(eta)}"
+    )
+
+
+def start_from(tuner: Tuner, pretrained: Data2Vec, source: str | Path) -> None:
+    """Put a pretrained student's encoder under the head; decoder and teacher stay behind."""
+    weights = {
+        name: tensor for name, tensor in pretrained.state_dict().items()
+        if not name.startswith("_ema.") and ".decoder." not in name
+    }  # fmt: skip
+    fill_model(tuner.model.backbone, weights, source)

@@ -1,0 +1,178 @@
+"""One step of fine-tuning: micro-batches -> logits -> the task's loss -> clip -> AdamW with layer decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2vkern import AdamWEMA
+from d2vkern._nvtx import phase
+
+from .. import rng
+from ..backends import use_backends
+from ..checkpoint import Checkpoint, fill_model
+from ..data import Batch
+from ..data.loading import generator
+from ..model.frontends import token_lengths
+from ..optim import clip_factor, learning_rate, set_learning_rate
+from .config import FineTuneConfig
+from .data import CHANNEL_MASK, TIME_MASK, TuneData, span_mask
+from .images import mix, soft_cross_entropy
+from .model import FineTuned
+from .transcripts import ctc_loss
+
+
+@dataclass
+class Outcome:
+    """What a step leaves for the log, on the device."""
+
+    good: Tensor
+    """0-dim bool: loss and gradient were finite and the step was taken"""
+    loss: Tensor
+    """per sample"""
+    grad_norm: Tensor
+    """before clipping"""
+    lr: float
+
+
+class Tuner:
+    """Model, optimizer and the step. Seeds the global random generators with train.seed."""
+
+    def __init__(self, cfg: FineTuneConfig, data: TuneData, device: torch.device) -> None:
+        self.cfg, self.data, self.device = cfg, data, device
+        with use_backends(cfg.train.backend):
+            pass  # names are checked before anything is made
+        rng.seed_all(cfg.train.seed)
+        self.model = FineTuned(cfg.model, cfg.head, cfg.drop).to_device(device, cfg.train.precision)
+        if cfg.train.freeze_front:
+            self.model.freeze_front()
+        self.model.train()
+        self.capturable = device.type != "cpu"
+        self.optimizer = AdamWEMA(
+            list(param_groups(self.model, cfg)),
+            lr=cfg.optim.lr,
+            betas=cfg.optim.betas,
+            eps=cfg.optim.eps,
+            eps_mode=cfg.optim.eps_mode,
+            capturable=self.capturable,
+        )
+        self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.bad = torch.zeros(2, dtype=torch.int64, device=device)
+        """bad steps so far, and bad steps in a row now"""
+
+    def step(self, number: int, batches: list[Batch]) -> Outcome:
+        """Step `number`, counted from 1; a NaN or inf in loss or gradient leaves everything as it was."""
+        cfg = self.cfg
+        total, samples = torch.zeros((), device=self.device), sum(map(len, batches))
+        with use_backends(cfg.train.backend):
+            for batch in batches:
+                with phase("forward"):
+                    loss = self.loss(batch, train_encoder=number > cfg.train.freeze_steps) / samples
+                with phase("backward"):
+                    loss.backward()
+                total += loss.detach()
+            with phase("optimizer"):
+                norm, factor = clip_factor(self._named.values(), cfg.optim.clip)
+                good = torch.isfinite(torch.stack([total, norm])).all()
+                lr = learning_rate(cfg.optim, number - 1, cfg.train.steps)
+                set_learning_rate(self.optimizer, lr)
+                if self.capturable:
+                    self.optimizer.step(clip_factor=factor, found_inf=(~good).float())
+                elif good:
+                    self.optimizer.step(clip_factor=factor)
+                self.optimizer.zero_grad(set_to_none=True)
+                self.bad.add_(~good)
+                self.bad[1].mul_(~good)
+        return Outcome(good, total, norm, lr)
+
+    def loss(self, batch: Batch, *, train_encoder: bool = True) -> Tensor:
+        """0-dim fp32: the task's loss summed over the samples of a batch."""
+        head, labels = self.cfg.head, self.data.labels(batch.ids)
+        if head.task == "ctc":
+            masks = self._span_masks(batch)
+            logits, padded = self.model(batch.source, batch.padding_mask, *masks, train_encoder=train_encoder)
+            return ctc_loss(logits, padded, labels)
+        source, soft = batch.source, None
+        if self.model.modality == "image":
+            source, soft = mix(source, labels, head.outputs, self.cfg.augment)
+        logits, _ = self.model(source, batch.padding_mask, train_encoder=train_encoder)
+        if soft is not None:
+            return soft_cross_entropy(logits, soft)
+        if head.regression:
+            return F.mse_loss(logits.squeeze(1), labels.float(), reduction="sum")
+        smoothing = self.cfg.augment.label_smoothing
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+    def _span_masks(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Masks over time [B,T] and channels [B,D], drawn by (seed, epoch, utterance)."""
+        span, ids = self.cfg.span, batch.ids.tolist()
+        front = self.cfg.model.front
+        frames = front.frames(batch.source.shape[1])  # type: ignore[union-attr]
+
+        def draw(
+            use: int, lengths: np.ndarray, size: int, prob: float, length: int, least: int
+        ) -> Tensor | None:
+            if not prob:
+                return None
+            rngs = [generator(self.cfg.train.seed, use, batch.epoch, i) for i in ids]
+            return torch.from_numpy(span_mask(lengths, size, prob, length, rngs, least)).to(self.device)
+
+        _, lengths = token_lengths(front, batch.source, batch.padding_mask)
+        real = np.full(len(ids), frames) if lengths is None else lengths.cpu().numpy()
+        width = self.cfg.model.dim
+        time = draw(TIME_MASK, real, frames, span.time_prob, span.time_length, 1)
+        channels = np.full(len(ids), width)
+        return time, draw(CHANNEL_MASK, channels, width, span.channel_prob, span.channel_length, 0)
+
+    def count_bad(self) -> tuple[int, int]:
+        """Bad steps so far, and in a row now; waits for the device."""
+        skipped, in_a_row = self.bad.tolist()
+        return skipped, in_a_row
+
+    def report(self, outcome: Outcome) -> dict[str, Any]:
+        """The numbers of a log step, read from the device."""
+        loss, norm = torch.stack([outcome.loss, outcome.grad_norm]).double().tolist()
+        return {"loss": loss, "grad_norm": norm, "lr": outcome.lr}
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter name -> field -> tensor, for a checkpoint."""
+        state = self.optimizer.state
+        return {name: dict(state[p]) for name, p in self._named.items() if state[p]}
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint: weights, optimizer and random states."""
+        fill_model(self.model, checkpoint.model, checkpoint.path)
+        for name, fields in checkpoint.optimizer.items():
+            p = self._named[name]
+            self.optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in fields.items()}
+        rng.restore(checkpoint.rng, self.device)
+
+
+def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, Any]]:
+    """Trained parameters by learning-rate scale and weight decay.
+
+    Block i of n (the prenet's come first) learns at layer_decay^(n - i) of the rate; embeddings, extra tokens
+    and the head at all of it (mae_image_classification.py; goldens/finetune.json). Without optim.decay_all
+    biases, 1-D parameters and ALiBi scales are not decayed.
+    """
+    prenet, depth = cfg.model.prenet_depth, cfg.model.prenet_depth + cfg.model.depth
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        scale = 1.0
+        before, found, after = name.partition("blocks.")
+        if found and ".decoder." not in name:
+            number = int(after.partition(".")[0]) + (0 if before.endswith("context_encoder.") else prenet)
+            scale = cfg.train.layer_decay ** (depth - number)
+        exempt = p.dim() == 1 or name.endswith(".bias") or "alibi_scale" in name
+        decay = cfg.optim.weight_decay if cfg.optim.decay_all or not exempt else 0.0
+        groups.setdefault((scale, decay), []).append(p)
+    for (scale, decay), params in groups.items():
+        yield {"params": params, "lr_scale": scale, "weight_decay": decay}

@@ -1,0 +1,267 @@
+"""Runs of `d2v finetune` on small data: learning, resuming bit for bit, scores, errors, the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import d2v
+from d2v.checkpoint import CheckpointError
+from d2v.cli import main
+from d2v.data import DataError
+from d2v.finetune.config import FineTuneConfig
+from d2v.finetune.evaluate import run_eval
+from d2v.finetune.load import read_tuned_config
+from d2v.finetune.model import FineTuned
+from d2v.finetune.recipes import default_recipe, recipe, with_drops
+from d2v.finetune.run import resume_finetune, run_finetune
+from d2v.presets import preset
+from d2v.progress import read_metrics
+from d2v.train import run
+from tests.d2v.test_resume import assert_same_run
+from tests.d2v.tiny_runs import LINES, make_data, tiny
+
+RECIPES = {"image": "image_tiny", "audio": "speech_tiny", "text": "text_tiny"}
+LETTERS = {"A": 300, "B": 900}
+"""letter -> frequency in Hz of the sound that says it"""
+
+
+def labelled(modality: str, folder: Path) -> str:
+    """Data that a few steps can learn: stripes across or along, texts of two topics, tones that spell."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    if modality == "image":
+        rows, columns = np.mgrid[:24, :24] / 24
+        labels = np.arange(80) % 2
+        phase = rng.random(80)
+        waves = [
+            np.sin(2 * np.pi * (3 * (columns if k else rows) + p)) for k, p in zip(labels, phase, strict=True)
+        ]
+        np.savez(folder / "x.npz", images=np.uint8(127 * (1 + np.stack(waves)))[..., None], labels=labels)
+        return str(folder / "x.npz")
+    if modality == "text":
+        for part, count in (("train", 40), ("dev", 16)):
+            lines = [
+                {"text": f"{LINES[i % 2 * 2]} {i}", "label": ("cat", "token")[i % 2]} for i in range(count)
+            ]
+            (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        return str(folder)
+    for part, count in (("train", 24), ("dev", 6)):
+        (folder / part).mkdir()
+        for i in range(count):
+            word = "".join(rng.choice(list(LETTERS), 3))
+            t = np.arange(4_800) / 16_000
+            tones = [np.concatenate([np.sin(2 * np.pi * LETTERS[c] * t), np.zeros(1_600)]) for c in word]
+            soundfile.write(folder / part / f"{i}.wav", 0.3 * np.concatenate(tones), 16_000)
+            (folder / part / f"{i}.txt").write_text(word)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A pretraining run of two steps for each modality."""
+    root = tmp_path_factory.mktemp("encoders")
+    for modality in RECIPES:
+        run(tiny(modality, steps=2), make_data(modality, root / f"{modality}_data"), root / modality)
+    return {modality: root / modality for modality in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("labelled")
+    return {modality: labelled(modality, root / modality) for modality in RECIPES}
+
+
+def config(encoder: Path, modality: str, **train: Any) -> FineTuneConfig:
+    """The tiny recipe, a few steps, with dropout."""
+    model = d2v.load(encoder).cfg
+    cfg = recipe(RECIPES[modality]).on(RECIPES[modality], model)
+    cfg = dataclasses.replace(
+        cfg,
+        train=dataclasses.replace(
+            cfg.train,
+            **{"device": "cpu", "steps": 6, "evaluate_every": 4, "save_every": 100, "log_every": 1, **train},
+        ),
+        optim=dataclasses.replace(cfg.optim, warmup=0, lr=3e-3),
+        drop=dataclasses.replace(cfg.drop, dropout=0.1, layer=0.1),
+        augment=dataclasses.replace(cfg.augment, mixup=0.3, rand_ops=int(modality == "image"), erase=0.2),
+        data=dataclasses.replace(cfg.data, batch={"image": 16, "audio": 8, "text": 8}[modality], block=24),
+    )
+    return with_drops(cfg)
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_resumed_runs_are_bitwise_the_unbroken_one(
+    modality: str, encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    cfg = config(encoders[modality], modality)
+
+    def at(last: int) -> Callable[[int], bool]:
+        return lambda step: step == last
+
+    given = (cfg, encoders[modality], data[modality])
+    whole = run_finetune(*given, tmp_path / "whole")
+    assert whole.finished and whole.exit_code == 0
+    first = run_finetune(*given, tmp_path / "parts", stop=at(3))
+    assert (first.step, first.finished, first.scores) == (3, False, {})
+    assert not resume_finetune(tmp_path / "parts", stop=at(5)).finished
+    last = resume_finetune(tmp_path / "parts")
+    assert last.finished and (last.scores, last.best) == (whole.scores, whole.best)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert resume_finetune(tmp_path / "parts").scores == whole.scores  # nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("modality", "steps", "score"),
+    [("image", 60, "test/top1"), ("text", 30, "test/accuracy"), ("audio", 150, "dev/wer")],
+)
+def test_runs_learn_and_eval_gives_the_scores_again(
+    modality: str,
+    steps: int,
+    score: str,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cfg = config(encoders[modality], modality, steps=steps, evaluate_every=steps // 2)
+    plain = dataclasses.replace(cfg.augment, mixup=0.0, rand_ops=0, erase=0.0)
+    still = dataclasses.replace(cfg.drop, dropout=0.0, layer=0.0, path=0.0)
+    span = dataclasses.replace(cfg.span, time_prob=0.0, channel_prob=0.0)
+    cfg = with_drops(dataclasses.replace(cfg, augment=plain, drop=still, span=span))
+    result = run_finetune(cfg, encoders[modality], data[modality], tmp_path / "run")
+    good = result.scores[score] < 0.35 if score.endswith("wer") else result.scores[score] > 0.9
+    assert good, result.scores
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if score in row] == [steps // 2, steps]
+    assert (tmp_path / "run" / "plots" / "scores.png").exists()
+    capsys.readouterr()
+    again = run_eval(tmp_path / "run")
+    assert again[score] == result.best and f"{score} " in capsys.readouterr().out
+    model = d2v.load(tmp_path / "run")
+    assert isinstance(model, FineTuned) and not model.training
+    if modality == "audio":
+        assert run_eval(tmp_path / "run", beam=8)[score] <= again[score] + 0.2
+    newest = run_eval(tmp_path / "run", step=steps)
+    assert newest == pytest.approx(result.scores)
+
+
+def test_a_frozen_encoder_stays_while_the_head_learns(
+    encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    cfg = config(encoders["image"], "image", freeze_steps=3)
+    pretrained = d2v.load(encoders["image"]).state_dict()
+    moved = []
+    for steps in (3, 4):
+        short = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, steps=steps))
+        run_finetune(short, encoders["image"], data["image"], tmp_path / str(steps))
+        tuned = d2v.load(tmp_path / str(steps), step=steps).state_dict()
+        moved.append(
+            [
+                k
+                for k, v in tuned.items()
+                if not torch.equal(v, pretrained.get(k.removeprefix("model."), v + 1))
+            ]
+        )
+    assert sorted(moved[0]) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    assert len(moved[1]) > 20
+
+
+def test_from_scratch_differs_and_layer_decay_slows_low_blocks(
+    encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    cfg = config(encoders["image"], "image", steps=2, layer_decay=0.1)
+    pretrained = d2v.load(encoders["image"]).state_dict()
+    run_finetune(cfg, encoders["image"], data["image"], tmp_path / "tuned")
+    run_finetune(cfg, encoders["image"], data["image"], tmp_path / "scratch", scratch=True)
+    tuned, scratch = (d2v.load(tmp_path / name, step=2).state_dict() for name in ("tuned", "scratch"))
+    key = "blocks.{}.mlp.fc1.weight"
+    distance = [(tuned[f"model.{key.format(i)}"] - pretrained[key.format(i)]).norm() for i in (0, 1)]
+    assert 0 < distance[0] < 0.3 * distance[1]
+    far = (scratch[f"model.{key.format(0)}"] - pretrained[key.format(0)]).norm()
+    assert far > 10 * distance[0]
+
+
+def test_bad_steps_are_skipped_and_stop_the_run(
+    encoders: dict[str, Path], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = config(encoders["text"], "text", max_bad_steps=2)
+    cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=1e30, clip=None))
+    result = run_finetune(cfg, encoders["text"], data["text"], tmp_path / "run")
+    assert (result.exit_code, result.finished) == (1, False)
+    assert "stopped: 2 bad steps in a row" in capsys.readouterr().out
+
+
+def test_errors_leave_nothing_behind(encoders: dict[str, Path], data: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="labels missing"):
+        run_finetune(config(encoders["image"], "image"), encoders["image"],
+                     make_data("image", tmp_path / "plain"), out)  # fmt: skip
+    assert not out.exists()
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        run_finetune(config(encoders["image"], "image"), tmp_path, data["image"], out)
+    assert not out.exists()
+    small = config(encoders["image"], "image")
+    small = dataclasses.replace(small, head=dataclasses.replace(small.head, outputs=1))
+    with pytest.raises(ValueError, match="head.outputs must be at least 2, as the data have, got 1"):
+        run_finetune(small, encoders["image"], data["image"], out)
+    with pytest.raises(ValueError, match="unknown backend"):
+        run_finetune(
+            config(encoders["image"], "image", backend="magic"), encoders["image"], data["image"], out
+        )
+    assert not out.exists()
+
+
+def test_the_command(
+    encoders: dict[str, Path], data: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    given = ["finetune", str(encoders["image"]), "--task", "classify", "--data", data["image"], "--out", out,
+             "--train.steps", "3", "--train.device", "cpu", "--drop.path", "0.2", "--data.batch", "16",
+             "--data-limit", "32"]  # fmt: skip
+    assert main(given) == 0
+    cfg, where, encoder = read_tuned_config(out)
+    assert (cfg.recipe, cfg.drop.path, cfg.data_limit, cfg.head.outputs) == ("image_tiny", 0.2, 32, 2)
+    assert (where, encoder) == (data["image"], str(encoders["image"]))
+    assert "32 training samples, test 16; 2 outputs" in capsys.readouterr().out
+    assert main(["finetune", "--resume", out]) == 0
+    assert main(["eval", out]) == 0
+    assert "test/top1" in capsys.readouterr().out
+    assert main(["plot", out]) == 0
+    assert main(given) == 2 and "holds a run already" in capsys.readouterr().err
+    for wrong, words in (
+        (["finetune", "--task", "classify"], "RUN is missing"),
+        (["finetune", str(encoders["image"]), "--task", "classify"], "--data PATH is missing"),
+        (["finetune", str(encoders["image"]), "--data", "x"], "--task TASK is missing"),
+        ([*given, "--recipe", "glue_rte"], "recipe glue_rte is for task sentence, got --task classify"),
+        ([*given, "--recipe", "imagenet"], "no recipe 'imagenet'; nearest: imagenet_"),
+        ([*given, "--train.steps", "0"], "config: train.steps must be positive, got 0"),
+        (["finetune", "--resume", out, "--out", "y"], "--resume OUT goes alone"),
+        (["probe", out, "--data", data["image"]], "is fine-tuned: a pretrained model is needed"),
+        (["eval", str(encoders["image"])], "not a fine-tuning run: it has no [head]"),
+    ):
+        assert main(wrong) == 2, wrong
+        assert words in capsys.readouterr().err, wrong
+
+
+def test_default_recipes() -> None:
+    found = {
+        (task, name): default_recipe(task, preset(name).model)  # type: ignore[arg-type]
+        for task, name in (
+            ("classify", "image_tiny"), ("classify", "image_base"), ("classify", "image_large"),
+            ("classify", "audio_tiny"), ("ctc", "audio_base"), ("ctc", "audio_large"), ("ctc", "audio_tiny"),
+            ("sentence", "text_base"), ("sentence", "text_tiny"),
+        )
+    }  # fmt: skip
+    assert list(found.values()) == [
+        "image_tiny", "imagenet_base", "imagenet_large", "sound_tiny", "librispeech_100h_base",
+        "librispeech_100h_large", "speech_tiny", "glue_sst2", "text_tiny",
+    ]  # fmt: skip
