@@ -4,7 +4,7 @@
 
 Saved for backward: x, r, mean and rstd; h and GELU's gradient are recomputed. Padding is kernel // 2 on both
 sides and an even kernel drops the last output, as the original's SamePad does. Both forms run as one 2-D
-convolution over a channels-last view, so nothing is transposed.
+convolution over a channels-last view, so nothing is transposed but where `_planes` says so.
 
 With `plan`, x is [B, T, C] and every masked version reads it with its masked places zeroed: that [N, T, C]
 input lives only while a convolution runs and is rebuilt in backward. With `rows`, outputs exist at those
@@ -25,10 +25,19 @@ from ..ops.masks import MaskPlan
 from ._autocast import without_autocast
 
 
+def _planes(x_NHWC: Tensor, groups: int) -> Tensor:
+    """[N,C,H,W] view for a convolution. Dense 1-D ones in fp32 on a CPU get a channels-first copy: on
+    channels-last memory oneDNN sums all taps and channels in one chain, at four times the rounding error.
+    """
+    x = x_NHWC.permute(0, 3, 1, 2)
+    chained = groups == 1 and x.shape[2] == 1 and x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.contiguous() if chained else x
+
+
 def _conv(x_NHWC: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """[N,H,W,C] -> [N,H,W,Cout], contiguous."""
     pad = (weight.shape[2] // 2, weight.shape[3] // 2)
-    out = F.conv2d(x_NHWC.permute(0, 3, 1, 2), weight, bias, padding=pad, groups=groups).permute(0, 2, 3, 1)
+    out = F.conv2d(_planes(x_NHWC, groups), weight, bias, padding=pad, groups=groups).permute(0, 2, 3, 1)
     return out[:, : x_NHWC.shape[1], : x_NHWC.shape[2]].contiguous()
 
 
@@ -40,7 +49,7 @@ def _conv_backward(
     if kh % 2 == 0 or kw % 2 == 0:  # the dropped outputs had no gradient
         dr_NHWC = F.pad(dr_NHWC, (0, 0, 0, 1 - kw % 2, 0, 1 - kh % 2))
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        dr_NHWC.permute(0, 3, 1, 2), x_NHWC.permute(0, 3, 1, 2), weight, None,
+        _planes(dr_NHWC, groups), _planes(x_NHWC, groups), weight, None,
         (1, 1), (kh // 2, kw // 2), (1, 1), False, (0, 0), groups, [needs[0], needs[1], False],
     )  # fmt: skip
     return (dx.permute(0, 2, 3, 1) if needs[0] else None), (dw if needs[1] else None)
