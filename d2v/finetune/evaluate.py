@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..train import pick_device
 from .config import FineTuneConfig
 from .data import Part, open_tune_data
 from .decode import beam_search, greedy
-from .load import load_run
+from .load import LABELS, load_run
 from .metrics import GLUE_METRICS, class_scores, regression_scores, transcript_scores
 from .model import FineTuned
 from .transcripts import Vocabulary
@@ -90,8 +91,10 @@ def run_eval(
     device = pick_device("auto")
     model.to_device(device, cfg.train.precision)
     found = open_tune_data(data or own, cfg, device=device, encoder_dir=None, run_dir=Path(path))
-    if found.outputs != cfg.head.outputs:
-        raise DataError(f"eval: {data} has {found.outputs} classes, {path} was trained on {cfg.head.outputs}")
+    names = json.loads((Path(path) / LABELS).read_text(encoding="utf-8"))
+    if found.names != names:
+        other = next(iter(sorted(set(found.names) ^ set(names))), "their order")
+        raise DataError(f"eval: {data} has other classes than {path} was trained on: {other}")
     scores = evaluate(model, cfg, found.parts, found.names, beam)
     for name, score in scores.items():
         print(f"{name:<28} {score:.4f}")

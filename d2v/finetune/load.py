@@ -25,6 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+LABELS = "labels.json"
+"""file of a run with its class names, or letters"""
 BEST = "best"
 """folder of a run with the checkpoint that scored best on the first held-out part"""
 

@@ -7,6 +7,7 @@ held-out part. Random states are part of a checkpoint, so a resumed run repeats 
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -40,7 +41,7 @@ from ..train import RunError, _claim, pick_device
 from .config import FineTuneConfig
 from .data import open_tune_data
 from .evaluate import evaluate
-from .load import BEST, read_tuned_config, write_tuned_config
+from .load import BEST, LABELS, read_tuned_config, write_tuned_config
 from .metrics import is_better
 from .tuner import Outcome, Tuner
 
@@ -160,6 +161,7 @@ class _Run:
             start_from(self.tuner, weights, encoder)
         write_tuned_config(out, cfg, data, str(encoder))
         write_environment(out)
+        (out / LABELS).write_text(json.dumps(self.data.names, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = None if checkpoint is None else checkpoint.step
         self.scores: dict[str, float] = {}
         truncate_metrics(out, self.place.step)

@@ -42,13 +42,15 @@ class GlueTask(NamedTuple):
     evaluated: tuple[str, ...] = ("dev",)
     """stems of the files that are evaluated"""
     header: bool = True
+    largest: float | None = None
+    """of numbers as labels, which fairseq's preprocess_GLUE_tasks.sh divides by it"""
 
 
 GLUE = {
     "cola": GlueTask(("3",), "1", header=False),
     "sst2": GlueTask(("sentence",), "label"),
     "mrpc": GlueTask(("#1 String", "#2 String"), "Quality"),
-    "stsb": GlueTask(("sentence1", "sentence2"), "score"),
+    "stsb": GlueTask(("sentence1", "sentence2"), "score", largest=5.0),
     "qqp": GlueTask(("question1", "question2"), "is_duplicate"),
     "mnli": GlueTask(("sentence1", "sentence2"), "gold_label", ("dev_matched", "dev_mismatched")),
     "qnli": GlueTask(("question", "sentence"), "label"),
@@ -127,9 +129,18 @@ def _read_tsv(file: Path, task: GlueTask) -> list[Sentence]:
                     f"data: {file}, line {number}: {len(row)} columns, {max(places) + 1} are needed"
                 )
             *texts, label = (row[place] for place in places)
+            if task.largest is not None:
+                label = _share(label, task.largest, f"{file}, line {number}")
             if label != "-":  # of MNLI: annotators did not agree
                 found.append(Sentence(tuple(texts), label))
     return found
+
+
+def _share(label: str, largest: float, where: str) -> str:
+    try:
+        return str(float(label) / largest)
+    except ValueError:
+        raise DataError(f"data: {where}: the label must be a number, got {label!r}") from None
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ ROWS = {
     "sst2": (["sentence\tlabel", "good \t1", "bad\t0"], ("good ",), "1"),
     "mrpc": (["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", '1\t7\t8\tA "b\tC d', "0\t7\t8\te\tf"],
              ('A "b', "C d"), "1"),
-    "stsb": (["index\tsentence1\tsentence2\tscore", "0\ta\tb\t2.5", "1\tc\td\t5"], ("a", "b"), "2.5"),
+    "stsb": (["index\tsentence1\tsentence2\tscore", "0\ta\tb\t2.5", "1\tc\td\t5"], ("a", "b"), "0.5"),
     "qqp": (["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "1\t2\t3\ta?\tb?\t0", "1\t2\t3\tc\td\t1"],
             ("a?", "b?"), "0"),
     "mnli": (["index\tsentence1\tsentence2\tgold_label", "0\ta\tb\tneutral", "1\tc\td\t-",

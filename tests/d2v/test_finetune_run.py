@@ -150,6 +150,13 @@ def test_runs_learn_and_eval_gives_the_scores_again(
     assert isinstance(model, FineTuned) and not model.training
     if modality == "audio":
         assert run_eval(tmp_path / "run", beam=8)[score] <= again[score] + 0.2
+    if modality == "text":
+        (tmp_path / "other").mkdir()
+        for part in ("train", "dev"):
+            lines = '{"text": "x", "label": "cat"}\n{"text": "y", "label": "dog"}\n'
+            (tmp_path / "other" / f"{part}.jsonl").write_text(lines)
+        with pytest.raises(DataError, match="has other classes than .* was trained on: dog"):
+            run_eval(tmp_path / "run", str(tmp_path / "other"))
     newest = run_eval(tmp_path / "run", step=steps)
     assert newest == pytest.approx(result.scores)
 
