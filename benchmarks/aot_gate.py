@@ -62,6 +62,8 @@ class Budget:
     """registers in the calls of aot_variants.py, where those may take more"""
     narrow: Mapping[str, Narrow] = field(default_factory=dict)
     """argument -> why its accesses cannot be wider"""
+    spilled_on_amd: int = 0
+    """bytes per thread it may spill on gfx942, where tiles are NVIDIA's"""
     products: str | Callable[[Mapping[str, Any]], str] = ""
     """matrix instruction it must have on sm_90 in 16 bits: HGMMA or HMMA; none when empty, and in fp32. Or a
     function of a build's arguments (`aot_build.Build.arguments`), where that depends on tiles"""
@@ -86,7 +88,7 @@ def problems(
     if budget is None:
         return ["no entry in benchmarks/aot_budgets.py"]
     wrong = []
-    if found.spilled:
+    if found.spilled > (0 if target in LIMITS else budget.spilled_on_amd):
         wrong.append(f"spills {found.spilled} bytes per thread")
     if target not in LIMITS:
         if found.shared > LDS:

@@ -34,9 +34,16 @@ def forward_tiles(call: Call) -> Config:
 
 def queries_tiles(call: Call) -> Config:
     """For attention_bwd_kernel_queries."""
+    if call.item == 4:
+        # At one stage sm_100 spills in heads above 64.
+        first = _tile(16, 32, stages=2 if call.padded_width > 64 else 1)
+        return _config(call, "attention_bwd_kernel_queries", [first, _FP32[0]])
     step = _backward_step(call)
-    other = _tile(64, step // 2) if step > 16 else _tile(64, step, stages=1)
-    candidates = _FP32[::-1] if call.item == 4 else [_tile(64, step), other]
+    if call.dropped and call.biased:
+        # At two stages sm_100 spills; at one a multiprocessor of sm_90 holds three programs, at three two.
+        candidates = [_tile(64, step, stages=1), _tile(64, step, stages=3)]
+    else:
+        candidates = [_tile(64, step), _tile(64, step // 2) if step > 16 else _tile(64, step, stages=1)]
     return _config(call, "attention_bwd_kernel_queries", candidates)
 
 
