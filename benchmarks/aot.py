@@ -246,7 +246,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     users = users_of(uses, args.targets)
     everything = args.sample or set(args.presets) == set(PRESETS)
-    if everything and set(args.ops) == set(triton_stems()):  # what ops share starts in the calls of others too
+    if everything and set(args.ops) == set(triton_stems()):  # what ops share may start for another op
         started = {build.kernel for build in users}
         wrong += [
             f"{name}: no case of the benchmarks or of benchmarks/aot_variants.py starts it"
