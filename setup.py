@@ -98,6 +98,7 @@ setup(
         "d2v",
         "d2v.data",
         "d2v.data.embedded",
+        "d2v.finetune",
         "d2v.model",
     ],
     package_dir={"d2vkern.kernels": "kernels"},

@@ -297,6 +297,7 @@ def read_config(run_dir: str | Path) -> tuple[Config, str]:
 _NEUTRAL = frozenset({
     "preset", "data.workers", "data.prefetch", "train.device", "train.save_every", "train.keep",
     "train.log_every", "train.max_bad_steps", "train.min_rank", "train.min_variance", "train.alarm_after",
+    "probe.every", "probe.data", "probe.rows", "probe.layers",
 })  # fmt: skip
 """settings that change neither weights nor their order of computation"""
 

@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from .cli_finetune import evaluate, finetune
 from .cli_parse import DataPath, Model, UsageError, parse
-from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, TrainConfig
+from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig
 from .nsys import parse_steps
 from .presets import PRESETS, preset
 
@@ -54,6 +54,7 @@ class TrainOptions:
     ema: EMAConfig
     data: DataConfig
     train: TrainConfig
+    probe: ProbeConfig
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -334,7 +335,7 @@ def profile(arguments: Sequence[str]) -> int:
     """See `ProfileOptions`."""
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     base = preset(name or "image_tiny")
-    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
+    sections = [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "probe")]
     defaults = ProfileOptions(**{key: getattr(base, key) for key in sections})
     rest = arguments if name is None else arguments[1:]
     given = parse(ProfileOptions, _join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)

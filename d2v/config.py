@@ -285,6 +285,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """Probes of the encoder while it is pretrained; they change nothing about the training."""
+
+    every: int = 0
+    """steps between probes, and one at the end; 0: none"""
+    data: str | None = None
+    """labelled data set, as `d2v probe` takes it; none: the run's own"""
+    rows: int = 2_000
+    """samples of each part at most, evenly spaced"""
+    layers: tuple[int, ...] = (-1,)
+    """indices of main blocks, negative from the last"""
+
+    def __post_init__(self) -> None:
+        check(self.every >= 0, "probe.every", "at least 0", self.every)
+        check(self.rows > 1, "probe.rows", "at least 2", self.rows)
+        check(len(self.layers) > 0, "probe.layers", "one or more blocks", self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run: what a preset returns."""
 
@@ -294,6 +313,7 @@ class Config:
     ema: EMAConfig = field(default_factory=EMAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

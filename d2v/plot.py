@@ -11,7 +11,7 @@ from .progress import read_metrics
 FIGURES: dict[str, tuple[str, list[str]]] = {
     "loss": ("loss per masked token", ["loss"]),
     "variance": ("deviation across tokens", ["target_var", "pred_var", "front_var"]),
-    "rank": ("effective rank", ["front_rank", "pred_rank", "target_rank"]),
+    "rank": ("effective rank", ["front_rank", "pred_rank", "target_rank", "feature_rank"]),
     "gradient": ("gradient norm before clipping", ["grad_norm"]),
     "schedule": ("learning rate", ["lr"]),
     "speed": ("samples per second", ["samples_per_s"]),

@@ -107,6 +107,8 @@ class Progress:
         self._stream = stream or sys.stdout
         self._live: Any = None
         self._text = ""
+        self.pinned = ""
+        """shown at the end of the line"""
 
     def __enter__(self) -> Progress:
         if self._stream.isatty():
@@ -143,6 +145,11 @@ class Progress:
         self._file.write(_line(row))
         self._file.flush()
 
+    def idle(self, seconds: float) -> None:
+        """Leave time that was not spent training out of speed and remaining time."""
+        self._marked += seconds
+        self._began += seconds
+
     def log(self, row: dict[str, Any]) -> None:
         """Write one line of metrics, with speed added, and show it."""
         now = time.perf_counter()
@@ -156,7 +163,7 @@ class Progress:
         self._file.flush()
         done = row["step"] - self._start
         eta = (now - self._began) / done * (self.steps - row["step"]) if done else math.inf
-        self._text = self._describe(row, self.steps, self.unit, eta)
+        self._text = self._describe(row, self.steps, self.unit, eta) + self.pinned
         if self._live is None:
             print(self._text, file=self._stream, flush=True)
         else:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,6 +40,9 @@ from .plot import plot_run
 from .progress import Progress, read_metrics, truncate_metrics
 from .signals import StopRequest
 from .step import Trainer
+
+if TYPE_CHECKING:
+    from .online_probe import OnlineProbe
 
 MOST_NAMED = 20
 """unreadable samples named while running"""
@@ -168,6 +171,11 @@ class _Run:
         self.cfg, self.out, self.device = cfg, out, device
         self.pipeline: Pipeline = open_data(data, cfg, device=device, run_dir=out)
         self._check_same_data(data)
+        self.probe: OnlineProbe | None = None
+        if cfg.probe.every:
+            from .online_probe import OnlineProbe
+
+            self.probe = OnlineProbe(cfg, data, out)
         write_environment(out)
         self.trainer = Trainer(cfg, device)  # seeds, so after the imports of `open_data`: some draw numbers
         if checkpoint is None:
@@ -215,6 +223,10 @@ class _Run:
                     break
                 self._step(batches, progress)
                 profiler.reach(place.step)
+                if self.probe is not None and (
+                    place.step % self.cfg.probe.every == 0 or place.step == cfg.steps
+                ):
+                    self._probe(self.probe, progress)
                 if place.step % cfg.save_every == 0:
                     self._save()
                 if stop is not None and stop(place.step):
@@ -304,6 +316,15 @@ class _Run:
             progress.log({**row, "skipped": place.skipped})
             for alarm in self.alarm_log.fresh(alarms):
                 progress.say(f"warning: step {place.step}: {alarm.message}")
+
+    def _probe(self, probe: OnlineProbe, progress: Progress) -> None:
+        """Score the frozen encoder and say so."""
+        began = time.perf_counter()
+        found = probe.run(self.trainer.model)
+        progress.note({"step": self.place.step, **found.row})
+        progress.say(f"step {self.place.step}: probe {found.line}")
+        progress.pinned = f" | probe {found.line}"
+        progress.idle(time.perf_counter() - began)
 
     def _count_bad(self, progress: Progress) -> bool:
         """Bring the count of bad steps up to date; whether there are new ones."""

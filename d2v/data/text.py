@@ -8,6 +8,7 @@ time) and of the tokenizer: changing either makes a new one.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -185,6 +186,12 @@ class TextSplit(Split):
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def select(self, keep: np.ndarray) -> TextSplit:
+        """The texts numbered `keep` [k] int64."""
+        chosen = copy.copy(self)
+        chosen.tokens, chosen.labels = [self.tokens[i] for i in keep.tolist()], self.labels[keep]
+        return chosen
 
     def batches(self, size: int) -> Iterator[LabelledBatch]:
         """Tokens [B,T] int64 padded to the longest, padding_mask [B,T], labels [B]."""

@@ -262,7 +262,7 @@ def test_a_cuda_graph_needs_a_gpu(tmp_path: Any) -> None:
 
 def test_short_options_switch_the_modes() -> None:
     cfg = tiny("image")
-    sections = {name: getattr(cfg, name) for name in ("model", "optim", "ema", "data", "train")}
+    sections = {name: getattr(cfg, name) for name in ("model", "optim", "ema", "data", "train", "probe")}
     given = TrainOptions(compile=True, **sections)
     assert _with_modes(given, cfg) == dataclasses.replace(
         cfg, train=dataclasses.replace(cfg.train, compile=True)

@@ -1,0 +1,116 @@
+"""Probes while pretraining: what they say, that they change nothing, resuming, early errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2v.checkpoint import latest_checkpoint, load_checkpoint, read_config
+from d2v.cli import main
+from d2v.config import Config, ProbeConfig
+from d2v.data import DataError, open_labelled
+from d2v.online_probe import evenly
+from d2v.progress import TIMING, read_metrics
+from d2v.train import run
+from tests.d2v.test_resume import RANDOM, assert_same_run
+from tests.d2v.tiny_runs import make_data, tiny
+
+PARTS = {"image": ("test",), "audio": ("test", "unseen_voice"), "text": ("test",)}
+EMBEDDED = {"image": "digits", "audio": "speech", "text": "text"}
+
+
+def stripes(folder: Path) -> str:
+    """Pictures of two classes: stripes along and across."""
+    rows, columns = np.mgrid[:24, :24] / 24
+    labels = np.arange(60) % 2
+    waves = [np.sin(2 * np.pi * (3 * (columns if k else rows) + i / 60)) for i, k in enumerate(labels)]
+    np.savez(folder / "x.npz", images=np.uint8(127 * (1 + np.stack(waves)))[..., None], labels=labels)
+    return str(folder / "x.npz")
+
+
+def probed(cfg: Config, **probe: Any) -> Config:
+    return dataclasses.replace(cfg, probe=ProbeConfig(**probe))
+
+
+def test_probes_change_nothing_and_resume_exactly(tmp_path: Path) -> None:
+    data = stripes(tmp_path)
+    cfg = tiny("image", steps=7, model=RANDOM, train={"log_every": 2})
+    with_probes = probed(cfg, every=3, rows=20)
+    run(cfg, data, tmp_path / "plain")
+    whole = run(with_probes, data, tmp_path / "whole")
+    run(with_probes, data, tmp_path / "parts", stop=lambda step: step == 4)
+    run(with_probes, data, tmp_path / "parts", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    found = [row for row in whole.metrics if "probe/test/knn" in row]
+    assert [row["step"] for row in found] == [3, 6, 7]
+    assert all(0 <= row[f"probe/test/{kind}"] <= 1 for row in found for kind in ("linear", "knn"))
+    assert all(1 <= row["feature_rank"] <= 16 for row in found)
+
+    def others(name: str) -> list[dict[str, Any]]:
+        rows = [row for row in read_metrics(tmp_path / name) if "loss" in row]
+        return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+    assert others("plain") == others("whole")
+    one, two = (load_checkpoint(latest_checkpoint(tmp_path / name)) for name in ("plain", "whole"))  # type: ignore[arg-type]
+    assert all(torch.equal(tensor, two.model[name]) for name, tensor in one.model.items())
+    assert all(torch.equal(tensor, two.rng[name]) for name, tensor in one.rng.items() if "gauss" not in name)
+
+
+def test_probes_see_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stripes are told apart by the encoder; a file of its own is probed, and every layer when asked."""
+    data = stripes(tmp_path)
+    cfg = probed(tiny("image", steps=2), every=2, data=data, layers=(0, -1))
+    result = run(cfg, make_data("image", tmp_path / "plain"), tmp_path / "run")
+    (row,) = [row for row in result.metrics if "feature_rank" in row]
+    names = {f"probe/layer{n}/test/{kind}" for n in (0, 1) for kind in ("linear", "knn")}
+    assert row.keys() == {"step", "feature_rank", *names}
+    assert row["probe/layer1/test/linear"] > 0.9
+    assert "step 2: probe layer0/test/linear" in capsys.readouterr().out
+    assert (tmp_path / "run" / "plots" / "scores.png").exists()
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "text"])
+def test_parts_are_thinned_out_evenly(modality: str, tmp_path: Path) -> None:
+    cfg = tiny(modality)
+    labelled = open_labelled(EMBEDDED[modality], cfg, run_dir=tmp_path)
+    for name in PARTS[modality]:
+        split = labelled.splits[name]
+        few = evenly(split, 7, cfg)
+        assert len(few) == 7 and evenly(split, len(split), cfg) is split
+        (got,) = few.batches(7)
+        all_of_it = list(split.batches(1))
+        for i, place in enumerate(np.linspace(0, len(split) - 1, 7).round().astype(int).tolist()):
+            source, _, label = all_of_it[place]
+            size = source.shape[-1]
+            assert torch.equal(got[0][i][..., :size], source[0])
+            assert torch.equal(got[2][i][: label[0].numel()] if label.ndim > 1 else got[2][i], label[0])
+
+
+def test_errors_come_before_the_first_step(tmp_path: Path) -> None:
+    data = make_data("image", tmp_path / "plain")
+    with pytest.raises(DataError, match="labels missing"):
+        run(probed(tiny("image"), every=2), data, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"probe.layers must be in -2..1, got 5"):
+        run(probed(tiny("image"), every=2, layers=(5,)), stripes(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="probe.every must be at least 0, got -1"):
+        ProbeConfig(every=-1)
+
+
+def test_settings_may_change_on_resume_and_old_runs_have_none(tmp_path: Path) -> None:
+    data = stripes(tmp_path)
+    cfg = tiny("image", steps=4)
+    run(cfg, data, tmp_path / "run", stop=lambda step: step == 2)
+    text = (tmp_path / "run" / "config.toml").read_text()
+    old = text[: text.index("[probe]")]
+    (tmp_path / "run" / "config.toml").write_text(old)
+    assert read_config(tmp_path / "run")[0] == cfg
+    assert main(["train", "--resume", str(tmp_path / "run"), "--probe.every", "2", "--probe.rows", "20"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "probe/test/linear" in row] == [4]
