@@ -25,21 +25,26 @@ __all__ = ["CheckpointError", "Data2Vec", "FineTuned", "__version__", "load", "p
 def load(
     path: str | Path, *, device: str | torch.device = "cpu", step: int | None = None
 ) -> Data2Vec | FineTuned:
-    """A model in eval mode from any of three kinds of `path`.
+    """A model in eval mode from any of four kinds of `path`.
 
-    A run directory (its newest checkpoint, or that of `step`), one `checkpoints/step_N` folder, or a
-    `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no code. What was
-    pretrained is a `Data2Vec`, its teacher loaded; what was fine-tuned, here or by the original, is a
-    `FineTuned` with `.logits()` (of a run: the best checkpoint unless `step` is given).
+    A run directory (its newest checkpoint, or that of `step`), one `checkpoints/step_N` folder, a folder of
+    `d2v convert`, or a `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no
+    code. What was pretrained is a `Data2Vec`, its teacher loaded; what was fine-tuned, here or by the
+    original, is a `FineTuned` with `.logits()` (of a run: the best checkpoint unless `step` is given).
     Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
     """
     from .checkpoint import CheckpointError, fill_model, latest_checkpoint, load_checkpoint, read_config
+    from .convert import is_folder, load_folder
     from .finetune.load import is_tuned_run, load_run, load_tuned_file
     from .finetune.original import is_finetuned
     from .model.data2vec import Data2Vec
     from .original import load_original
 
     path = Path(path)
+    if is_folder(path):
+        if step is not None:
+            raise ValueError(f"load: step must be None for a converted folder, got {step}")
+        return load_folder(path).to(device).eval()
     if is_tuned_run(path):
         return load_run(path, step=step)[0].to(device)
     if not path.is_dir():

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from .cli_convert import convert
 from .cli_finetune import evaluate, finetune
 from .cli_parse import DataPath, Model, UsageError, parse
 from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig
@@ -365,6 +366,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "extract": (extract, "features of every sample to an .npz file"),
     "finetune": (finetune, "fine-tune on labels: pictures, sounds, CTC transcripts, sentences"),
     "eval": (evaluate, "scores of a fine-tuned run: top-1, WER, GLUE's metrics"),
+    "convert": (convert, "a pretrained model as safetensors, or as a file of the original"),
     "presets": (presets, "list the presets, or print one with the source of its values"),
     "check": (check, "counts, sizes, sample rates and unreadable files of a data set"),
     "profile": (profile, "time, bytes and FLOPs of every hot path of a training step"),

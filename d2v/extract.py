@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import load
 from .checkpoint import read_config
 from .config import Config, DataConfig, TextFront
+from .convert import is_folder
 from .data import open_data
 from .model import Data2Vec
 from .train import pick_device
@@ -45,17 +46,17 @@ def open_model(path: str | Path) -> tuple[Data2Vec, Config, Path | None]:
         raise ValueError(
             f"{path} is fine-tuned: a pretrained model is needed (`d2v eval` scores fine-tuned ones)"
         )
-    if path.is_dir():
+    if path.is_dir() and not is_folder(path):
         is_run = (path / "config.toml").exists()
         run = path if is_run else path.resolve().parent.parent
         cfg, _ = read_config(run)
         return model, dataclasses.replace(cfg, data=_as_trained(cfg.data, run)), run
-    front, data = model.cfg.front, DataConfig()
+    front, data, home = model.cfg.front, DataConfig(), path if path.is_dir() else path.parent
     if isinstance(front, TextFront):
-        if not (path.parent / "tokenizer.json").is_file():
+        if not (home / "tokenizer.json").is_file():
             raise ValueError(f"{path}: tokenizer.json must lie beside a text model of the original")
         data = dataclasses.replace(data, block=min(data.block, front.max_positions))
-    return model, Config(preset=path.stem, model=model.cfg, data=data), path.parent
+    return model, Config(preset=path.stem, model=model.cfg, data=data), home
 
 
 def _as_trained(data: DataConfig, run: Path) -> DataConfig:

@@ -1,0 +1,38 @@
+"""The command `d2v convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from .cli_parse import Model, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """A pretrained model in another format, weights bit for bit, without the optimizer.
+
+    There is no timm format: stock timm has no post-norm block.
+    """
+
+    run: Model
+    """run directory, checkpoint folder, converted folder or original .pt"""
+    out: Annotated[Positional[str], arg(metavar="OUT")]
+    """folder (safetensors) or file (original) to make"""
+    to: Literal["safetensors", "original"]
+    """safetensors: model.safetensors and config.json for d2v.load; original: a .pt file of the original"""
+    step: int | None = None
+    """of a run's checkpoint; none: the newest"""
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """See `ConvertOptions`."""
+    given = parse(ConvertOptions, arguments, "convert")
+
+    from .convert import run_convert
+
+    run_convert(given.run, given.out, given.to, step=given.step)
+    return 0

@@ -1,0 +1,215 @@
+"""`d2v convert`: a pretrained model as a folder of safetensors, or as a `.pt` file the original reads.
+
+Weights go over bit for bit, teacher included; the optimizer stays behind. What the original's config cannot
+say is refused by name before anything is written. Stock timm has no post-norm block, so no timm model can
+hold these weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from .checkpoint import CheckpointError, _flatten, fill_model
+from .config import ModelConfig, from_dict, to_dict
+from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
+from .model import Data2Vec
+from .original import translate
+
+Target = Literal["safetensors", "original"]
+FORMAT = "d2v-1"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+
+
+def run_convert(source: str | Path, out: str | Path, target: Target, *, step: int | None = None) -> Path:
+    """Write the pretrained model at `source` to `out`; see `d2v.load` for what source may be.
+
+    safetensors: a folder with model.safetensors, config.json and, for text, the tokenizer.json that lies
+    beside the source. original: a `.pt` file. step: of a run's checkpoint; none: the newest.
+    Raises CheckpointError for what cannot be read, ValueError for a fine-tuned source, for what the original
+    cannot express, and for an `out` that exists.
+    """
+    from . import load
+
+    out, source = Path(out), Path(source)
+    if out.exists():
+        raise ValueError(f"convert: {out} exists already: choose another name")
+    model = load(source, step=step)
+    if not isinstance(model, Data2Vec):
+        raise ValueError(f"convert: {source} is fine-tuned: only pretrained models can be converted")
+    if target == "original":
+        save_original(model, out)
+    else:
+        save_folder(model, out, _tokenizer(source))
+    print(f"{out}: {sum(t.numel() for t in model.state_dict().values()):,} values")
+    return out
+
+
+def _tokenizer(source: Path) -> Path | None:
+    """The tokenizer of a text model: in its run or folder, or beside its file."""
+    run = source if source.is_dir() else source.parent
+    if run.resolve().parent.name == "checkpoints":
+        run = run.resolve().parent.parent
+    found = run / TOKENIZER
+    return found if found.is_file() else None
+
+
+def save_folder(model: Data2Vec, out: Path, tokenizer: Path | None = None) -> None:
+    """A folder that `d2v.load` opens, whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        safetensors.torch.save_file(_tensors(model), making / WEIGHTS)
+        config = {"format": FORMAT, "model": to_dict(model.cfg)}
+        (making / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        if tokenizer is not None and isinstance(model.cfg.front, TextFront):
+            shutil.copyfile(tokenizer, making / TOKENIZER)
+        making.chmod(0o755)
+        making.rename(out)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder of `save_folder`."""
+    return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+
+
+def load_folder(path: Path) -> Data2Vec:
+    """The model of a folder that `save_folder` wrote. Raises CheckpointError naming the wrong file."""
+    file = path / CONFIG
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']!r}, this version reads {FORMAT!r}")
+        cfg = from_dict(ModelConfig, values["model"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a converted model: {error}") from error
+    try:
+        tensors = safetensors.torch.load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS}: damaged: {error}") from error
+    model = Data2Vec(cfg)
+    fill_model(model, tensors, path / WEIGHTS)
+    return model
+
+
+def _tensors(model: Data2Vec) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+
+
+def save_original(model: Data2Vec, out: Path) -> None:
+    """A `.pt` file as the original's trainer writes it: plain containers, the teacher under `_ema`.
+
+    Raises ValueError naming the settings that the original has no words for.
+    """
+    tensors = _tensors(model)
+    student = {name: t for name, t in tensors.items() if not name.startswith("_ema.")}
+    teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
+    tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})
+    state = {"args": None, "cfg": {"model": tree}, "model": {**student, "_ema": teacher}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(prefix=f".{out.name}.", dir=out.parent, delete=False) as file:
+        try:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, out)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
+def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The original's `cfg.model` for a `ModelConfig`: the inverse of `d2v.original.translate`.
+
+    shapes: of the weights. ValueError for what is lost on the way there and back.
+    """
+    front, decoder, target = cfg.front, cfg.decoder, cfg.target
+    if isinstance(front, LogMelFront):
+        raise ValueError("convert: the original has no log-mel front end")
+    section: dict[str, Any] = {
+        "prenet_depth": cfg.prenet_depth,
+        "prenet_dropout": cfg.prenet_dropout,
+        "num_extra_tokens": front.extra_tokens,
+        "mask_prob": cfg.mask.prob,
+        "mask_length": cfg.mask.length,
+        "mask_prob_adjust": cfg.mask.adjust,
+        "mask_noise_std": decoder.noise_std,
+        "inverse_mask": isinstance(front, ImageFront),
+        "ema_local_encoder": isinstance(front, ImageFront),
+        "use_alibi_encoder": False,
+        "decoder": {
+            "decoder_dim": decoder.dim,
+            "decoder_groups": decoder.groups,
+            "decoder_kernel": decoder.kernel,
+            "decoder_layers": decoder.layers,
+            "decoder_residual": decoder.residual,
+            "projection_layers": decoder.projection_layers,
+            "projection_ratio": decoder.projection_ratio,
+            "input_dropout": decoder.input_dropout,
+        },
+    }
+    if isinstance(front, ImageFront):
+        section |= {"embed_dim": cfg.dim, "input_size": front.height, "patch_size": front.patch}
+        section |= {"in_chans": front.channels, "fixed_positions": True}
+    elif isinstance(front, WaveformFront):
+        section |= {
+            "feature_encoder_spec": str(list(front.conv_layers)),
+            "extractor_mode": "layer_norm",
+            "conv_pos_width": front.position_width,
+            "conv_pos_groups": front.position_groups,
+            "conv_pos_depth": front.position_layers,
+            "use_alibi_encoder": front.alibi,
+            "num_alibi_heads": cfg.heads,
+            "learned_alibi_scale": front.alibi,
+            "learned_alibi_scale_per_head": front.alibi,
+        }
+    else:
+        section |= {"max_source_positions": front.max_positions, "dropout": front.dropout}
+        section |= {"learned_pos": True, "no_scale_embedding": True, "layernorm_embedding": True}
+    norms = {f"{kind}_norm_target_layer": target.norm == kind for kind in ("instance", "layer", "batch")}
+    norms |= {f"{kind}_norm_targets": target.final == kind for kind in ("layer", "instance")}
+    tree = {
+        "_name": "data2vec_multi",
+        "supported_modality": cfg.modality.upper(),
+        "embed_dim": cfg.dim,
+        "num_heads": cfg.heads,
+        "depth": cfg.depth,
+        "mlp_ratio": cfg.mlp_ratio,
+        "norm_eps": cfg.norm_eps,
+        "layer_norm_first": False,
+        "end_of_block_targets": False,
+        "encoder_dropout": cfg.encoder_dropout,
+        "attention_dropout": cfg.attention_dropout,
+        "activation_dropout": cfg.activation_dropout,
+        "post_mlp_drop": cfg.post_mlp_dropout,
+        "layerdrop": cfg.layerdrop,
+        "clone_batch": cfg.mask.clones,
+        "average_top_k_layers": target.top_k,
+        **norms,
+        "loss_beta": cfg.loss_beta,
+        "loss_scale": cfg.loss_scale,
+        "cls_loss": cfg.cls_loss,
+        "ema_encoder_only": cfg.ema_encoder_only,
+        "modalities": {cfg.modality: section},
+    }
+    back = translate({"model": tree}, shapes, "convert")
+    # what the original does not have: the rows a CLS loss is scaled to, and the deviation of initial weights
+    wanted = _flatten(to_dict(replace(cfg, cls_rows=None, init_std=back.init_std)))
+    found = _flatten(to_dict(back))
+    if lost := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+        listed = ", ".join(f"{key} = {wanted.get(key)!r}" for key in lost)
+        raise ValueError(f"convert: the original cannot express {listed}")
+    return tree

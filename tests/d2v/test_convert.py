@@ -1,0 +1,155 @@
+"""`d2v convert`: there and back bit for bit, what is refused, what is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import d2v
+from d2v.checkpoint import CheckpointError
+from d2v.cli import main
+from d2v.convert import original_config, run_convert, save_folder, save_original
+from d2v.fronts import WaveformFront
+from d2v.model import Data2Vec
+from d2v.presets import PRESETS, preset
+from d2v.train import run
+from tests.d2v.tiny_models import make_model, make_source
+from tests.d2v.tiny_runs import make_data, tiny
+
+FRONT = WaveformFront(conv_layers=((8, 10, 5), (8, 3, 2), (8, 2, 2)), position_groups=2, position_layers=2)
+
+
+def moved(modality: str) -> Data2Vec:
+    """A model whose teacher is not its student; speech reads waveforms."""
+    model = make_model(modality, front=FRONT) if modality == "audio" else make_model(modality, cls_rows=None)
+    with torch.no_grad():
+        for parameter in model.teacher.parameters():
+            parameter.add_(0.1)
+    return model.eval()
+
+
+def assert_same(a: Data2Vec, b: Data2Vec) -> None:
+    assert dataclasses.replace(a.cfg, init_std=b.cfg.init_std) == b.cfg
+    one, two = a.state_dict(), b.state_dict()
+    assert list(one) == list(two)
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "text"])
+def test_there_and_back(modality: str, tmp_path: Path) -> None:
+    model = moved(modality)
+    save_original(model, tmp_path / "a.pt")
+    assert_same(model, d2v.load(tmp_path / "a.pt"))  # type: ignore[arg-type]
+    run_convert(tmp_path / "a.pt", tmp_path / "folder", "safetensors")
+    assert_same(model, d2v.load(tmp_path / "folder"))  # type: ignore[arg-type]
+    run_convert(tmp_path / "folder", tmp_path / "b.pt", "original")
+    again = d2v.load(tmp_path / "b.pt")
+    assert isinstance(again, Data2Vec)
+    assert_same(model, again)
+    source = make_source(modality)
+    assert torch.equal(model.features(source).x, again.features(source).x)
+    one, two = (torch.load(tmp_path / name) for name in ("a.pt", "b.pt"))
+    assert one["cfg"] == two["cfg"] and one["model"].keys() == two["model"].keys()
+
+
+def test_the_originals_file_keeps_its_keys_and_bits(goldens: Path, tmp_path: Path) -> None:
+    given = goldens / "ckpt_image_base.pt"
+    run_convert(given, tmp_path / "folder", "safetensors")
+    run_convert(tmp_path / "folder", tmp_path / "back.pt", "original")
+    assert_same(d2v.load(given), d2v.load(tmp_path / "back.pt"))  # type: ignore[arg-type]
+    back = torch.load(tmp_path / "back.pt")["model"]
+    expected = d2v.load(given).state_dict()
+    flat = {
+        **{k: v for k, v in back.items() if k != "_ema"},
+        **{f"_ema.{k}": v for k, v in back["_ema"].items()},
+    }
+    assert flat.keys() == expected.keys()
+    assert all(torch.equal(flat[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "audio_tiny"])
+def test_every_preset_has_words_in_the_original(name: str) -> None:
+    cfg = preset(name).model
+    shapes = {"modality_encoders." + cfg.modality.upper() + ".x": (1,)}
+    if cfg.modality == "text":
+        prefix = "modality_encoders.TEXT.local_encoder.embed_"
+        rows = cfg.front.max_positions + 2  # type: ignore[union-attr]
+        shapes |= {
+            f"{prefix}tokens.weight": (cfg.front.vocab_size, cfg.dim),
+            f"{prefix}positions.weight": (rows, cfg.dim),
+        }  # type: ignore[union-attr]
+    tree = original_config(cfg, shapes)
+    assert tree["modalities"].keys() == {cfg.modality} and tree["depth"] == cfg.depth
+    json.dumps(tree)  # plain containers
+
+
+def test_runs_are_converted_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(
+        tiny("text", steps=2, train={"save_every": 1}), make_data("text", tmp_path / "data"), tmp_path / "run"
+    )
+    source = str(tmp_path / "run")
+    assert main(["convert", source, str(tmp_path / "one"), "--to", "safetensors", "--step", "1"]) == 0
+    assert main(["convert", source, str(tmp_path / "two"), "--to", "safetensors"]) == 0
+    assert (tmp_path / "two" / "tokenizer.json").is_file()
+    first, newest = (d2v.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert not all(torch.equal(first[name], newest[name]) for name in first)
+    assert_same(d2v.load(source), d2v.load(tmp_path / "two"))  # type: ignore[arg-type]
+    assert (
+        main(
+            [
+                "extract",
+                str(tmp_path / "two"),
+                "--data",
+                str(tmp_path / "data"),
+                "--out",
+                str(tmp_path / "f.npz"),
+            ]
+        )
+        == 0
+    )
+    (tmp_path / "f.npz").unlink()
+    capsys.readouterr()
+    for wrong, words in (
+        ([source, str(tmp_path / "two"), "--to", "original"], "two exists already"),
+        ([str(tmp_path / "none"), str(tmp_path / "x"), "--to", "original"], "none"),
+        ([source, str(tmp_path / "x"), "--to", "timm"], "timm"),
+    ):
+        assert main(["convert", *wrong]) == 2 and words in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "one", "run", "two"]
+
+
+def test_what_the_original_cannot_express_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the original has no log-mel front end"):
+        save_original(make_model("audio"), tmp_path / "a.pt")
+    front = dataclasses.replace(make_model("image").cfg.front, width=16)
+    with pytest.raises(ValueError, match=r"the original cannot express front.width = 16"):
+        save_original(make_model("image", front=front), tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_folders_are_named(tmp_path: Path) -> None:
+    save_folder(moved("image"), tmp_path / "a")
+    weights, config = tmp_path / "a" / "model.safetensors", tmp_path / "a" / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged"):
+        d2v.load(tmp_path / "a")
+    weights.write_bytes(whole)
+    config.write_text(text.replace('"dim": 16', '"dim": 32'))
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        d2v.load(tmp_path / "a")
+    for broken, words in (
+        (text[:50], "not a converted model"),
+        (text.replace("d2v-1", "d2v-9"), "format 'd2v-9', this version reads 'd2v-1'"),
+        (text.replace('"depth"', '"deep"'), "unknown key 'deep'"),
+        ('{"architectures": ["Bert"]}', "not a converted model: 'format'"),
+    ):
+        config.write_text(broken)
+        with pytest.raises(CheckpointError, match=words):
+            d2v.load(tmp_path / "a")
+    config.write_text(text)
+    assert_same(moved("image"), d2v.load(tmp_path / "a"))  # type: ignore[arg-type]
