@@ -13,9 +13,10 @@ from .cli_parse import Model, parse
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """A pretrained model in another format, weights bit for bit, without the optimizer.
+    """A pretrained model in another format: equal weights in fp32, without the optimizer.
 
-    There is no timm format: stock timm has no post-norm block.
+    The original has no place for model.cls_rows and model.init_std: they are left out of its files. There is
+    no timm format: stock timm has no post-norm block.
     """
 
     run: Model
