@@ -10,22 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from d2vkern._nvtx import phase
 
 from . import rng
 from .config import Config
-from .data import DataError, Labelled, Split, open_labelled
-from .data.audio import AudioSplit
-from .data.audio_source import AudioSource
-from .data.image import ImageSource, ImageSplit
-from .data.image_store import Subset
-from .data.text import TextSplit
+from .data import Labelled, Split, open_labelled
 from .health import effective_rank
 from .model import Data2Vec
-from .probe import features_of, probe_rows
+from .probe import evenly_spaced, features_of, probe_rows
 
 RANK_ROWS = 512
 """rows of features whose effective rank is taken"""
@@ -54,7 +48,7 @@ class OnlineProbe:
             if not -depth <= layer < depth:
                 raise ValueError(f"config: probe.layers must be in {-depth}..{depth - 1}, got {layer}")
         labelled = open_labelled(probe.data or data, cfg, run_dir=run_dir)
-        parts = {name: evenly(split, probe.rows, cfg) for name, split in labelled.splits.items()}
+        parts = {name: evenly(split, probe.rows) for name, split in labelled.splits.items()}
         self.labelled = Labelled(parts, labelled.classes, labelled.level, labelled.meta)
         self.layers = probe.layers
 
@@ -75,8 +69,8 @@ class OnlineProbe:
                     row |= {f"{where}/{part}/{kind}": score for part, score in found[kind].items()}
             held_out = next(name for name in features if name != "train")
             last = features[held_out][0]
-            keep = np.linspace(0, len(last) - 1, min(len(last), RANK_ROWS)).round().astype(int)
-            row["feature_rank"] = float(effective_rank(torch.from_numpy(last[keep])))
+            few = torch.from_numpy(last[evenly_spaced(len(last), RANK_ROWS)])
+            row["feature_rank"] = float(effective_rank(few))
         rng.restore(states, device)
         said = [
             f"{name.removeprefix('probe/')} {100 * score:.1f}%" for name, score in row.items() if "/" in name
@@ -84,19 +78,6 @@ class OnlineProbe:
         return Scores(row, f"{', '.join(said)}, feature rank {row['feature_rank']:.0f}")
 
 
-def evenly(split: Split, most: int, cfg: Config) -> Split:
+def evenly(split: Split, most: int) -> Split:
     """At most `most` samples of a part, evenly spaced, in its order."""
-    count = len(split)
-    if count <= most:
-        return split
-    keep = np.linspace(0, count - 1, most).round().astype(int)
-    if isinstance(split, ImageSplit):
-        pictures = ImageSource(split.source.path, Subset(split.source.store, keep), cfg)
-        pictures.mean, pictures.std = split.source.mean, split.source.std
-        return ImageSplit(pictures, cfg)
-    if isinstance(split, AudioSplit):
-        utterances = AudioSource(split.source.path, split.source.utterances.select(keep), cfg)
-        return AudioSplit(utterances, [split.labels[i] for i in keep.tolist()], cfg, split.loader.report)
-    if isinstance(split, TextSplit):
-        return split.select(keep)
-    raise DataError(f"probe: {type(split).__name__} cannot be thinned out")
+    return split if len(split) <= most else split.select(evenly_spaced(len(split), most))

@@ -110,9 +110,14 @@ def probe_rows(
     return {**found, "n_train": len(y), "n_test": {name: len(label) for name, (_, label) in scaled.items()}}
 
 
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """[k] int64: at most `most` of the numbers below `count`, ascending, first and last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+
+
 def _evenly(rows: Rows, most: int) -> Rows:
     """At most `most` rows, evenly spaced."""
-    keep = np.linspace(0, len(rows[1]) - 1, min(len(rows[1]), most)).round().astype(int)
+    keep = evenly_spaced(len(rows[1]), most)
     return rows[0][keep], rows[1][keep]
 
 

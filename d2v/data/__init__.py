@@ -146,6 +146,10 @@ class Split(ABC):
         """All samples, `size` at a time (the last batch may be smaller), on the CPU."""
 
     @abstractmethod
+    def select(self, keep: np.ndarray) -> Split:
+        """The samples numbered `keep` [k] int64, in that order."""
+
+    @abstractmethod
     def raw(self) -> tuple[np.ndarray, np.ndarray]:
         """The baseline a probe must beat: features [n,f] float32 of the raw input and labels [n] int64,
         one row per sample, or per labelled token where labels are per token."""

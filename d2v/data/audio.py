@@ -139,12 +139,16 @@ class AudioSplit(Split):
 
     def __init__(self, source: AudioSource, labels: list[np.ndarray], cfg: Config, report: Report) -> None:
         """labels: one int64 array per utterance, [] for the utterance or [tokens]"""
-        self.source, self.labels = source, labels
+        self.source, self.labels, self.cfg = source, labels, cfg
         self.front = _front(cfg)
         self.loader = Loader(source, cfg.data, torch.device("cpu"), report)
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def select(self, keep: np.ndarray) -> AudioSplit:
+        source = AudioSource(self.source.path, self.source.utterances.select(keep), self.cfg)
+        return AudioSplit(source, [self.labels[i] for i in keep.tolist()], self.cfg, self.loader.report)
 
     def batches(self, size: int) -> Iterator[LabelledBatch]:
         """Waveforms [B,samples], padding or None, labels [B] or [B,T] with -1 on padding."""

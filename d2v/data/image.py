@@ -11,6 +11,7 @@ EXIF rotation is not applied, as in the original.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections import Counter
@@ -128,6 +129,12 @@ class ImageSource(Source):
         self.mean, self.std = self._statistics(cfg)
         self.meta = {"mean": list(self.mean), "std": list(self.std)}
         return self
+
+    def select(self, keep: np.ndarray) -> ImageSource:
+        """The pictures numbered `keep` [k] int64, normalised as all of them are."""
+        chosen = copy.copy(self)
+        chosen.store = Subset(self.store, keep)
+        return chosen
 
     def __len__(self) -> int:
         return len(self.store)
@@ -303,12 +310,15 @@ class ImageSplit(Split):
 
     def __init__(self, source: ImageSource, cfg: Config) -> None:
         self.loader = Loader(source, cfg.data, torch.device("cpu"))
-        self.source = source
+        self.source, self.cfg = source, cfg
         assert source.store.labels is not None
         self.labels = source.store.labels
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def select(self, keep: np.ndarray) -> ImageSplit:
+        return ImageSplit(self.source.select(keep), self.cfg)
 
     def batches(self, size: int) -> Iterator[LabelledBatch]:
         """Normalised pictures [B,C,H,W], None, labels [B]."""

@@ -188,7 +188,6 @@ class TextSplit(Split):
         return len(self.tokens)
 
     def select(self, keep: np.ndarray) -> TextSplit:
-        """The texts numbered `keep` [k] int64."""
         chosen = copy.copy(self)
         chosen.tokens, chosen.labels = [self.tokens[i] for i in keep.tolist()], self.labels[keep]
         return chosen

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import Config, DataConfig, ModelConfig, TextFront, TrainConfig
-from ..data import DataError, Report, open_labelled
+from ..config import Config, LogMelFront, TextFront, TrainConfig, WaveformFront
+from ..data import DataError, open_labelled
 from ..data.audio import AudioSplit
 from ..data.audio_source import AudioSource
-from ..data.image import ImageSource, ImageSplit
-from ..data.image_store import Subset
+from ..data.image import ImageSplit
 from ..data.loading import SUBSTITUTE, Loader, Source, generator
 from ..data.tokenizer import check_tokenizer, load_tokenizer
 from .config import FineTuneConfig
@@ -51,8 +50,6 @@ class TuneData:
     """of the head"""
     names: list[str]
     """class names or letters; empty for regression"""
-    meta: dict[str, Any]
-    report: Report
 
 
 def open_tune_data(
@@ -83,29 +80,21 @@ def _classes(
     if labelled.level == "token":
         raise DataError(f"data: {path} labels tokens, not samples: use --task ctc, or `d2v probe`")
     train = labelled.splits["train"]
-    if isinstance(train, ImageSplit):
-        labels = train.labels
-        keep = choose(labels, cfg.data_limit, cfg.train.seed)
-        pictures = ImageSource(path, Subset(train.source.store, keep), as_pretraining(cfg))
-        pictures.mean, pictures.std = train.source.mean, train.source.std
-        pictures.meta = labelled.meta
-        source: Source = AugmentedImages(pictures, cfg.augment)
-    else:
-        assert isinstance(train, AudioSplit)
-        labels = np.array([int(label) for label in train.labels])
-        keep = choose(labels, cfg.data_limit, cfg.train.seed)
-        source = AudioSource(path, train.source.utterances.select(keep), as_pretraining(cfg))
+    assert isinstance(train, (ImageSplit, AudioSplit))
+    labels = np.array([int(label) for label in train.labels])
+    keep = choose(labels, cfg.data_limit, cfg.train.seed)
+    chosen = train.select(keep)
+    source: Source = chosen.source
+    if isinstance(chosen, ImageSplit):
+        source = AugmentedImages(chosen.source, cfg.augment)
     kept = torch.from_numpy(labels[keep])
-    loader = Loader(source, cfg.data, device)
     parts: dict[str, Part] = {name: split for name, split in labelled.splits.items() if name != "train"}
     return TuneData(
-        loader,
+        Loader(source, cfg.data, device),
         lambda ids: kept[ids.cpu()].to(device),
         parts,
         len(labelled.classes),
         list(labelled.classes),
-        labelled.meta,
-        loader.report,
     )
 
 
@@ -135,7 +124,7 @@ def _sentences(
 ) -> TuneData:
     found = read_sentences(path, cfg.glue)
     targets = targets_of(found["train"], cfg.head.regression)
-    tokenizer_file = _tokenizer(cfg.model, cfg.data, encoder_dir, run_dir)
+    tokenizer_file = _tokenizer(encoder_dir, run_dir)
     front = cfg.model.front
     assert isinstance(front, TextFront)
     tokenizer = check_tokenizer(load_tokenizer(tokenizer_file), str(tokenizer_file), front)
@@ -151,19 +140,16 @@ def _sentences(
     parts: dict[str, Part] = {
         name: SentencePart(tokens[name], labels[name]) for name in found if name != "train"
     }
-    loader = Loader(source, cfg.data, device)
     return TuneData(
-        loader,
+        Loader(source, cfg.data, device),
         lambda ids: kept[ids.cpu()].to(device),
         parts,
         1 if cfg.head.regression else len(targets.classes),
         targets.classes,
-        {"tokenizer": str(tokenizer_file)},
-        loader.report,
     )
 
 
-def _tokenizer(model: ModelConfig, data: DataConfig, encoder_dir: Path | None, run_dir: Path) -> Path:
+def _tokenizer(encoder_dir: Path | None, run_dir: Path) -> Path:
     """The encoder's tokenizer, copied into the run."""
     kept = run_dir / "tokenizer.json"
     if kept.is_file():
@@ -179,7 +165,9 @@ def _spoken(
 ) -> TuneData:
     base = as_pretraining(cfg)
     base = replace(base, data=replace(base.data, pad=True))
-    rate = getattr(cfg.model.front, "sample_rate", 16_000)
+    front = cfg.model.front
+    assert isinstance(front, (WaveformFront, LogMelFront))
+    rate = front.sample_rate
     found = read_spoken(path, base, rate)
     train = found.pop("train")
     if cfg.data_limit is not None and cfg.data_limit < len(train.texts):
@@ -200,15 +188,12 @@ def _spoken(
             f"got {base.data.batch} s"
         )
     parts: dict[str, Part] = {name: SpokenPart(part, path, base) for name, part in found.items()}
-    loader = Loader(source, base.data, device, train.report)
     return TuneData(
-        loader,
+        Loader(source, base.data, device, train.report),
         lambda ids: [letters[i] for i in ids.tolist()],
         parts,
         len(vocabulary.letters),
         list(vocabulary.letters),
-        {},
-        train.report,
     )
 
 

@@ -179,7 +179,7 @@ class _Run:
         unit = UNITS[self.cfg.model.modality]
         shown = Progress(self.out, start=place.step, steps=train.steps, unit=unit, describe=describe)
         with StopRequest() as request, shown as progress:
-            report = self.data.report
+            report = self.data.loader.report
             progress.say(f"data {report.path}: {len(self.data.loader.source):,} training samples, "
                          f"{', '.join(f'{name} {len(part):,}' for name, part in self.data.parts.items())}; "
                          f"{self.cfg.head.outputs} outputs")  # fmt: skip

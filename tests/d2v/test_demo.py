@@ -1,5 +1,6 @@
 """The demo, scaled down: everything it promises to write, twice the same, and never over other files."""
 
+import copy
 import dataclasses
 import json
 
@@ -40,6 +41,11 @@ class Random(Split):
     def batches(self, size):
         for i in range(0, len(self), size):
             yield self.sources[i : i + size], None, self.labels[i : i + size]
+
+    def select(self, keep):
+        chosen = copy.copy(self)
+        chosen.sources, chosen.labels = self.sources[keep], self.labels[keep]
+        return chosen
 
     def raw(self):
         labels = self.labels.flatten().numpy()

@@ -81,8 +81,8 @@ def test_parts_are_thinned_out_evenly(modality: str, tmp_path: Path) -> None:
     labelled = open_labelled(EMBEDDED[modality], cfg, run_dir=tmp_path)
     for name in PARTS[modality]:
         split = labelled.splits[name]
-        few = evenly(split, 7, cfg)
-        assert len(few) == 7 and evenly(split, len(split), cfg) is split
+        few = evenly(split, 7)
+        assert len(few) == 7 and evenly(split, len(split)) is split
         (got,) = few.batches(7)
         all_of_it = list(split.batches(1))
         for i, place in enumerate(np.linspace(0, len(split) - 1, 7).round().astype(int).tolist()):

@@ -38,6 +38,10 @@ class Fixed(Split):
     def batches(self, size):
         yield from self.given
 
+    def select(self, keep):
+        (one,) = self.given
+        return Fixed([tuple(None if part is None else part[keep] for part in one)])
+
     def raw(self):
         return self.baseline
 
