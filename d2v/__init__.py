@@ -33,24 +33,34 @@ def load(
     original, is a `FineTuned` with `.logits()` (of a run: the best checkpoint unless `step` is given).
     Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
     """
-    from .checkpoint import CheckpointError, fill_model, latest_checkpoint, load_checkpoint, read_config
+    from .checkpoint import (
+        CheckpointError,
+        fill_model,
+        is_tuned,
+        latest_checkpoint,
+        load_checkpoint,
+        read_config,
+        read_settings,
+    )
     from .convert import is_folder, load_folder
-    from .finetune.load import is_tuned_run, load_run, load_tuned_file
-    from .finetune.original import is_finetuned
     from .model.data2vec import Data2Vec
-    from .original import load_original
+    from .original import is_finetuned, load_original
 
     path = Path(path)
     if is_folder(path):
         if step is not None:
             raise ValueError(f"load: step must be None for a converted folder, got {step}")
         return load_folder(path).to(device).eval()
-    if is_tuned_run(path):
+    if (path / "config.toml").is_file() and is_tuned(read_settings(path)):
+        from .finetune.load import load_run
+
         return load_run(path, step=step)[0].to(device)
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"load: step must be None for a file, got {step}")
         if is_finetuned(path):
+            from .finetune.load import load_tuned_file
+
             return load_tuned_file(path).to(device)
         config, tensors = load_original(path)
     else:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import tomli_w
@@ -38,6 +38,9 @@ else:
 FORMAT = 1
 STATE = "state.json"
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
+
+
+C = TypeVar("C")
 
 
 class CheckpointError(RuntimeError):
@@ -274,24 +277,45 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Pa
     model.load_state_dict(dict(tensors))
 
 
-def write_config(run_dir: str | Path, config: Config, data: str) -> None:
-    """Write `config.toml`: every setting, plus the data path under `[run]`."""
+def write_config(run_dir: str | Path, config: Any, data: str, **about: str) -> None:
+    """Write `config.toml`: every setting, and under `[run]` the data path and whatever else is given."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    text = tomli_w.dumps({"run": {"data": data}, **to_dict(config)})
+    text = tomli_w.dumps({"run": {"data": data, **about}, **to_dict(config)})
     _write_text(Path(run_dir) / "config.toml", text)
+
+
+def read_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The tables of a run's `config.toml`. Raises `CheckpointError` naming a file that is not one."""
+    path = Path(run_dir) / "config.toml"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}: not a run directory") from error
+    except ValueError as error:  # TOMLDecodeError is a ValueError
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def is_tuned(values: dict[str, Any]) -> bool:
+    """Whether the tables that `read_settings` gave are those of a fine-tuning run."""
+    return isinstance(values.get("head"), dict)
+
+
+def parse_settings(
+    cls: type[C], run_dir: str | Path, values: dict[str, Any], *about: str
+) -> tuple[C, list[str]]:
+    """The config of class `cls` in what `read_settings` gave, and entries of `[run]`; `CheckpointError`."""
+    try:
+        found = [values["run"][name] for name in about]
+        settings = {name: value for name, value in values.items() if name != "run"}
+        return from_dict(cls, settings), found
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{Path(run_dir) / 'config.toml'}: {error}") from error
 
 
 def read_config(run_dir: str | Path) -> tuple[Config, str]:
     """The config and data path of a run; anything wrong raises `CheckpointError` naming the file."""
-    path = Path(run_dir) / "config.toml"
-    try:
-        values = tomllib.loads(path.read_text())
-        data = values.pop("run")["data"]
-        return from_dict(Config, values), data
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: not a run directory") from error
-    except (ValueError, TypeError, KeyError) as error:  # TOMLDecodeError is a ValueError
-        raise CheckpointError(f"{path}: {error}") from error
+    config, (data,) = parse_settings(Config, run_dir, read_settings(run_dir), "data")
+    return config, data
 
 
 _NEUTRAL = frozenset({

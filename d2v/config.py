@@ -245,8 +245,8 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length, precision, saving and reporting of a run."""
+class RunConfig:
+    """What pretraining and fine-tuning share: length, precision, saving and reporting of a run."""
 
     steps: int = 1000
     seed: int = 1
@@ -254,12 +254,8 @@ class TrainConfig:
     """bf16: activations and matrix products in bf16, weights, teacher and optimizer in fp32"""
     backend: str = "auto"
     """of d2vkern's ops: auto, eager, triton, native, or op by op: triton,attention=eager"""
-    compile: bool = False
-    """torch.compile of the front end, every block and the decoder"""
-    cuda_graph: bool = False
-    """the whole step, masks to teacher update, as one CUDA graph per shape"""
     micro_batch: int | None = None
-    """samples (audio: seconds) per forward; none: derived from free memory"""
+    """samples (audio: seconds) per forward; none: derived from free memory, in fine-tuning the whole batch"""
     device: str = "auto"
     """auto: a CUDA GPU when there is one"""
     save_every: int = 1000
@@ -270,18 +266,28 @@ class TrainConfig:
     """steps between lines of metrics.jsonl"""
     max_bad_steps: int = 10
     """steps in a row with a NaN or inf loss or gradient, each skipped, before the run stops"""
-    min_rank: float = 0.05
-    """alarm: effective rank over width below this"""
-    min_variance: float = 0.05
-    """alarm: deviation across tokens of prediction, target or front end below this"""
-    alarm_after: int = 100
-    """steps before alarms may fire"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep", "log_every", "max_bad_steps"):
             check(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
         check(self.micro_batch is None or self.micro_batch > 0, "train.micro_batch", "positive or none",
                self.micro_batch)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Length, precision, saving and reporting of pretraining."""
+
+    compile: bool = False
+    """torch.compile of the front end, every block and the decoder"""
+    cuda_graph: bool = False
+    """the whole step, masks to teacher update, as one CUDA graph per shape"""
+    min_rank: float = 0.05
+    """alarm: effective rank over width below this"""
+    min_variance: float = 0.05
+    """alarm: deviation across tokens of prediction, target or front end below this"""
+    alarm_after: int = 100
+    """steps before alarms may fire"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,7 @@ def load_original(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         weights = root.get("model") if isinstance(root, dict) else None
         if not isinstance(weights, dict):
             raise CheckpointError(f"{path}: no `model` in it: not a checkpoint of the original")
-        if prefixes := [p for p in _FINE_TUNED if any(str(key).startswith(p) for key in weights)]:
+        if prefixes := _fine_tuned_prefixes(weights):
             raise CheckpointError(
                 f"{path}: fine-tuned checkpoint (its keys start with `{prefixes[0]}`); "
                 "only pretraining checkpoints can be loaded"
@@ -93,6 +93,17 @@ def load_original(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         if not any(key.startswith("_ema.") for key in lazy):
             raise CheckpointError(f"{path}: no `_ema` in its model: the teacher was not saved")
         return config, {key: file.tensor(tensor) for key, tensor in lazy.items()}
+
+
+def is_finetuned(path: str | Path) -> bool:
+    """Whether a `.pt` file holds a fine-tuned model. Raises CheckpointError for what is no such file."""
+    with PtFile(path) as file:
+        weights = file.root.get("model") if isinstance(file.root, dict) else None
+        return isinstance(weights, dict) and bool(_fine_tuned_prefixes(weights))
+
+
+def _fine_tuned_prefixes(weights: Mapping[str, Any]) -> list[str]:
+    return [prefix for prefix in _FINE_TUNED if any(str(key).startswith(prefix) for key in weights)]
 
 
 def _canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTensor]:

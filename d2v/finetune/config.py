@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..config import DataConfig, ModelConfig, OptimConfig
+from ..config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from ..fronts import check, check_probability
 
 Task = Literal["classify", "ctc", "sentence"]
@@ -97,38 +97,25 @@ class SpanConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(RunConfig):
     """Length, precision, saving and evaluation of a run."""
 
-    steps: int = 1000
-    seed: int = 1
+    keep: int = 1
+    """newest checkpoints kept, beside the best one"""
     layer_decay: float = 1.0
     """learning rate of a block over that of the next one; embeddings are not decayed, as in the original"""
     freeze_steps: int = 0
     """first steps in which the head alone learns"""
     freeze_front: bool = False
     """the convolutions of speech never learn (feature_grad_mult 0)"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    backend: str = "auto"
-    """of d2vkern's ops, as in pretraining"""
-    micro_batch: int | None = None
-    """samples (audio: seconds) per forward; none: the whole batch"""
-    device: str = "auto"
     evaluate_every: int = 1000
     """steps between evaluations on the held-out split; the last step is always evaluated"""
-    save_every: int = 1000
-    keep: int = 1
-    log_every: int = 10
-    max_bad_steps: int = 10
-    """steps in a row with a NaN or inf loss or gradient, each skipped, before the run stops"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "evaluate_every", "save_every", "keep", "log_every", "max_bad_steps"):
-            check(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+        super().__post_init__()
+        check(self.evaluate_every > 0, "train.evaluate_every", "positive", self.evaluate_every)
         check(0 < self.layer_decay <= 1, "train.layer_decay", "in (0, 1]", self.layer_decay)
         check(self.freeze_steps >= 0, "train.freeze_steps", "at least 0", self.freeze_steps)
-        check(self.micro_batch is None or self.micro_batch > 0, "train.micro_batch", "positive or none",
-              self.micro_batch)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
-
-import tomli_w
 
 from ..checkpoint import (
     CheckpointError,
-    _write_text,
     fill_model,
+    is_tuned,
     latest_checkpoint,
     load_checkpoint,
+    parse_settings,
+    read_settings,
 )
-from ..config import from_dict, to_dict
 from .config import FineTuneConfig
 from .model import FineTuned
 from .original import load_original_tuned
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 LABELS = "labels.json"
 """file of a run with its class names, or letters"""
@@ -31,43 +23,13 @@ BEST = "best"
 """folder of a run with the checkpoint that scored best on the first held-out part"""
 
 
-def write_tuned_config(run: Path, cfg: FineTuneConfig, data: str, encoder: str) -> None:
-    """`config.toml`: every setting, and under `[run]` where the data and the encoder were."""
-    run.mkdir(parents=True, exist_ok=True)
-    values = {"run": {"data": data, "encoder": encoder}, **to_dict(cfg)}
-    _write_text(run / "config.toml", tomli_w.dumps(values))
-
-
 def read_tuned_config(run: str | Path) -> tuple[FineTuneConfig, str, str]:
     """Config, data path and encoder path of a fine-tuning run. Raises CheckpointError naming the file."""
-    path = Path(run) / "config.toml"
-    values = _read(path)
-    if not _is_tuned(values):
-        raise CheckpointError(f"{path}: not a fine-tuning run: it has no [head]")
-    try:
-        where = values.pop("run")
-        return from_dict(FineTuneConfig, values), where["data"], where["encoder"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def is_tuned_run(run: str | Path) -> bool:
-    """Whether a folder is a fine-tuning run. Raises CheckpointError when its config.toml is damaged."""
-    path = Path(run) / "config.toml"
-    return path.is_file() and _is_tuned(_read(path))
-
-
-def _is_tuned(values: dict[str, Any]) -> bool:
-    return isinstance(values.get("head"), dict)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}: not a run directory") from error
-    except ValueError as error:  # TOMLDecodeError is one
-        raise CheckpointError(f"{path}: {error}") from error
+    values = read_settings(run)
+    if not is_tuned(values):
+        raise CheckpointError(f"{Path(run) / 'config.toml'}: not a fine-tuning run: it has no [head]")
+    cfg, (data, encoder) = parse_settings(FineTuneConfig, run, values, "data", "encoder")
+    return cfg, data, encoder
 
 
 def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, FineTuneConfig, str]:

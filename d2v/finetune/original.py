@@ -38,13 +38,6 @@ _OVERWRITTEN = (
 """settings of training only, which fine-tuning overwrites by name wherever they stand"""
 
 
-def is_finetuned(path: str | Path) -> bool:
-    """Whether a `.pt` file holds a fine-tuned model. Raises CheckpointError for what is no such file."""
-    with PtFile(path) as file:
-        weights = file.root.get("model") if isinstance(file.root, dict) else None
-        return isinstance(weights, dict) and any(key in weights for key in _HEADS)
-
-
 def load_original_tuned(path: str | Path) -> tuple[ModelConfig, HeadConfig, dict[str, Tensor]]:
     """Architecture, head and weights (names as in `FineTuned`, dtypes as in the file).
 
@@ -55,7 +48,9 @@ def load_original_tuned(path: str | Path) -> tuple[ModelConfig, HeadConfig, dict
         root = file.root
         weights = root.get("model") if isinstance(root, dict) else None
         if not isinstance(weights, dict) or not (heads := [key for key in _HEADS if key in weights]):
-            raise CheckpointError(f"{path}: not a fine-tuned checkpoint of the original")
+            raise CheckpointError(
+                f"{path}: holds none of the last layers of fine-tuned models: {', '.join(_HEADS)}"
+            )
         task, prefix, place = _HEADS[heads[0]]
         kept = {key: value for key, value in weights.items() if not _is_leftover(str(key), prefix)}
         lazy = _canonical(kept, path)

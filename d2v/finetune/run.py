@@ -28,6 +28,7 @@ from ..checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    write_config,
     write_environment,
 )
 from ..cpu import tune_allocator
@@ -41,7 +42,7 @@ from ..train import RunError, _claim, pick_device
 from .config import FineTuneConfig
 from .data import open_tune_data
 from .evaluate import evaluate
-from .load import BEST, LABELS, read_tuned_config, write_tuned_config
+from .load import BEST, LABELS, read_tuned_config
 from .metrics import is_better
 from .tuner import Outcome, Tuner
 
@@ -159,7 +160,7 @@ class _Run:
         elif not scratch:
             assert weights is not None
             start_from(self.tuner, weights, encoder)
-        write_tuned_config(out, cfg, data, str(encoder))
+        write_config(out, cfg, data, encoder=str(encoder))
         write_environment(out)
         (out / LABELS).write_text(json.dumps(self.data.names, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = None if checkpoint is None else checkpoint.step

@@ -18,11 +18,10 @@ from d2v.checkpoint import CheckpointError
 from d2v.finetune.config import DropConfig, FineTuneConfig, HeadConfig, TuneConfig
 from d2v.finetune.images import soft_cross_entropy
 from d2v.finetune.model import FineTuned, tuned_model_config
-from d2v.finetune.original import is_finetuned
 from d2v.finetune.tuner import param_groups
 from d2v.model import Data2Vec
 from d2v.model.blocks import Block
-from d2v.original import translate
+from d2v.original import is_finetuned, translate
 from tests.d2v.golden_cases import load
 from tests.d2v.tiny_models import make_model, make_source
 
