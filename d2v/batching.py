@@ -12,12 +12,22 @@ from pathlib import Path
 import torch
 
 from .config import Config, ImageFront, LogMelFront, ModelConfig, TextFront, WaveformFront
+from .data import Batch
+from .fronts import Front
 
 SHARE = 0.6
 """share of the free memory that activations may take; the rest is for what the estimate leaves out"""
 
 UNITS = {"image": "images", "audio": "seconds", "text": "blocks"}
 """what `data.batch` counts"""
+
+
+def amount(front: Front, batch: Batch) -> float:
+    """Samples of a batch in the unit of `data.batch`: for audio, seconds without padding."""
+    if not isinstance(front, (WaveformFront, LogMelFront)):
+        return len(batch)
+    samples = batch.source.numel() if batch.unpadded is None else batch.unpadded
+    return samples / front.sample_rate
 
 
 def free_bytes(device: torch.device) -> int:

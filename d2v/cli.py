@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from .cli_convert import convert
 from .cli_finetune import evaluate, finetune
-from .cli_parse import DataPath, Model, UsageError, parse
+from .cli_parse import DataPath, Model, UsageError, parse, value_of
 from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig
 from .nsys import parse_steps
 from .presets import PRESETS, preset
@@ -63,7 +63,7 @@ def train(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     command, rest = (f"train {name}", arguments[1:]) if name else ("train PRESET", arguments)
     base, source = preset(name or "image_tiny"), None
-    resumed = _value_of("--resume", rest)
+    resumed = value_of("--resume", rest)
     if resumed is not None:
         if name is not None:
             raise UsageError("d2v train: --resume RUN goes without a preset, which is in the run directory")
@@ -113,16 +113,6 @@ def _join_backends(arguments: Sequence[str], option: str) -> list[str]:
             raise UsageError(f"d2v: {flag} needs the name of a backend")
         parts.append(f"{name[1:]}={value}" if name else value)
     return [*rest, option, ",".join(parts)] if parts else rest
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
-    """The value of `flag`, which decides the defaults that the others are parsed with."""
-    for place, argument in enumerate(arguments):
-        if argument == flag and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from .cli_parse import Model, UsageError, parse
+from .cli_parse import Model, UsageError, parse, value_of
 from .config import DataConfig, OptimConfig
 from .finetune.config import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
 
@@ -54,29 +54,28 @@ class FineTuneOptions:
 
 def finetune(arguments: Sequence[str]) -> int:
     """See `FineTuneOptions`."""
-    from .finetune.recipes import default_recipe, recipe, with_drops
+    from .finetune.recipes import default_recipe, recipe
 
     source = arguments[0] if arguments and not arguments[0].startswith("-") else None
     rest = arguments if source is None else arguments[1:]
-    options = _values(rest, ("--task", "--recipe", "--resume"))
-    if options["--resume"] is not None:
+    if (resumed := value_of("--resume", rest)) is not None:
         if source is not None or len(rest) > (1 if rest[0].startswith("--resume=") else 2):
             raise UsageError("d2v finetune: --resume OUT goes alone: a run keeps its settings")
         from .finetune.run import resume_finetune
 
-        return resume_finetune(options["--resume"]).exit_code
-    model = None
+        return resume_finetune(resumed).exit_code
+    opened = None
     if source is not None and {"-h", "--help"}.isdisjoint(rest):
         from .extract import open_model
 
-        model = open_model(source)[1].model
-    name = options["--recipe"]
-    if name is None and model is not None and options["--task"] in ("classify", "ctc", "sentence"):
-        name = default_recipe(options["--task"], model)  # type: ignore[arg-type]
+        opened = open_model(source)
+    name, task = value_of("--recipe", rest), value_of("--task", rest)
+    if name is None and opened is not None and task in ("classify", "ctc", "sentence"):
+        name = default_recipe(task, opened[1].model)  # type: ignore[arg-type]
     base = recipe(name or "image_tiny")
     defaults = FineTuneOptions(**{key: getattr(base, key) for key in SECTIONS}, glue=base.glue)
     given = parse(FineTuneOptions, rest, f"finetune {source or 'RUN'}", defaults)
-    if source is None or model is None:
+    if source is None or opened is None:
         raise UsageError("d2v finetune: RUN is missing (or --resume OUT)")
     for option, value in (("--task TASK", given.task), ("--data PATH", given.path), ("--out OUT", given.out)):
         if value is None:
@@ -86,28 +85,14 @@ def finetune(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"d2v finetune: recipe {name} is for task {given.head.task}, got --task {given.task}"
         )
+    chosen = dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS}, glue=given.glue)
     cfg = dataclasses.replace(
-        base.on(name, model),
-        **{key: getattr(given, key) for key in SECTIONS},
-        data_limit=given.data_limit,
-        vocabulary=given.vocabulary,
-        glue=given.glue,
+        chosen.on(name, opened[1].model), data_limit=given.data_limit, vocabulary=given.vocabulary
     )
 
     from .finetune.run import run_finetune
 
-    cfg = with_drops(cfg)
-    return run_finetune(cfg, source, given.path, given.out, scratch=given.scratch).exit_code
-
-
-def _values(arguments: Sequence[str], flags: Sequence[str]) -> dict[str, str | None]:
-    """The values of options that decide the defaults that the others are parsed with."""
-    found: dict[str, str | None] = dict.fromkeys(flags)
-    for place, word in enumerate(arguments):
-        flag, equals, value = word.partition("=")
-        if flag in found:
-            found[flag] = value if equals else (arguments[place + 1] if place + 1 < len(arguments) else None)
-    return found
+    return run_finetune(cfg, source, given.path, given.out, opened=opened, scratch=given.scratch).exit_code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,3 +41,13 @@ def parse(options: type[T], arguments: Sequence[str], command: str, default: T |
                 raise UsageError(str(cause)) from None
             cause = cause.__cause__ or cause.__context__
         raise UsageError(described.getvalue().rstrip()) from None
+
+
+def value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    """The value of `flag`, which decides the defaults that the others are parsed with."""
+    for place, argument in enumerate(arguments):
+        if argument == flag and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None

@@ -9,7 +9,6 @@ timm has no post-norm block, so no timm model can hold these weights.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -21,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .atomic import replacing
 from .checkpoint import CheckpointError, _flatten, fill_model
 from .config import ModelConfig, from_dict, to_dict
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
@@ -119,17 +119,8 @@ def save_original(model: Data2Vec, out: Path) -> None:
     teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
     tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})
     state = {"args": None, "cfg": {"model": tree}, "model": {**student, "_ema": teacher}}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix=f".{out.name}.", dir=out.parent, delete=False) as file:
-        try:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, out)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with replacing(out) as file:
+        torch.save(state, file)
 
 
 def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import load
+from .atomic import replacing
 from .checkpoint import read_config
 from .config import Config, DataConfig, TextFront
 from .convert import is_folder
@@ -146,7 +145,8 @@ def run_extract(
     if not columns["ids"]:
         raise ValueError(f"extract: {data} has no readable sample")
     arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    _save_npz(out, arrays)
+    with replacing(out) as file:
+        np.savez(file, allow_pickle=False, **arrays)
     shape = " x ".join(f"{size:,}" for size in arrays["features"].shape)
     print(f"{out}: {len(arrays['ids']):,} samples, features {shape}")
     for name, reason in pipeline.report.unreadable.items():
@@ -158,18 +158,3 @@ def _unpadded(tokens: Tensor, padding: Tensor | None) -> Iterator[np.ndarray]:
     """The real tokens of each sample, [t,D]."""
     for i, row in enumerate(tokens):
         yield (row if padding is None else row[~padding[i]]).cpu().numpy()
-
-
-def _save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """All or nothing: a failure leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            np.savez(file, allow_pickle=False, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

@@ -55,8 +55,7 @@ class OnlineProbe:
     def run(self, model: Data2Vec) -> Scores:
         """Probe the student as it is now."""
         device = next(model.parameters()).device
-        states = rng.capture(device)
-        with phase("probe"):
+        with rng.preserved(device), phase("probe"):
             row: dict[str, float] = {}
             for layer in self.layers:
                 features = {
@@ -71,7 +70,6 @@ class OnlineProbe:
             last = features[held_out][0]
             few = torch.from_numpy(last[evenly_spaced(len(last), RANK_ROWS)])
             row["feature_rank"] = float(effective_rank(few))
-        rng.restore(states, device)
         said = [
             f"{name.removeprefix('probe/')} {100 * score:.1f}%" for name, score in row.items() if "/" in name
         ]

@@ -76,7 +76,7 @@ def param_groups(model: nn.Module | Teaching, cfg: OptimConfig) -> list[dict[str
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if cfg.decay_all:
         return [{"params": [p for _, p in trained], "weight_decay": cfg.weight_decay}]
-    exempt = [p.dim() == 1 or name.endswith(".bias") or "alibi_scale" in name for name, p in trained]
+    exempt = [is_exempt(name, p) for name, p in trained]
     groups = [
         {
             "params": [p for (_, p), free in zip(trained, exempt, strict=True) if free == without],
@@ -85,6 +85,11 @@ def param_groups(model: nn.Module | Teaching, cfg: OptimConfig) -> list[dict[str
         for without, decay in ((False, cfg.weight_decay), (True, 0.0))
     ]
     return [group for group in groups if group["params"]]
+
+
+def is_exempt(name: str, p: Tensor) -> bool:
+    """Whether a parameter is not decayed without `decay_all`."""
+    return p.dim() == 1 or name.endswith(".bias") or "alibi_scale" in name
 
 
 def build_optimizer(model: Teaching, cfg: Config, *, capturable: bool = False) -> AdamWEMA:

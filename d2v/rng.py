@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,6 +39,16 @@ def capture(device: torch.device) -> dict[str, Tensor]:
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+@contextmanager
+def preserved(device: torch.device) -> Iterator[None]:
+    """Whatever the block draws, the states afterwards are those before it."""
+    states = capture(device)
+    try:
+        yield
+    finally:
+        restore(states, device)
 
 
 def restore(states: dict[str, Tensor], device: torch.device) -> None:

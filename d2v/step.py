@@ -18,13 +18,13 @@ from d2vkern._nvtx import phase
 
 from . import rng
 from .backends import use_backends
-from .checkpoint import Checkpoint, fill_model
 from .config import Config
 from .data import Batch
 from .graph import CudaCapture, StepGraphs
 from .health import Alarm, judge, measure
+from .learner import Learner
 from .model import Data2Vec
-from .optim import build_optimizer, clip_factor, learning_rate, set_learning_rate, teacher_decay
+from .optim import build_optimizer, learning_rate, teacher_decay
 from .regions import compile_regions
 
 
@@ -46,7 +46,7 @@ class Outcome:
     decay: float | Tensor
 
 
-class Trainer:
+class Trainer(Learner[Data2Vec]):
     """Model, optimizer and the global step; knows nothing of files, signals or terminals.
 
     capturable: take decisions on the device, reading nothing there; None: except on a CPU, where reading is
@@ -60,20 +60,18 @@ class Trainer:
             raise ValueError(f"config: train.cuda_graph needs a CUDA GPU, got device {device}")
         with use_backends(cfg.train.backend):
             pass  # names are checked before anything is made
-        self.cfg, self.device = cfg, device
-        self.capturable = device.type != "cpu" if capturable is None else capturable
+        self.cfg = cfg
+        if capturable is None:
+            capturable = device.type != "cpu"
         rng.seed_all(cfg.train.seed)
-        self.model = Data2Vec(cfg.model).to(device)
-        self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-        self.model.train()
-        self.model.graph_safe = cfg.train.cuda_graph
+        model = Data2Vec(cfg.model).to(device)
+        model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+        model.train()
+        model.graph_safe = cfg.train.cuda_graph
         if cfg.train.compile:
-            compile_regions(self.model)
-        self.optimizer = build_optimizer(self.model, cfg, capturable=self.capturable)
-        self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.parameters = list(self._named.values())
-        self.bad = torch.zeros(2, dtype=torch.int64, device=device)
-        """bad steps so far, and bad steps in a row now"""
+            compile_regions(model)
+        optimizer = build_optimizer(model, cfg, capturable=capturable)
+        super().__init__(model, optimizer, device, capturable=capturable)
         self.graphs = StepGraphs(self, CudaCapture(device)) if cfg.train.cuda_graph else None
 
     def step(self, number: int, batches: list[Batch]) -> Outcome:
@@ -114,22 +112,8 @@ class Trainer:
                 _accumulate(losses, out.losses, 1 / total)
                 _accumulate(metrics, out.metrics, 1 / len(batches))
         with phase("optimizer"):
-            norm, factor = clip_factor(self.parameters, cfg.optim.clip)
-            good = torch.isfinite(torch.stack([*losses.values(), norm])).all()
-            set_learning_rate(self.optimizer, lr)
-            if self.capturable:
-                self.optimizer.step(clip_factor=factor, ema_decay=decay, found_inf=(~good).float())
-            elif good:
-                self.optimizer.step(clip_factor=factor, ema_decay=decay)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.bad.add_(~good)
-            self.bad[1].mul_(~good)
+            good, norm = self.update(list(losses.values()), lr, cfg.optim.clip, decay)
         return Outcome(good, losses, norm, metrics, out.health, lr, decay)
-
-    def count_bad(self) -> tuple[int, int]:
-        """Bad steps so far, and in a row now; waits for the device."""
-        skipped, in_a_row = self.bad.tolist()
-        return skipped, in_a_row
 
     def report(self, number: int, outcome: Outcome) -> tuple[dict[str, Any], list[Alarm]]:
         """The numbers of a log step, read from the device, and the alarms they raise."""
@@ -151,21 +135,6 @@ class Trainer:
             "alarms": [alarm.kind for alarm in alarms],
         }
         return row, alarms
-
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> field -> tensor, for a checkpoint."""
-        return {
-            name: dict(self.optimizer.state[p]) for name, p in self._named.items() if self.optimizer.state[p]
-        }
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint: weights, teacher, optimizer and random states."""
-        fill_model(self.model, checkpoint.model, checkpoint.path)
-        for name, fields in checkpoint.optimizer.items():
-            p = self._named[name]
-            # a step count lives where the optimizer keeps it, the moments beside their parameter
-            self.optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in fields.items()}
-        rng.restore(checkpoint.rng, self.device)
 
 
 def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor], factor: float) -> None:

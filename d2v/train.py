@@ -19,7 +19,7 @@ import torch
 from d2vkern._nvtx import phase
 
 from . import rng
-from .batching import UNITS, equation, micro_batch
+from .batching import UNITS, amount, equation, micro_batch
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -31,7 +31,7 @@ from .checkpoint import (
     write_config,
     write_environment,
 )
-from .config import Config, LogMelFront, WaveformFront
+from .config import Config
 from .cpu import tune_allocator
 from .data import Batch, DataError, Pipeline, Position, open_data
 from .health import AlarmLog
@@ -53,7 +53,7 @@ class RunError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class RunResult:
+class Ended:
     """How a run ended."""
 
     out: Path
@@ -65,22 +65,32 @@ class RunResult:
     """0: finished, or stopped on request; 1: too many bad steps in a row"""
     seconds: float
     """spent in this call"""
+
+
+@dataclass(frozen=True)
+class RunResult(Ended):
+    """How a pretraining run ended."""
+
     metrics: list[dict[str, Any]]
     """the lines of metrics.jsonl"""
 
 
 @dataclass
 class Place:
-    """Where a run stands, beside weights and random states: the trainer's part of a checkpoint."""
+    """Where a run stands, beside weights and random states: its part of a checkpoint."""
 
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
-    micro_batch: int = 0
-    """kept over a resume: another split of the batch rounds differently"""
     skipped: int = 0
     """bad steps so far"""
     bad_in_a_row: int = 0
+
+
+@dataclass
+class _Pretraining(Place):
+    micro_batch: int = 0
+    """kept over a resume: another split of the batch rounds differently"""
 
 
 def pick_device(name: str) -> torch.device:
@@ -180,10 +190,10 @@ class _Run:
         self.trainer = Trainer(cfg, device)  # seeds, so after the imports of `open_data`: some draw numbers
         if checkpoint is None:
             parameters = sum(p.numel() for p in self.trainer.parameters)
-            self.place = Place(micro_batch=micro_batch(cfg, device, parameters))
+            self.place = _Pretraining(micro_batch=micro_batch(cfg, device, parameters))
         else:
             self.trainer.load(checkpoint)
-            self.place = Place(**checkpoint.trainer)
+            self.place = _Pretraining(**checkpoint.trainer)
             if self.place.bad_in_a_row >= cfg.train.max_bad_steps:
                 self.place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
             self.trainer.bad[0], self.trainer.bad[1] = self.place.skipped, self.place.bad_in_a_row
@@ -306,7 +316,7 @@ class _Run:
         outcome = self.trainer.step(place.step + 1, batches)
         place.step += 1
         place.epoch, place.step_in_epoch = self.pipeline.position
-        progress.tick(place.step, sum(map(self._amount, batches)))
+        progress.tick(place.step, sum(amount(self.cfg.model.front, batch) for batch in batches))
         log = place.step % cfg.log_every == 0 or place.step == cfg.steps
         if log or self.device.type == "cpu":  # a GPU is asked on log steps only
             log |= self._count_bad(progress)
@@ -337,14 +347,6 @@ class _Run:
                 f"step {self.place.step}: {which}loss or gradient is NaN or inf: skipped, nothing was updated"
             )
         return new > 0
-
-    def _amount(self, batch: Batch) -> float:
-        """Samples of a batch in the unit of `data.batch`: for audio, seconds without padding."""
-        front = self.cfg.model.front
-        if not isinstance(front, (WaveformFront, LogMelFront)):
-            return len(batch)
-        samples = batch.source.numel() if batch.unpadded is None else batch.unpadded
-        return samples / front.sample_rate
 
     def _save(self) -> None:
         if self.saved == self.place.step:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BLANK = 0
+"""fairseq's <s>"""
 PRUNE = -12.0
 """log probability of a letter at a frame below which no prefix is continued with it"""
 

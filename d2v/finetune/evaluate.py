@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..data import DataError
+from ..extract import BATCH
 from ..train import pick_device
 from .config import FineTuneConfig
 from .data import Part, open_tune_data
@@ -19,9 +20,6 @@ from .load import LABELS, load_run
 from .metrics import GLUE_METRICS, class_scores, regression_scores, transcript_scores
 from .model import FineTuned
 from .transcripts import Vocabulary
-
-BATCH = {"image": 64, "audio": 1, "text": 32}
-"""samples of a forward pass; utterances go alone, as the positional convolution of speech sees padding"""
 
 
 @torch.no_grad()

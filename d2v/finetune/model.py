@@ -23,9 +23,7 @@ from ..model.blocks import Block, layer_norm, linear
 from ..model.encoder import Network, run_blocks
 from ..model.frontends import token_lengths
 from .config import DropConfig, HeadConfig
-
-BLANK = 0
-"""CTC's blank: fairseq's <s>"""
+from .decode import BLANK
 
 
 def tuned_model_config(cfg: ModelConfig, drop: DropConfig) -> ModelConfig:
@@ -133,11 +131,6 @@ class FineTuned(nn.Module):
     @property
     def modality(self) -> str:
         return self.cfg.modality
-
-    def head_parameters(self) -> list[nn.Parameter]:
-        """All parameters outside the encoder."""
-        inside = set(self.backbone.parameters())
-        return [p for p in self.parameters() if p not in inside]
 
     def forward(
         self,

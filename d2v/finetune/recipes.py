@@ -9,7 +9,7 @@ GLUE: examples/data2vec/config/v2/text_finetuning/*.yaml. The tiny ones are ours
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from ..config import DataConfig, LogMelFront, ModelConfig, OptimConfig
 from .config import AugmentConfig, DropConfig, FineTuneConfig, HeadConfig, SpanConfig, Task, TuneConfig
@@ -31,11 +31,8 @@ class Recipe:
 
     def on(self, name: str, model: ModelConfig) -> FineTuneConfig:
         """The config of a run of this recipe from an encoder of config `model`."""
-        cfg = FineTuneConfig(
-            recipe=name, head=self.head, model=model, optim=self.optim, drop=self.drop, augment=self.augment,
-            span=self.span, data=self.data, train=self.train, glue=self.glue,
-        )  # fmt: skip
-        return with_drops(cfg)
+        mine = {f.name: getattr(self, f.name) for f in fields(self)}
+        return with_drops(FineTuneConfig(recipe=name, model=model, **mine))
 
 
 def with_drops(cfg: FineTuneConfig) -> FineTuneConfig:

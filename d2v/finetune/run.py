@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from d2vkern._nvtx import phase
 
 from .. import rng
+from ..batching import UNITS, amount
 from ..checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -31,6 +32,7 @@ from ..checkpoint import (
     write_config,
     write_environment,
 )
+from ..config import Config
 from ..cpu import tune_allocator
 from ..data import Batch, DataError, Position
 from ..extract import open_model
@@ -38,7 +40,7 @@ from ..model import Data2Vec
 from ..plot import plot_run
 from ..progress import Progress, duration, read_metrics, truncate_metrics
 from ..signals import StopRequest
-from ..train import RunError, _claim, pick_device
+from ..train import Ended, Place, RunError, _claim, pick_device
 from .config import FineTuneConfig
 from .data import open_tune_data
 from .evaluate import evaluate
@@ -46,20 +48,11 @@ from .load import BEST, LABELS, read_tuned_config
 from .metrics import is_better
 from .tuner import Outcome, Tuner
 
-UNITS = {"image": "images", "audio": "seconds", "text": "samples"}
-
 
 @dataclass(frozen=True)
-class TuneResult:
-    """How a run ended."""
+class TuneResult(Ended):
+    """How a fine-tuning run ended."""
 
-    out: Path
-    step: int
-    finished: bool
-    exit_code: int
-    """0: finished, or stopped on request; 1: too many bad steps in a row"""
-    seconds: float
-    """spent in this call"""
     scores: dict[str, float]
     """of the last evaluation"""
     best: float | None
@@ -67,14 +60,7 @@ class TuneResult:
 
 
 @dataclass
-class _Place:
-    """Where a run stands: the trainer's part of a checkpoint."""
-
-    step: int = 0
-    epoch: int = 0
-    step_in_epoch: int = 0
-    skipped: int = 0
-    bad_in_a_row: int = 0
+class _Tuning(Place):
     best: float | None = None
 
 
@@ -84,12 +70,14 @@ def run_finetune(
     data: str,
     out: str | Path,
     *,
+    opened: tuple[Data2Vec, Config, Path | None] | None = None,
     scratch: bool = False,
     stop: Callable[[int], bool] | None = None,
 ) -> TuneResult:
     """Fine-tune to cfg.train.steps in the run directory `out`.
 
-    encoder: run, checkpoint folder or original `.pt` of pretraining. scratch: take its architecture alone.
+    encoder: run, checkpoint folder or original `.pt` of pretraining. opened: what `open_model` made
+    of it, where that is at hand. scratch: take its architecture alone.
     stop: asked after every step with its number; True saves and returns, as SIGTERM and Ctrl-C do.
     Raises ValueError (DataError), CheckpointError or FileNotFoundError for what is wrong before the first
     step, after which a new `out` is gone again, and RunError for what stops the run later.
@@ -98,7 +86,7 @@ def run_finetune(
     _claim(out)
     begun = None
     try:
-        begun = _Run(cfg, encoder, data, out, device, None, scratch)
+        begun = _Run(cfg, encoder, data, out, device, None, opened or open_model(encoder), scratch)
         return begun.loop(stop)
     except BaseException:
         if begun is None or begun.place.step == 0:
@@ -115,8 +103,7 @@ def resume_finetune(out: str | Path, *, stop: Callable[[int], bool] | None = Non
     newest = latest_checkpoint(out)
     if newest is None:
         raise CheckpointError(f"{out}: no checkpoint to continue from: start it anew")
-    run = _Run(cfg, encoder, data, Path(out), _prepare(cfg), load_checkpoint(newest), False)
-    return run.loop(stop)
+    return _Run(cfg, encoder, data, Path(out), _prepare(cfg), load_checkpoint(newest)).loop(stop)
 
 
 def _prepare(cfg: FineTuneConfig) -> torch.device:
@@ -137,11 +124,13 @@ class _Run:
         out: Path,
         device: torch.device,
         checkpoint: Checkpoint | None,
-        scratch: bool,
+        opened: tuple[Data2Vec, Config, Path | None] | None = None,
+        scratch: bool = False,
     ) -> None:
-        weights, folder = None, None
-        if checkpoint is None:
-            weights, pretraining, folder = open_model(encoder)
+        """checkpoint: to go on from; or opened: the encoder to begin with."""
+        folder = None
+        if opened is not None:
+            weights, pretraining, folder = opened
             if pretraining.data.mean is not None:  # pictures are normalised as in pretraining
                 mean, std = pretraining.data.mean, pretraining.data.std
                 cfg = replace(cfg, data=replace(cfg.data, mean=mean, std=std))
@@ -150,15 +139,14 @@ class _Run:
         cfg = replace(cfg, head=replace(cfg.head, outputs=self._outputs(cfg)))
         self.cfg = cfg
         self.tuner = Tuner(cfg, self.data, device)
-        self.place = _Place()
+        self.place = _Tuning()
         if checkpoint is not None:
             self.tuner.load(checkpoint)
-            self.place = _Place(**checkpoint.trainer)
+            self.place = _Tuning(**checkpoint.trainer)
             if self.place.bad_in_a_row >= cfg.train.max_bad_steps:
                 self.place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
             self.tuner.bad[0], self.tuner.bad[1] = self.place.skipped, self.place.bad_in_a_row
-        elif not scratch:
-            assert weights is not None
+        elif opened is not None and not scratch:
             start_from(self.tuner, weights, encoder)
         write_config(out, cfg, data, encoder=str(encoder))
         write_environment(out)
@@ -177,7 +165,7 @@ class _Run:
     def loop(self, stop: Callable[[int], bool] | None) -> TuneResult:
         """Step, log, evaluate and save until the end, a request to stop, or too many bad steps in a row."""
         began, train, place = time.perf_counter(), self.cfg.train, self.place
-        unit = UNITS[self.cfg.model.modality]
+        unit = UNITS[self.cfg.model.modality] if self.cfg.model.modality != "text" else "samples"
         shown = Progress(self.out, start=place.step, steps=train.steps, unit=unit, describe=describe)
         with StopRequest() as request, shown as progress:
             report = self.data.loader.report
@@ -230,7 +218,7 @@ class _Run:
         outcome: Outcome = self.tuner.step(place.step + 1, batches)
         place.step += 1
         place.epoch, place.step_in_epoch = self.data.loader.position
-        progress.tick(place.step, sum(map(self._amount, batches)))
+        progress.tick(place.step, sum(amount(self.cfg.model.front, batch) for batch in batches))
         log = place.step % train.log_every == 0 or place.step == train.steps
         if log or self.device.type == "cpu":  # a GPU is asked on log steps only
             before = place.skipped
@@ -242,18 +230,11 @@ class _Run:
         if log:
             progress.log({"step": place.step, **self.tuner.report(outcome), "skipped": place.skipped})
 
-    def _amount(self, batch: Batch) -> float:
-        rate = getattr(self.cfg.model.front, "sample_rate", None)
-        if rate is None:
-            return len(batch)
-        return (batch.source.numel() if batch.unpadded is None else batch.unpadded) / rate
-
     def _evaluate(self, progress: Progress) -> None:
         """Score the held-out parts; random states are left as they were."""
-        states = rng.capture(self.device)
-        with phase("evaluate"):
+        began = time.perf_counter()
+        with rng.preserved(self.device), phase("evaluate"):
             self.scores = evaluate(self.tuner.model, self.cfg, self.data.parts, self.data.names)
-        rng.restore(states, self.device)
         progress.note({"step": self.place.step, **self.scores})
         said = ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
         progress.say(f"step {self.place.step}: {said}")
@@ -263,12 +244,13 @@ class _Run:
             save_checkpoint(
                 self.out / BEST, self.place.step, self.tuner.model, {}, {"scores": self.scores}, {}, 1
             )
+        progress.idle(time.perf_counter() - began)
 
     def _save(self) -> None:
         if self.saved == self.place.step:
             return
         self.place.skipped, self.place.bad_in_a_row = self.tuner.count_bad()
-        state: dict[str, Any] = dict(vars(self.place))
+        state: dict[str, Any] = asdict(self.place)
         try:
             save_checkpoint(
                 self.out, self.place.step, self.tuner.model, self.tuner.optimizer_state(), state,

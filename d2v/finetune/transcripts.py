@@ -34,6 +34,7 @@ from ..data.audio_files import (
 from ..data.audio_source import AudioSource, SpeechUtterances
 from ..data.embedded import speech
 from ..data.loading import Loader
+from .decode import BLANK
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """fairseq's first entries of a dictionary; <s> is CTC's blank"""
@@ -260,7 +261,7 @@ def ctc_loss(logits: Tensor, padded: Tensor | None, labels: Sequence[np.ndarray]
         torch.from_numpy(np.concatenate(labels)).to(logits.device),
         frames,
         torch.tensor([len(label) for label in labels]),
-        blank=0,
+        blank=BLANK,
         reduction="sum",
         zero_infinity=True,
     )

@@ -16,11 +16,11 @@ from d2vkern._nvtx import phase
 
 from .. import rng
 from ..backends import use_backends
-from ..checkpoint import Checkpoint, fill_model
 from ..data import Batch
 from ..data.loading import generator
+from ..learner import Learner
 from ..model.frontends import token_lengths
-from ..optim import clip_factor, learning_rate, set_learning_rate
+from ..optim import is_exempt, learning_rate
 from .config import FineTuneConfig
 from .data import CHANNEL_MASK, TIME_MASK, TuneData, span_mask
 from .images import mix, soft_cross_entropy
@@ -41,30 +41,28 @@ class Outcome:
     lr: float
 
 
-class Tuner:
+class Tuner(Learner[FineTuned]):
     """Model, optimizer and the step. Seeds the global random generators with train.seed."""
 
     def __init__(self, cfg: FineTuneConfig, data: TuneData, device: torch.device) -> None:
-        self.cfg, self.data, self.device = cfg, data, device
+        self.cfg, self.data = cfg, data
         with use_backends(cfg.train.backend):
             pass  # names are checked before anything is made
         rng.seed_all(cfg.train.seed)
-        self.model = FineTuned(cfg.model, cfg.head, cfg.drop).to_device(device, cfg.train.precision)
+        model = FineTuned(cfg.model, cfg.head, cfg.drop).to_device(device, cfg.train.precision)
         if cfg.train.freeze_front:
-            self.model.freeze_front()
-        self.model.train()
-        self.capturable = device.type != "cpu"
-        self.optimizer = AdamWEMA(
-            list(param_groups(self.model, cfg)),
+            model.freeze_front()
+        model.train()
+        capturable = device.type != "cpu"
+        optimizer = AdamWEMA(
+            list(param_groups(model, cfg)),
             lr=cfg.optim.lr,
             betas=cfg.optim.betas,
             eps=cfg.optim.eps,
             eps_mode=cfg.optim.eps_mode,
-            capturable=self.capturable,
+            capturable=capturable,
         )
-        self._named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.bad = torch.zeros(2, dtype=torch.int64, device=device)
-        """bad steps so far, and bad steps in a row now"""
+        super().__init__(model, optimizer, device, capturable=capturable)
 
     def step(self, number: int, batches: list[Batch]) -> Outcome:
         """Step `number`, counted from 1; a NaN or inf in loss or gradient leaves everything as it was."""
@@ -78,17 +76,8 @@ class Tuner:
                     loss.backward()
                 total += loss.detach()
             with phase("optimizer"):
-                norm, factor = clip_factor(self._named.values(), cfg.optim.clip)
-                good = torch.isfinite(torch.stack([total, norm])).all()
                 lr = learning_rate(cfg.optim, number - 1, cfg.train.steps)
-                set_learning_rate(self.optimizer, lr)
-                if self.capturable:
-                    self.optimizer.step(clip_factor=factor, found_inf=(~good).float())
-                elif good:
-                    self.optimizer.step(clip_factor=factor)
-                self.optimizer.zero_grad(set_to_none=True)
-                self.bad.add_(~good)
-                self.bad[1].mul_(~good)
+                good, norm = self.update([total], lr, cfg.optim.clip)
         return Outcome(good, total, norm, lr)
 
     def loss(self, batch: Batch, *, train_encoder: bool = True) -> Tensor:
@@ -130,28 +119,10 @@ class Tuner:
         channels = np.full(len(ids), width)
         return time, draw(CHANNEL_MASK, channels, width, span.channel_prob, span.channel_length, 0)
 
-    def count_bad(self) -> tuple[int, int]:
-        """Bad steps so far, and in a row now; waits for the device."""
-        skipped, in_a_row = self.bad.tolist()
-        return skipped, in_a_row
-
     def report(self, outcome: Outcome) -> dict[str, Any]:
         """The numbers of a log step, read from the device."""
         loss, norm = torch.stack([outcome.loss, outcome.grad_norm]).double().tolist()
         return {"loss": loss, "grad_norm": norm, "lr": outcome.lr}
-
-    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
-        """Parameter name -> field -> tensor, for a checkpoint."""
-        state = self.optimizer.state
-        return {name: dict(state[p]) for name, p in self._named.items() if state[p]}
-
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint: weights, optimizer and random states."""
-        fill_model(self.model, checkpoint.model, checkpoint.path)
-        for name, fields in checkpoint.optimizer.items():
-            p = self._named[name]
-            self.optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in fields.items()}
-        rng.restore(checkpoint.rng, self.device)
 
 
 def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, Any]]:
@@ -171,8 +142,8 @@ def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, An
         if found and ".decoder." not in name:
             number = int(after.partition(".")[0]) + (0 if before.endswith("context_encoder.") else prenet)
             scale = cfg.train.layer_decay ** (depth - number)
-        exempt = p.dim() == 1 or name.endswith(".bias") or "alibi_scale" in name
-        decay = cfg.optim.weight_decay if cfg.optim.decay_all or not exempt else 0.0
+        exempt = not cfg.optim.decay_all and is_exempt(name, p)
+        decay = 0.0 if exempt else cfg.optim.weight_decay
         groups.setdefault((scale, decay), []).append(p)
     for (scale, decay), params in groups.items():
         yield {"params": params, "lr_scale": scale, "weight_decay": decay}

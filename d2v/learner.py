@@ -1,0 +1,74 @@
+"""What every kind of training does with a model: one guarded optimizer step, bad steps, checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from d2vkern import AdamWEMA
+
+from . import rng
+from .checkpoint import Checkpoint, fill_model
+from .optim import clip_factor, set_learning_rate
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Learner(Generic[Model]):
+    """A model and its optimizer.
+
+    capturable: take decisions on the device, reading nothing there.
+    """
+
+    def __init__(self, model: Model, optimizer: AdamWEMA, device: torch.device, *, capturable: bool) -> None:
+        self.model, self.optimizer, self.device, self.capturable = model, optimizer, device, capturable
+        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.parameters = list(self._named.values())
+        self.bad = torch.zeros(2, dtype=torch.int64, device=device)
+        """bad steps so far, and bad steps in a row now"""
+
+    def update(
+        self,
+        losses: Sequence[Tensor],
+        lr: float | Tensor,
+        clip: float | None,
+        ema_decay: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Step on the gradients that are there and clear them; NaN or inf there or in a loss changes nothing.
+
+        losses: 0-dim. Returns whether the step was good (0-dim bool) and the gradients' norm before clipping.
+        """
+        norm, factor = clip_factor(self.parameters, clip)
+        good = torch.isfinite(torch.stack([*losses, norm])).all()
+        set_learning_rate(self.optimizer, lr)
+        if self.capturable:
+            self.optimizer.step(clip_factor=factor, ema_decay=ema_decay, found_inf=(~good).float())
+        elif good:
+            self.optimizer.step(clip_factor=factor, ema_decay=ema_decay)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad.add_(~good)
+        self.bad[1].mul_(~good)
+        return good, norm
+
+    def count_bad(self) -> tuple[int, int]:
+        """Bad steps so far, and in a row now; waits for the device."""
+        skipped, in_a_row = self.bad.tolist()
+        return skipped, in_a_row
+
+    def optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        """Parameter name -> field -> tensor, for a checkpoint."""
+        return {
+            name: dict(self.optimizer.state[p]) for name, p in self._named.items() if self.optimizer.state[p]
+        }
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint: weights (a teacher's too), optimizer and random states."""
+        fill_model(self.model, checkpoint.model, checkpoint.path)
+        for name, fields in checkpoint.optimizer.items():
+            p = self._named[name]
+            # a step count lives where the optimizer keeps it, the moments beside their parameter
+            self.optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in fields.items()}
+        rng.restore(checkpoint.rng, self.device)
