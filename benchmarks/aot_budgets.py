@@ -159,11 +159,21 @@ TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
     "loss_fwd_kernel": {"load pred_ptr": _masked_of("pred_ptr", lambda given: given["EVERY_TOKEN"])},
 }
 
-# kernel -> tensors that its op's plan moves once in this launch; packed weights and partials are overhead.
+# kernel -> tensors that its op's plan moves once in this launch; conv_block's packed weights and partials are
+# overhead. conv_stem's are part of its plan, as its last layers have few rows: weights are read, repacked and
+# read once more, and each share of the weight gradient is written and read.
 PASSES: dict[str, tuple[str, ...]] = {
     "conv_block_bwd_kernel_rows": ("dy_ptr", "r_ptr", "dr_ptr"),
     "conv_block_fwd_kernel_norm": ("r_ptr", "skip_ptr", "y_ptr"),
     "conv_block_fwd_kernel_rows": ("x_ptr", "r_ptr", "y_ptr"),
+    "conv_stem_bwd_kernel_input": ("dr_ptr", "weight_ptr", "dx_ptr"),
+    "conv_stem_bwd_kernel_norm": ("dy_ptr", "r_ptr", "dr_ptr"),
+    "conv_stem_bwd_kernel_sum": ("partials_ptr", "dweight_ptr"),
+    "conv_stem_bwd_kernel_wave": ("dy_ptr", "along_ptr"),
+    "conv_stem_bwd_kernel_wave_squares": ("along_ptr",),
+    "conv_stem_bwd_kernel_weight": ("x_ptr", "dr_ptr", "partials_ptr"),
+    "conv_stem_fwd_kernel": ("x_ptr", "r_ptr", "y_ptr", *("weight_ptr",) * 3),
+    "conv_stem_fwd_kernel_wave": ("x_ptr", "y_ptr"),
     "taps_tiles_kernel": ("source_ptr", "add_ptr", "out_ptr"),
     "taps_weight_kernel": ("x_ptr", "dr_ptr"),
     "taps_weight_kernel_sum": ("dw_ptr",),

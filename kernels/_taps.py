@@ -148,7 +148,7 @@ def product_configs(
     tile's size waits in registers too.
     """
     low = itemsize < 4
-    block_k = min(64 if low else 32, max(16, triton.next_power_of_2(taps.depth())))
+    block_k = min(64 if low else 16, max(16, triton.next_power_of_2(taps.depth())))
     most = 64 if not low else 128 if added else 256
     if owner:
         most = max(most, triton.next_power_of_2(taps.outer))

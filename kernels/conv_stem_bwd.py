@@ -18,6 +18,7 @@ from d2vkern.kernels._stem_wave import wave_backward
 from d2vkern.kernels.residual_norm_bwd import _replaced
 
 _PROGRAMS = 264
+_MULTIPROCESSORS = 132
 
 
 @triton.jit(do_not_specialize=["rows", "group"])
@@ -356,12 +357,27 @@ def _into_input(dr: Tensor, weight: Tensor, stride: int, dx: Tensor) -> None:
     )
 
 
+def _shares(tiles: int, rows: int, values: int, moved: int) -> int:
+    """How many programs share the rows of a tile: those that leave the fewest multiprocessors without work.
+
+    Partials, 8 bytes per value and share, stay within an eighth of the bytes backward moves anyway, unless
+    that would not give one program to each multiprocessor.
+    """
+    light = max(moved // 8 // (8 * values), _MULTIPROCESSORS // tiles)
+    most = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(rows, 128), light))
+
+    def busy(shares: int) -> float:
+        return tiles * shares / (triton.cdiv(tiles * shares, _MULTIPROCESSORS) * _MULTIPROCESSORS)
+
+    return max(range(1, most + 1), key=lambda shares: (busy(shares), -shares))
+
+
 def _into_weight(x: Tensor, dr: Tensor, stride: int, dw: Tensor) -> None:
     (_, length, c), (o, _, taps) = x.shape, dw.shape
     rows, depth = dr.numel() // o, c * taps
     config = product_config("conv_stem_bwd_kernel_weight", x, depth, o, rows, wide=rows >= WIDE_ROWS)
     tiles = triton.cdiv(depth, config["BLOCK_M"]) * triton.cdiv(o, config["BLOCK_N"])
-    shares = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(rows, 128)))
+    shares = _shares(tiles, rows, depth * o, (5 * o + 2 * stride * c) * rows * x.element_size())
     partials = x.new_empty((shares, depth, o), dtype=torch.float32)
     shape: dict[str, Any] = {"C": c, "OUT": o}
     launch(
