@@ -17,20 +17,21 @@ if TYPE_CHECKING:
 
     from .checkpoint import CheckpointError
     from .finetune.model import FineTuned
-    from .model.data2vec import Data2Vec
+    from .model import Data2Vec, Pretraining
 
 __all__ = ["CheckpointError", "Data2Vec", "FineTuned", "__version__", "load", "preset"]
 
 
 def load(
     path: str | Path, *, device: str | torch.device = "cpu", step: int | None = None
-) -> Data2Vec | FineTuned:
+) -> Pretraining | FineTuned:
     """A model in eval mode from any of four kinds of `path`.
 
     A run directory (its newest checkpoint, or that of `step`), one `checkpoints/step_N` folder, a folder of
     `d2v convert`, or a `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no
-    code. What was pretrained is a `Data2Vec`, its teacher loaded; what was fine-tuned, here or by the
-    original, is a `FineTuned` with `.logits()` (of a run: the best checkpoint unless `step` is given).
+    code. What was pretrained is a `Data2Vec`, its teacher loaded (or another `d2v.model.Pretraining`, if that
+    was its objective); what was fine-tuned, here or by the original, is a `FineTuned` with `.logits()` (of a
+    run: the best checkpoint unless `step` is given).
     Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
     """
     from .checkpoint import (
@@ -43,7 +44,7 @@ def load(
         read_settings,
     )
     from .convert import is_folder, load_folder
-    from .model.data2vec import Data2Vec
+    from .model import build_model
     from .original import is_finetuned, load_original
 
     path = Path(path)
@@ -75,14 +76,14 @@ def load(
         if folder is None:
             raise CheckpointError(f"{path}: no checkpoint in {path / 'checkpoints'}")
         tensors = load_checkpoint(folder).model
-    model = Data2Vec(config)
+    model = build_model(config)
     fill_model(model, tensors, path)
     return model.to(device).eval()
 
 
 def __getattr__(name: str) -> Any:
     if name == "Data2Vec":
-        from .model.data2vec import Data2Vec
+        from .model import Data2Vec
 
         return Data2Vec
     if name == "FineTuned":

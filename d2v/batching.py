@@ -58,17 +58,26 @@ def activation_bytes(cfg: Config) -> int:
         positional layer   M * T * D * 4                     speech only
         targets            T * D * 4                         the teacher keeps no activations
 
-    times 4 bytes (2 for bf16). Tensors that autograd kept in eager fp32, against this estimate: image_base
-    508 of 650 MiB an image, audio_base 162 of 297 a second, text_base 478 of 412 a block of 128.
+    times 4 bytes (2 for bf16). Where masked tokens go through the encoder K is T; mae has blocks of its
+    decoder's width, mlm the logits of the vocabulary in place of the convolutions. Tensors that autograd kept
+    in eager fp32, against this estimate, for data2vec2: image_base 508 of 650 MiB an image, audio_base 162 of
+    297 a second, text_base 478 of 412 a block of 128.
     """
     m = cfg.model
     tokens, quadratic = _tokens(cfg)
-    kept = tokens * (1 - m.mask.prob) + m.front.extra_tokens
-    longest = quadratic * (1 - m.mask.prob) + m.front.extra_tokens
+    seen = 1.0 if m.objective in ("data2vec1", "mlm") else 1 - m.mask.prob
+    kept = tokens * seen + m.front.extra_tokens
+    longest = quadratic * seen + m.front.extra_tokens
     clones, depth = m.mask.clones, m.prenet_depth + m.depth
     values = clones * kept * m.dim * (8 + 2 * m.mlp_ratio) * depth
     values += clones * kept * longest * m.heads * 2 * depth
-    values += clones * tokens * (m.decoder.dim * 4 * m.decoder.layers + m.dim * 4)
+    if m.objective == "data2vec2":
+        values += clones * tokens * (m.decoder.dim * 4 * m.decoder.layers + m.dim * 4)
+    elif m.objective == "mae":
+        per_token = m.mae.dim * (8 + 2 * m.mlp_ratio) + m.mae.heads * quadratic * 2
+        values += clones * tokens * per_token * m.mae.depth
+    elif isinstance(m.front, TextFront) and m.objective == "mlm":
+        values += clones * tokens * m.mask.prob * m.front.vocab_size * 3
     values += tokens * m.dim * 4 + _front_values(m, tokens)
     return math.ceil(values * (2 if cfg.train.precision == "bf16" else 4))
 

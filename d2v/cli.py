@@ -13,15 +13,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 from tyro.conf import Positional, arg
 
 from .cli_convert import convert
 from .cli_finetune import evaluate, finetune
 from .cli_parse import DataPath, Model, UsageError, parse, value_of
-from .config import Config, DataConfig, EMAConfig, ModelConfig, OptimConfig, ProbeConfig, TrainConfig
+from .config import (
+    Config,
+    DataConfig,
+    EMAConfig,
+    ModelConfig,
+    Objective,
+    OptimConfig,
+    ProbeConfig,
+    TrainConfig,
+)
 from .nsys import parse_steps
+from .objectives import for_objective
 from .presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -42,6 +52,8 @@ class TrainOptions:
     """run directory to make"""
     resume: Annotated[str | None, arg(metavar="RUN")] = None
     """run directory to continue, exactly"""
+    objective: Objective = "data2vec2"
+    """also a rival that data2vec 2.0 is compared with, set up as its paper does; see d2v/objectives.py"""
     compile: bool = False
     """short for --train.compile"""
     cuda_graph: bool = False
@@ -70,12 +82,17 @@ def train(arguments: Sequence[str]) -> int:
         from .checkpoint import read_config
 
         base, source = read_config(resumed)
+    objective = value_of("--objective", rest)
+    if resumed is None and objective in get_args(Objective):
+        base = for_objective(base, cast(Objective, objective))
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
     given = parse(TrainOptions, _join_backends(rest, "--train.backend"), command, defaults)
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
     if name is None and given.resume is None:
         raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
+    if given.resume is not None and objective is not None:
+        raise UsageError("d2v train: --resume RUN goes without --objective: a run keeps its objective")
     if given.resume is not None and given.out is not None:
         raise UsageError("d2v train: --resume RUN goes without --out, it continues in RUN")
     out = given.resume or given.out

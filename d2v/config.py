@@ -14,19 +14,24 @@ from .fronts import LogMelFront as LogMelFront
 from .fronts import TextFront as TextFront
 from .fronts import WaveformFront as WaveformFront
 
+Objective = Literal["data2vec2", "data2vec1", "mae", "mlm"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which tokens the student does not see; the modality picks the sampler (`d2vkern.ops.masks`)."""
+    """Which tokens the student does not see (`d2vkern.ops.masks`)."""
 
     prob: float = 0.8
     """share of tokens masked"""
     length: int = 3
-    """side of a visible block (image), length of a masked span (audio), 1 (text)"""
+    """side of a square (image), length of a span; random masks do not read it"""
     adjust: float = 0.07
     """added to the share when block centres are counted; the exact share is restored afterwards"""
     clones: int = 16
     """masked versions of each sample, M"""
+    kind: Literal["inverse_block", "block", "span", "random"] | None = None
+    """squares that stay visible or that are masked (image), masked spans (audio, text), single tokens; none:
+    inverse_block for images, span for audio, random for text"""
 
     def __post_init__(self) -> None:
         check(0.0 < self.prob < 1.0, "mask.prob", "in (0, 1)", self.prob)
@@ -63,6 +68,21 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MAEConfig:
+    """The transformer decoder of objective mae."""
+
+    dim: int = 512
+    heads: int = 16
+    depth: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "heads", "depth"):
+            check(getattr(self, name) > 0, f"mae.{name}", "positive", getattr(self, name))
+        contract = f"a multiple of 4 and of heads {self.heads}"
+        check(self.dim % 4 == self.dim % self.heads == 0, "mae.dim", contract, self.dim)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetConfig:
     """What the teacher's layers become: top-K FFN outputs, each normalised, averaged, normalised."""
 
@@ -79,12 +99,15 @@ class TargetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Architecture and loss of one Data2Vec."""
+    """Architecture and objective of one model."""
 
     front: Front
+    objective: Objective = "data2vec2"
+    """what is learned; `d2v train --objective` also sets what its paper sets (d2v/objectives.py)"""
     mask: MaskConfig = field(default_factory=MaskConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
+    mae: MAEConfig = field(default_factory=MAEConfig)
     dim: int = 768
     heads: int = 12
     prenet_depth: int = 0
@@ -138,10 +161,26 @@ class ModelConfig:
             check(self.dim % 4 == 0, "model.dim", "a multiple of 4 (2-D sine-cosine table)", self.dim)
         if self.cls_loss:
             check(self.front.extra_tokens > 0, "model.cls_loss", "0 without extra tokens", self.cls_loss)
+            check(self.objective == "data2vec2", "model.cls_loss", "0 but for data2vec2", self.cls_loss)
+        image = self.modality == "image"
+        kinds = ("inverse_block", "block", "random") if image else ("span", "random")
+        check(self.mask_kind in kinds, "mask.kind", f"one of {', '.join(kinds)}", self.mask.kind)
+        if self.objective == "mae":
+            fits = isinstance(self.front, (ImageFront, LogMelFront))
+            check(fits, "model.objective", "another for a front end without patches or spectra", "mae")
+        if self.objective == "mlm":
+            check(
+                isinstance(self.front, TextFront), "model.objective", "another without tokens of text", "mlm"
+            )
 
     @property
     def modality(self) -> Modality:
         return self.front.modality
+
+    @property
+    def mask_kind(self) -> str:
+        """`mask.kind`, or the modality's own."""
+        return self.mask.kind or {"image": "inverse_block", "audio": "span", "text": "random"}[self.modality]
 
 
 @dataclass(frozen=True, kw_only=True)

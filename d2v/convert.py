@@ -24,7 +24,7 @@ from .atomic import replacing
 from .checkpoint import CheckpointError, _flatten, fill_model
 from .config import ModelConfig, from_dict, to_dict
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
-from .model import Data2Vec
+from .model import Pretraining, build_model
 from .original import translate
 
 Target = Literal["safetensors", "original"]
@@ -46,7 +46,7 @@ def run_convert(source: str | Path, out: str | Path, target: Target, *, step: in
     if out.exists():
         raise ValueError(f"convert: {out} exists already: choose another name")
     model = load(source, step=step)
-    if not isinstance(model, Data2Vec):
+    if not isinstance(model, Pretraining):
         raise ValueError(f"convert: {source} is fine-tuned: only pretrained models can be converted")
     if target == "original":
         save_original(model, out)
@@ -65,7 +65,7 @@ def _tokenizer(source: Path) -> Path | None:
     return found if found.is_file() else None
 
 
-def save_folder(model: Data2Vec, out: Path, tokenizer: Path | None = None) -> None:
+def save_folder(model: Pretraining, out: Path, tokenizer: Path | None = None) -> None:
     """A folder that `d2v.load` opens, whole or not at all."""
     out.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -86,7 +86,7 @@ def is_folder(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
-def load_folder(path: Path) -> Data2Vec:
+def load_folder(path: Path) -> Pretraining:
     """The model of a folder that `save_folder` wrote. Raises CheckpointError naming the wrong file."""
     file = path / CONFIG
     try:
@@ -100,16 +100,16 @@ def load_folder(path: Path) -> Data2Vec:
         tensors = safetensors.torch.load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS}: damaged: {error}") from error
-    model = Data2Vec(cfg)
+    model = build_model(cfg)
     fill_model(model, tensors, path / WEIGHTS)
     return model
 
 
-def _tensors(model: Data2Vec) -> dict[str, Tensor]:
+def _tensors(model: Pretraining) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
 
 
-def save_original(model: Data2Vec, out: Path) -> None:
+def save_original(model: Pretraining, out: Path) -> None:
     """A `.pt` file as the original's trainer writes it: plain containers, the teacher under `_ema`.
 
     Raises ValueError naming the settings that the original has no words for.
@@ -131,6 +131,8 @@ def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dic
     front, decoder, target = cfg.front, cfg.decoder, cfg.target
     if isinstance(front, LogMelFront):
         raise ValueError("convert: the original has no log-mel front end")
+    if cfg.objective != "data2vec2":
+        raise ValueError(f"convert: the original is for data2vec2, got objective {cfg.objective}")
     section: dict[str, Any] = {
         "prenet_depth": cfg.prenet_depth,
         "prenet_dropout": cfg.prenet_dropout,

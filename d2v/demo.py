@@ -22,7 +22,7 @@ from . import rng
 from .config import Config
 from .data import open_labelled
 from .extract import Layer, Weights, open_model
-from .model import Data2Vec
+from .model import build_model
 from .presets import preset
 from .probe import probe_model, probe_raw
 from .train import RunError, RunResult, pick_device, run
@@ -128,7 +128,7 @@ def _one(task: Task, cfg: Config, folder: Path) -> dict[str, Any]:
     trained, cfg_run, run_dir = open_model(folder)
     labelled = open_labelled(task.data, cfg_run, run_dir=run_dir)
     rng.seed_all(cfg.train.seed)  # as the run did before it made its model
-    untrained = Data2Vec(cfg.model).to(next(trained.parameters()).device)
+    untrained = build_model(cfg.model).to(next(trained.parameters()).device)
     probe = {
         "raw": probe_raw(labelled),
         "untrained": probe_model(untrained, labelled, layer=task.layer, weights=task.weights),

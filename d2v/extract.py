@@ -23,7 +23,7 @@ from .checkpoint import read_config
 from .config import Config, DataConfig, TextFront
 from .convert import is_folder
 from .data import open_data
-from .model import Data2Vec
+from .model import Pretraining
 from .train import pick_device
 
 Layer = int | Literal["mean", "all"]
@@ -33,7 +33,7 @@ BATCH = {"image": 64, "audio": 1, "text": 32}
 """samples of a forward pass; utterances go alone, as the positional convolution of speech sees padding"""
 
 
-def open_model(path: str | Path) -> tuple[Data2Vec, Config, Path | None]:
+def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     """A model, its config and the folder of its tokenizer, from a run, a checkpoint folder or a `.pt` file.
 
     A run's images are normalised as they were in training. An original text model needs `tokenizer.json`
@@ -41,7 +41,7 @@ def open_model(path: str | Path) -> tuple[Data2Vec, Config, Path | None]:
     """
     path = Path(path)
     model = load(path, device=pick_device("auto"))
-    if not isinstance(model, Data2Vec):
+    if not isinstance(model, Pretraining):
         raise ValueError(
             f"{path} is fine-tuned: a pretrained model is needed (`d2v eval` scores fine-tuned ones)"
         )
@@ -69,7 +69,7 @@ def _as_trained(data: DataConfig, run: Path) -> DataConfig:
 
 @torch.no_grad()
 def token_features(
-    model: Data2Vec, source: Tensor, padding_mask: Tensor | None, *, layer: Layer, weights: Weights
+    model: Pretraining, source: Tensor, padding_mask: Tensor | None, *, layer: Layer, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
     """Features [B,E+T,D] fp32 of whole samples, extra tokens first, and the padding [B,T] (True) or None.
 
@@ -81,6 +81,10 @@ def token_features(
         raise ValueError(f"features: layer must be in {-depth}..{depth - 1}, mean or all, got {layer}")
     teacher = weights == "teacher"
     owner = model.teacher if teacher else model
+    if owner is None:
+        raise ValueError(
+            f"features: weights must be student for objective {model.cfg.objective}, got {weights}"
+        )
     blocks = owner if isinstance(owner, nn.ModuleList) else owner.get_submodule("blocks").children()
     outputs: list[Tensor] = []
     hooks = [

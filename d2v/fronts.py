@@ -173,6 +173,8 @@ class TextFront:
     dropout: float = 0.1
     pad_id: int = 1
     """token id of <pad>; positions start at pad_id + 1"""
+    mask_id: int = 3
+    """token id of <mask> where an objective needs one: <unk>, which a byte-level vocabulary never reads"""
     extra_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -182,6 +184,7 @@ class TextFront:
             f"above pad_id {self.pad_id}",
             self.vocab_size,
         )
+        check(0 <= self.mask_id < self.vocab_size, "front.mask_id", "below vocab_size", self.mask_id)
         check(self.max_positions > 0, "front.max_positions", "positive", self.max_positions)
         check_probability("front.dropout", self.dropout)
 

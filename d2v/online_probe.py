@@ -18,7 +18,7 @@ from . import rng
 from .config import Config
 from .data import Labelled, Split, open_labelled
 from .health import effective_rank
-from .model import Data2Vec
+from .model import Pretraining
 from .probe import evenly_spaced, features_of, probe_rows
 
 RANK_ROWS = 512
@@ -52,7 +52,7 @@ class OnlineProbe:
         self.labelled = Labelled(parts, labelled.classes, labelled.level, labelled.meta)
         self.layers = probe.layers
 
-    def run(self, model: Data2Vec) -> Scores:
+    def run(self, model: Pretraining) -> Scores:
         """Probe the student as it is now."""
         device = next(model.parameters()).device
         with rng.preserved(device), phase("probe"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .data import DataError, Labelled, Split, open_labelled
 from .extract import BATCH, Layer, Weights, mean_over_tokens, open_model, token_features
-from .model import Data2Vec
+from .model import Pretraining
 
 Kind = Literal["linear", "knn"]
 
@@ -39,7 +39,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 """features [n,f] float32 and labels [n] int64"""
 
 
-def features_of(model: Data2Vec, split: Split, *, layer: Layer = -1, weights: Weights = "student") -> Rows:
+def features_of(model: Pretraining, split: Split, *, layer: Layer = -1, weights: Weights = "student") -> Rows:
     """One row per sample, or per labelled token, of a split; see `d2v.extract.token_features`."""
     device, extra = next(model.parameters()).device, model.cfg.front.extra_tokens
     was_training = model.training
@@ -63,7 +63,7 @@ def features_of(model: Data2Vec, split: Split, *, layer: Layer = -1, weights: We
 
 
 def probe_model(
-    model: Data2Vec,
+    model: Pretraining,
     labelled: Labelled,
     *,
     layer: Layer = -1,

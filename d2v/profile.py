@@ -128,6 +128,10 @@ def run_profile(
     """
     from .train import pick_device
 
+    if cfg.model.objective != "data2vec2":
+        raise ValueError(
+            f"profile: model.objective must be data2vec2, whose FLOPs are known, got {cfg.model.objective}"
+        )
     if steps < 1 or (batch is not None and batch < 1):
         raise ValueError(f"profile: steps and batch must be positive, got {steps} and {batch}")
     for request in (backend, against):

@@ -23,7 +23,7 @@ from .data import Batch
 from .graph import CudaCapture, StepGraphs
 from .health import Alarm, judge, measure
 from .learner import Learner
-from .model import Data2Vec
+from .model import Pretraining, build_model
 from .optim import build_optimizer, learning_rate, teacher_decay
 from .regions import compile_regions
 
@@ -46,7 +46,7 @@ class Outcome:
     decay: float | Tensor
 
 
-class Trainer(Learner[Data2Vec]):
+class Trainer(Learner[Pretraining]):
     """Model, optimizer and the global step; knows nothing of files, signals or terminals.
 
     capturable: take decisions on the device, reading nothing there; None: except on a CPU, where reading is
@@ -64,7 +64,7 @@ class Trainer(Learner[Data2Vec]):
         if capturable is None:
             capturable = device.type != "cpu"
         rng.seed_all(cfg.train.seed)
-        model = Data2Vec(cfg.model).to(device)
+        model = build_model(cfg.model).to(device)
         model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
         model.train()
         model.graph_safe = cfg.train.cuda_graph

@@ -36,7 +36,7 @@ from ..config import Config
 from ..cpu import tune_allocator
 from ..data import Batch, DataError, Position
 from ..extract import open_model
-from ..model import Data2Vec
+from ..model import Pretraining
 from ..plot import plot_run
 from ..progress import Progress, duration, read_metrics, truncate_metrics
 from ..signals import StopRequest
@@ -70,7 +70,7 @@ def run_finetune(
     data: str,
     out: str | Path,
     *,
-    opened: tuple[Data2Vec, Config, Path | None] | None = None,
+    opened: tuple[Pretraining, Config, Path | None] | None = None,
     scratch: bool = False,
     stop: Callable[[int], bool] | None = None,
 ) -> TuneResult:
@@ -124,7 +124,7 @@ class _Run:
         out: Path,
         device: torch.device,
         checkpoint: Checkpoint | None,
-        opened: tuple[Data2Vec, Config, Path | None] | None = None,
+        opened: tuple[Pretraining, Config, Path | None] | None = None,
         scratch: bool = False,
     ) -> None:
         """checkpoint: to go on from; or opened: the encoder to begin with."""
@@ -274,10 +274,10 @@ def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
     )
 
 
-def start_from(tuner: Tuner, pretrained: Data2Vec, source: str | Path) -> None:
-    """Put a pretrained student's encoder under the head; decoder and teacher stay behind."""
+def start_from(tuner: Tuner, pretrained: Pretraining, source: str | Path) -> None:
+    """Put a pretrained student's encoder under the head; decoder, teacher and heads stay behind."""
     weights = {
         name: tensor for name, tensor in pretrained.state_dict().items()
-        if not name.startswith("_ema.") and ".decoder." not in name
+        if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
     }  # fmt: skip
     fill_model(tuner.model.backbone, weights, source)

@@ -17,6 +17,13 @@ from ..config import ImageFront, ModelConfig
 from .blocks import linear
 
 
+def masked_rows(x: Tensor, plan: d2vkern.MaskPlan) -> Tensor:
+    """[N,T,D] -> [N,T-K,D] at the masked places, ascending."""
+    rows = plan.ids_mask
+    index = rows + x.shape[1] * torch.arange(x.shape[0], dtype=rows.dtype, device=rows.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, index.flatten()).view(*rows.shape, x.shape[2])
+
+
 class Decoder(nn.Module):
     """`layers` convolution blocks of width `dim`, then one or two linear layers back to the model's width."""
 
@@ -46,15 +53,9 @@ class Decoder(nn.Module):
 
     def forward(self, x_NTD: Tensor, plan: d2vkern.MaskPlan) -> Tensor:
         """Predictions at the masked places, ascending: [N,T-K,D]."""
-        rows = plan.ids_mask
         if self.settings.groups == 1 and self.grid is None:
-            x = self._convolve(x_NTD, rows)
-        else:
-            x = self._convolve(x_NTD)
-            n, t, _ = x.shape
-            index = rows + t * torch.arange(n, dtype=rows.dtype, device=rows.device).unsqueeze(1)
-            x = x.flatten(0, 1).index_select(0, index.flatten()).view(*rows.shape, x.shape[2])
-        return self._project(x)
+            return self._project(self._convolve(x_NTD, plan.ids_mask))
+        return self._project(masked_rows(self._convolve(x_NTD), plan))
 
     def full(self, x_NTD: Tensor) -> Tensor:
         """Predictions at every place: [N,T,D]."""
