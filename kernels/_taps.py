@@ -162,7 +162,7 @@ def product_configs(
             # Products in fp32 are additions in registers, of which eight warps have enough.
             warps = 4 if low and height == 64 and first <= 128 else 8
             tiles = {"SPAN": span, "BLOCK_M": height, "BLOCK_N": first, "BLOCK_N2": second}
-            found.append({**tiles, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3 if low else 2})
+            found.append({**tiles, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 3})
     return found
 
 
