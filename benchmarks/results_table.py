@@ -6,8 +6,9 @@
 A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The first word of a file's name
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
 `scaling_*.json` (scaling.py), `memory_*.json` (memory.py), `profile_*.json` (profile.json of `d2v profile`),
-`demo_*.json` (summary.json of `d2v demo`); the table `hotpaths` is made from the step's files too. No number
-is typed by hand: a table without a file says "not measured", and so does a cell without a time.
+`demo_*.json` (summary.json of `d2v demo`), `race_*.json` (race.json of `d2v race`); the table `hotpaths` is
+made from the step's files too. No number is typed by hand: a table without a file says "not measured", and so
+does a cell without a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 from benchmarks import scaling
 from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
 from benchmarks.step_table import goals_table, hot_paths_table, plot_steps, step_table
+from d2v.race_report import plot_race, race_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results:\2 -->)", re.DOTALL)
@@ -134,6 +136,19 @@ def demo_table(found: Results) -> list[str]:
     return markdown(head, cells, 3)
 
 
+def race_table(found: Results) -> list[str]:
+    """Accuracy at the end, time ratios, costs and baselines of a race."""
+    race = found.data
+    head, *rows = race_rows(race)
+    seeds = len({track["seed"] for track in race["tracks"]})
+    title = (
+        f"{race['preset']} on {Path(race['data']).name}, {race['minutes']:g} minutes of training each, "
+        f"{seeds} seeds, {race['labelled_rows']['train']:,} samples to fit probes, {race['classes']} classes:"
+    )
+    image = f"![accuracy over time](benchmarks/results/{found.path.stem}.png)"
+    return [title, "", *markdown(head, rows, 1), "", image]
+
+
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "step": step_table,
     "ops": ops_table,
@@ -141,6 +156,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "scaling": scaling_table,
     "memory": memory_table,
     "demo": demo_table,
+    "race": race_table,
     "hotpaths": hot_paths_table,
 }
 SOURCES = {"hotpaths": "step"}
@@ -185,9 +201,9 @@ def render(text: str, results: dict[str, list[Results]]) -> str:
 
 
 def draw(results: dict[str, list[Results]], folder: Path) -> list[Path]:
-    """A PNG beside every file of steps, ops and scaling; one that is as it should be is not touched."""
+    """A PNG beside every file that has a plot; one that is as it should be is not touched."""
     drawn = []
-    for name, plot in {"step": plot_steps, "ops": plot_ops, "scaling": scaling.plot}.items():
+    for name, plot in PLOTS.items():
         for found in results[name]:
             path = folder / f"{found.path.stem}.png"
             before = path.read_bytes() if path.exists() else None
@@ -222,6 +238,14 @@ def plot_ops(data: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+PLOTS: dict[str, Callable[[dict[str, Any], Path], object]] = {
+    "step": plot_steps,
+    "ops": plot_ops,
+    "scaling": scaling.plot,
+    "race": plot_race,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from tyro.conf import Positional, arg
 from .cli_convert import convert
 from .cli_finetune import evaluate, finetune
 from .cli_parse import DataPath, Model, UsageError, parse, value_of
+from .cli_race import race
 from .config import (
     Config,
     DataConfig,
@@ -374,6 +375,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "finetune": (finetune, "fine-tune on labels: pictures, sounds, CTC transcripts, sentences"),
     "eval": (evaluate, "scores of a fine-tuned run: top-1, WER, GLUE's metrics"),
     "convert": (convert, "a pretrained model as safetensors, or as a file of the original"),
+    "race": (race, "accuracy against training time: data2vec 2.0, data2vec 1, MAE, MLM"),
     "presets": (presets, "list the presets, or print one with the source of its values"),
     "check": (check, "counts, sizes, sample rates and unreadable files of a data set"),
     "profile": (profile, "time, bytes and FLOPs of every hot path of a training step"),

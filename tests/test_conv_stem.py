@@ -72,6 +72,16 @@ def test_both_ways_of_windowing_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equals_plain(op(3), plain(3), make_case(shape), 1e-10)
 
 
+@shapes
+@pytest.mark.parametrize("frames", [1, 3])
+def test_blocks_of_frames_give_the_same(shape: Shape, frames: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", frames * shape[3] * 8)
+    b, t, _, o, k, stride = shape
+    blocks = reference._blocks(torch.empty(b, t, 1, dtype=torch.float64), (t - k) // stride + 1, o)
+    assert {end - start for _, start, end in blocks} <= set(range(1, frames + 1))
+    assert_equals_plain(op(stride), plain(stride), make_case(shape), 1e-10)
+
+
 def test_samples_left_over_have_no_gradient() -> None:
     inputs = make_case((2, 24, 32, 4, 3, 2))
     dx = values_and_gradients(op(2), inputs)[1]

@@ -5,7 +5,8 @@ lie side by side in memory, so taps j*stride ... (j+1)*stride - 1 are one [T', s
 not overlap. Kernel 3, stride 2 is two products, kernel 2 one. A first layer with few channels gathers its
 windows (k * C values per frame, less than one output channel's worth) and is one product.
 
-Saved for backward: x, the convolution's output, mean and rstd; LayerNorm and GELU are recomputed.
+Saved for backward: x, the convolution's output, mean and rstd; LayerNorm and GELU are recomputed. On a CPU
+all of it runs block by block of frames, so that only x, the convolution's output and y pass through memory.
 """
 
 from typing import Any
@@ -20,7 +21,10 @@ from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
 
-_NARROW = 64  # window values below which gathering is cheaper than a second pass over the output
+_BLOCK_BYTES = 1 << 23
+"""of the convolution's output worked on at a time on a CPU, so that norm and GELU find it in the cache"""
+_NARROW = 64
+"""window values below which gathering is cheaper than a second pass over the output"""
 
 
 def _phases(kernel: int, stride: int, channels: int) -> list[tuple[int, int]]:
@@ -41,6 +45,19 @@ def _matrix(weight: Tensor, first: int, taps: int) -> Tensor:
     return weight[:, :, first : first + taps].permute(2, 1, 0).reshape(-1, weight.shape[0])
 
 
+def _blocks(x: Tensor, frames: int, width: int) -> list[tuple[int, int, int]]:
+    """(sample, first frame, end) of what is worked on at a time.
+
+    On a CPU so few frames that norm and GELU find them in its cache; elsewhere, and where a compiler fuses
+    them, whole samples.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return [(i, 0, frames) for i in range(x.shape[0])]
+    rows = max(1, _BLOCK_BYTES // (width * x.element_size()))
+    starts = range(0, frames, rows)
+    return [(i, start, min(start + rows, frames)) for i in range(x.shape[0]) for start in starts]
+
+
 class _ConvStem(torch.autograd.Function):
     @staticmethod
     @op_range("conv_stem/fwd/eager", _costs.conv_stem)
@@ -49,56 +66,62 @@ class _ConvStem(torch.autograd.Function):
     ) -> Tensor:
         (b, t, c), (cout, _, k) = x.shape, weight.shape
         frames = (t - k) // stride + 1
-        w = weight.to(x.dtype)
-        r = x.new_empty((b, frames, cout))
-        for n, (first, taps) in enumerate(_phases(k, stride, c)):
-            matrix = _matrix(w, first, taps)
-            for i in range(b):
-                window = _window(x[i], first, taps, frames, stride)
+        w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+        products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
+        r, y = x.new_empty((b, frames, cout)), x.new_empty((b, frames, cout))
+        moments = []
+        for i, start, end in _blocks(x, frames, cout):
+            rows = r[i, start:end]
+            for n, (first, taps, matrix) in enumerate(products):
+                window = _window(x[i], start * stride + first, taps, end - start, stride)
                 if n == 0:
-                    torch.mm(window, matrix, out=r[i])
+                    torch.mm(window, matrix, out=rows)
                 else:
-                    r[i].addmm_(window, matrix)
-        nw, nb = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
-        h, mean, rstd = torch.native_layer_norm(r, (cout,), nw, nb, eps)
-        ctx.save_for_backward(x, r, mean, rstd, weight, norm_weight, norm_bias)
-        ctx.settings = (stride, frames, eps)
-        return F.gelu(h)
+                    rows.addmm_(window, matrix)
+            h, mean, rstd = torch.native_layer_norm(rows, (cout,), nw, nb, eps)
+            y[i, start:end] = F.gelu(h)
+            moments += [mean, rstd]
+        ctx.save_for_backward(x, r, weight, norm_weight, norm_bias, *moments)
+        ctx.settings = (stride, eps)
+        return y
 
     @staticmethod
     @once_differentiable
     @without_autocast
     @op_range("conv_stem/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, r, mean, rstd, weight, norm_weight, norm_bias = ctx.saved_tensors
-        stride, frames, eps = ctx.settings
+        x, r, weight, norm_weight, norm_bias, *moments = ctx.saved_tensors
+        stride, eps = ctx.settings
         needs = ctx.needs_input_grad
-        (b, _, c), (cout, _, k) = x.shape, weight.shape
-        nw, nb = norm_weight.to(x.dtype), norm_bias.to(x.dtype)
-        h = F.layer_norm(r, (cout,), nw, nb, eps)
-        dh = torch.ops.aten.gelu_backward(dy.contiguous(), h)
-        del h
-        dr, dnw, dnb = torch.ops.aten.native_layer_norm_backward(
-            dh, r, (cout,), mean, rstd, nw, nb, [True, True, True]
-        )
-        del dh
+        c, (cout, _, k) = x.shape[2], weight.shape
+        w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+        products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
+        parts = [x.new_zeros((taps * c, cout)) for _, taps, _ in products]
         dx = torch.zeros_like(x) if needs[0] else None
-        parts = []
-        w = weight.to(x.dtype)
-        for first, taps in _phases(k, stride, c):
-            matrix = _matrix(w, first, taps)
-            part = x.new_zeros((taps * c, cout))
-            for i in range(b):
+        dnw, dnb = torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)
+        for n, (i, start, end) in enumerate(_blocks(x, r.shape[1], cout)):
+            rows, (mean, rstd) = r[i, start:end], moments[2 * n : 2 * n + 2]
+            h = F.layer_norm(rows, (cout,), nw, nb, eps)
+            dh = torch.ops.aten.gelu_backward(dy[i, start:end].contiguous(), h)
+            dr, some_nw, some_nb = torch.ops.aten.native_layer_norm_backward(
+                dh, rows, (cout,), mean, rstd, nw, nb, [True, True, True]
+            )
+            dnw += some_nw
+            dnb += some_nb
+            for part, (first, taps, matrix) in zip(parts, products, strict=True):
+                at = start * stride + first
                 if needs[1]:
-                    part.addmm_(_window(x[i], first, taps, frames, stride).t(), dr[i])
+                    part.addmm_(_window(x[i], at, taps, end - start, stride).t(), dr)
                 # as_strided views of what is written cannot be traced
                 if dx is not None and taps <= stride and not torch.compiler.is_compiling():
-                    _window(dx[i], first, taps, frames, stride).addmm_(dr[i], matrix.t())
+                    _window(dx[i], at, taps, end - start, stride).addmm_(dr, matrix.t())
                 elif dx is not None:
-                    _add_windows(dx[i], dr[i] @ matrix.t(), first, taps, stride)
-            parts.append(part.view(taps, c, cout))
-        dw = torch.cat(parts).permute(2, 1, 0).to(weight.dtype) if needs[1] else None
-        return dx, dw, None, dnw.to(norm_weight.dtype), dnb.to(norm_bias.dtype), None
+                    _add_windows(dx[i], dr @ matrix.t(), at, taps, stride)
+        dw = None
+        if needs[1]:
+            taps_IO = [part.view(-1, c, cout) for part in parts]
+            dw = torch.cat(taps_IO).permute(2, 1, 0).to(weight.dtype)
+        return dx, dw, None, dnw, dnb, None
 
 
 def _add_windows(dx_TC: Tensor, dwindow: Tensor, first: int, taps: int, stride: int) -> None:

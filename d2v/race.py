@@ -1,0 +1,340 @@
+"""`d2v race`: accuracy against training time of several objectives on one encoder, data stream and optimizer.
+
+Contestants take turns: each trains up to its next probe, then the next one does, so that what disturbs the
+machine disturbs all of them. The clock of a contestant runs while it loads and trains, never while it is
+probed. A few timed steps say how many fit into the budget, and schedules are stretched to that number. Every
+objective gets its learning rate from the same few factors on the preset's, tried for a shorter budget and
+judged on held-out training samples; test samples are read in the races alone.
+
+Beside them stand the raw input, the untrained encoder, and the encoder trained on the labels from scratch
+(with a linear head, on the labelled training samples alone).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2vkern.testing import peak_memory
+
+from . import rng
+from .batching import amount, micro_batch
+from .checkpoint import write_environment
+from .config import Config, Objective
+from .cpu import tune_allocator
+from .data import Labelled, Position, open_data, open_labelled
+from .demo import scaled
+from .health import effective_rank
+from .model import Pretraining
+from .online_probe import RANK_ROWS, evenly
+from .probe import evenly_spaced, features_of, probe_raw, probe_rows
+from .step import Trainer
+from .supervised import SupervisedTrainer
+from .train import pick_device
+
+Entry = Objective | Literal["supervised"]
+
+WARMUP, TIMED = 3, 8
+"""steps before the clock is read, and timed steps whose median says how many fit into the budget"""
+
+
+@dataclass
+class Point:
+    """A contestant at one probe."""
+
+    step: int
+    seconds: float
+    """of loading and training so far"""
+    samples: float
+    """images, text blocks, or seconds of audio that it has trained on"""
+    scores: dict[str, float]
+    """"linear/PART" and "knn/PART": share right; "rank": effective rank of the features"""
+
+
+@dataclass
+class Track:
+    """What one contestant did in one race."""
+
+    entry: Entry
+    seed: int
+    lr: float
+    steps: int
+    flops_per_step: int
+    """of matrix products, convolutions and attention, two per multiply-add"""
+    peak_bytes: int
+    """by which memory rises during a step"""
+    points: list[Point] = field(default_factory=list)
+
+
+class Learning(Protocol):
+    """A model that takes steps on its own data."""
+
+    model: Pretraining
+
+    def train_step(self) -> float:
+        """One step; the samples it used."""
+        ...
+
+
+class _Pretrainer:
+    """Steps of a pretraining run without its files."""
+
+    def __init__(self, cfg: Config, data: str, device: torch.device, run_dir: Path) -> None:
+        pipeline = open_data(data, cfg, device=device, run_dir=run_dir)
+        self.trainer = Trainer(cfg, device)
+        self.model = self.trainer.model
+        parameters = sum(p.numel() for p in self.trainer.parameters)
+        self.stream = pipeline.micro_batches(Position(), micro_batch(cfg, device, parameters))
+        self.done = 0
+
+    def train_step(self) -> float:
+        batches = next(self.stream)
+        self.done += 1
+        self.trainer.step(self.done, batches)
+        return sum(amount(self.model.cfg.front, batch) for batch in batches)
+
+
+class Contestant:
+    """One entry under one seed: trains in turns, with random states of its own."""
+
+    def __init__(self, entry: Entry, cfg: Config, data: str, labelled: Labelled, run_dir: Path) -> None:
+        self.entry, self.cfg = entry, cfg
+        self.device = pick_device(cfg.train.device)
+        self.learner: Learning
+        if entry == "supervised":
+            self.learner = SupervisedTrainer(cfg, labelled, self.device)
+        else:
+            self.learner = _Pretrainer(cfg, data, self.device, run_dir)
+        self.states = rng.capture(self.device)
+        self.steps, self.seconds, self.samples = 0, 0.0, 0.0
+
+    def advance(self, to: int) -> list[float]:
+        """Train until `to` steps are done; the seconds of each."""
+        taken = []
+        rng.restore(self.states, self.device)
+        while self.steps < to:
+            began = time.perf_counter()
+            self.samples += self.learner.train_step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            taken.append(time.perf_counter() - began)
+            self.steps += 1
+        self.states = rng.capture(self.device)
+        self.seconds += sum(taken)
+        return taken
+
+    def scores(self, labelled: Labelled) -> dict[str, float]:
+        """Linear probe and neighbours of the frozen features of all blocks, and their effective rank."""
+        model = self.learner.model
+        rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
+        return _flat(probe_rows(rows, labelled.level, ("linear", "knn"))) | {"rank": _rank(rows)}
+
+    def flops(self) -> int:
+        """Of one step: of its matrix products, convolutions and attention, counted in PyTorch's operators."""
+        rng.restore(self.states, self.device)
+        with FlopCounterMode(display=False) as counter:
+            self.learner.train_step()
+        return counter.get_total_flops()
+
+    def peak(self) -> int:
+        """Bytes by which memory rises during a step."""
+        rng.restore(self.states, self.device)
+        if self.device.type != "cuda":
+            return peak_memory(self.learner.train_step)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        self.learner.train_step()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+
+def run_race(
+    cfg: Config,
+    data: str,
+    out: str | Path,
+    *,
+    objectives: Sequence[Objective],
+    minutes: float,
+    seeds: int = 3,
+    lr_scales: Sequence[float] = (0.5, 1.0, 2.0),
+    search_minutes: float | None = None,
+    evaluations: int = 10,
+    supervised: bool = True,
+) -> dict[str, Any]:
+    """Race `objectives` on `data` and write race.json, race.png and env.json into the folder `out`.
+
+    cfg: the preset, as data2vec 2.0 trains it; `objectives` of it are set up by `for_objective`. Its
+        probe.data and probe.rows say what is probed: all blocks side by side.
+    minutes: training time of each contestant in each race; one race for each of `seeds` seeds.
+    lr_scales: factors on the preset's learning rate; several are tried for search_minutes each (none: a third
+        of `minutes`).
+    evaluations: probes of each contestant after that of the untrained encoder.
+    Raises ValueError (DataError) before anything is trained.
+    """
+    out, entries = Path(out), _entries(cfg, objectives, supervised)
+    if minutes <= 0 or seeds < 1 or evaluations < 1 or not lr_scales or min(lr_scales) <= 0:
+        raise ValueError("race: minutes, seeds, evaluations and lr_scales must be positive")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"race: {out} exists already: choose another --out")
+    labelled = _labelled(cfg, data, out)
+    device = pick_device(cfg.train.device)
+    if device.type == "cpu":
+        tune_allocator()
+    environment = write_environment(out)
+    rates, searched = _search(entries, data, labelled, out, lr_scales, 60 * minutes, search_minutes)
+    chosen = {name: _with_lr(entry, rates[name]) for name, entry in entries.items()}
+    tracks: list[Track] = []
+    for seed in range(1, seeds + 1):
+        print(f"race {seed} of {seeds}", flush=True)
+        tracks += _race(_seeded(chosen, seed), data, labelled, out, 60 * minutes, evaluations)
+    found = {
+        "schema": 1,
+        "preset": cfg.preset,
+        "data": data,
+        "parts": [name for name in labelled.splits if name != "train"],
+        "classes": len(labelled.classes),
+        "level": labelled.level,
+        "labelled_rows": {name: len(part) for name, part in labelled.splits.items()},
+        "minutes": minutes,
+        "search": searched,
+        "raw": _flat(probe_raw(labelled)),
+        "majority": probe_raw(labelled, ())["majority"],
+        "tracks": [dataclasses.asdict(track) for track in tracks],
+        "environment": environment,
+    }
+    from .race_report import plot_race, race_lines
+
+    (out / "race.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot_race(found, out / "race.png")
+    print("\n".join(race_lines(found)))
+    print(f"written: {out / 'race.json'}, {out / 'race.png'}")
+    return found
+
+
+def _entries(cfg: Config, objectives: Sequence[Objective], supervised: bool) -> dict[Entry, Config]:
+    from .objectives import for_objective
+
+    if not objectives or len(set(objectives)) < len(objectives):
+        raise ValueError(f"race: objectives must be different ones, got {tuple(objectives)}")
+    found: dict[Entry, Config] = {name: for_objective(cfg, name) for name in objectives}
+    if supervised:
+        found["supervised"] = cfg
+    return found
+
+
+def _labelled(cfg: Config, data: str, out: Path) -> Labelled:
+    found = open_labelled(cfg.probe.data or data, cfg, run_dir=out)
+    parts = {name: evenly(part, cfg.probe.rows) for name, part in found.splits.items()}
+    return Labelled(parts, found.classes, found.level, found.meta)
+
+
+def _with_lr(cfg: Config, lr: float) -> Config:
+    return dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, lr=lr))
+
+
+def _seeded(entries: dict[Entry, Config], seed: int) -> dict[Entry, Config]:
+    return {
+        name: dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, seed=seed))
+        for name, cfg in entries.items()
+    }
+
+
+def _search(
+    entries: dict[Entry, Config],
+    data: str,
+    labelled: Labelled,
+    out: Path,
+    scales: Sequence[float],
+    budget: float,
+    search_minutes: float | None,
+) -> tuple[dict[Entry, float], dict[str, Any]]:
+    """Each entry's learning rate, and what was tried: of `scales`, the best on held-out training samples."""
+    if len(scales) == 1:
+        return {name: cfg.optim.lr * scales[0] for name, cfg in entries.items()}, {}
+    seconds = budget / 3 if search_minutes is None else 60 * search_minutes
+    held_out = _validation(labelled)
+    scores: dict[Entry, dict[float, float]] = {name: {} for name in entries}
+    for scale in scales:
+        print(f"search: learning rate x {scale:g}", flush=True)
+        tried = {name: _with_lr(cfg, cfg.optim.lr * scale) for name, cfg in entries.items()}
+        for track in _race(_seeded(tried, 0), data, held_out, out, seconds, 1):
+            scores[track.entry][scale] = track.points[-1].scores["linear/test"]
+    best = {name: max(found, key=lambda scale: found[scale]) for name, found in scores.items()}
+    rates = {name: entries[name].optim.lr * scale for name, scale in best.items()}
+    return rates, {
+        "seconds": seconds,
+        "scales": list(scales),
+        "scores": {name: [found[scale] for scale in scales] for name, found in scores.items()},
+        "chosen": best,
+    }
+
+
+def _validation(labelled: Labelled) -> Labelled:
+    """The training part alone: four fifths of it to train on, every fifth sample to test."""
+    train = labelled.splits["train"]
+    numbers = np.arange(len(train))
+    parts = {"train": train.select(numbers[numbers % 5 != 0]), "test": train.select(numbers[::5])}
+    return Labelled(parts, labelled.classes, labelled.level, labelled.meta)
+
+
+def _race(
+    entries: dict[Entry, Config], data: str, labelled: Labelled, out: Path, budget: float, evaluations: int
+) -> list[Track]:
+    """One race: all entries from the start to the end of their budget, in turns."""
+    running = []
+    for name, (steps, flops, peak) in _calibrate(entries, data, labelled, out, budget).items():
+        cfg = scaled(entries[name], steps / entries[name].train.steps)
+        contestant = Contestant(name, cfg, data, labelled, out)
+        running.append((contestant, Track(name, cfg.train.seed, cfg.optim.lr, cfg.train.steps, flops, peak)))
+    for number in range(evaluations + 1):
+        for contestant, track in running:
+            contestant.advance(round(track.steps * number / evaluations))
+            scores = contestant.scores(labelled)
+            track.points.append(Point(contestant.steps, contestant.seconds, contestant.samples, scores))
+            said = ", ".join(f"{key} {100 * score:.1f}" for key, score in scores.items() if "linear" in key)
+            print(
+                f"  {contestant.entry:<10} step {contestant.steps:>6,}/{track.steps:,} "
+                f"{contestant.seconds:>7.1f} s  {said}",
+                flush=True,
+            )
+    return [track for _, track in running]
+
+
+def _calibrate(
+    entries: dict[Entry, Config], data: str, labelled: Labelled, out: Path, budget: float
+) -> dict[Entry, tuple[int, int, int]]:
+    """Steps that fit into `budget` seconds, FLOPs and rise of memory of a step; entries take turns."""
+    trials = {name: Contestant(name, cfg, data, labelled, out) for name, cfg in entries.items()}
+    seconds: dict[Entry, list[float]] = {name: [] for name in trials}
+    for number in range(1, WARMUP + TIMED + 1):
+        for name, trial in trials.items():
+            taken = trial.advance(number)
+            if number > WARMUP:
+                seconds[name] += taken
+    found = {}
+    for name, trial in trials.items():
+        train = dataclasses.replace(entries[name].train, backend="eager")  # whose operators can be counted
+        plain = dataclasses.replace(entries[name], train=train)
+        flops = Contestant(name, plain, data, labelled, out).flops()
+        found[name] = max(1, round(budget / statistics.median(seconds[name]))), flops, trial.peak()
+    return found
+
+
+def _flat(found: dict[str, Any]) -> dict[str, float]:
+    """{"linear": {"test": x}} -> {"linear/test": x}"""
+    return {f"{kind}/{part}": score for kind in ("linear", "knn") for part, score in found[kind].items()}
+
+
+def _rank(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
+    x = next(features for name, (features, _) in rows.items() if name != "train")
+    return float(effective_rank(torch.from_numpy(x[evenly_spaced(len(x), RANK_ROWS)])))

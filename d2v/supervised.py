@@ -1,0 +1,96 @@
+"""The baseline of races: the encoder learns the labels from scratch, a linear head on top.
+
+Labels of samples are read from the mean over tokens, labels of tokens from each of them. Optimizer, schedule
+and precision are the preset's; samples come without augmentation, as probes see them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import rng
+from .backends import use_backends
+from .config import Config
+from .data import Labelled
+from .extract import mean_over_tokens
+from .learner import Learner
+from .model import Pretraining, build_model
+from .model.blocks import linear
+from .model.encoder import run_blocks
+from .model.frontends import token_lengths
+from .optim import build_optimizer, learning_rate
+
+
+class Supervised(nn.Module):
+    """An encoder of the preset and a head for `classes`."""
+
+    def __init__(self, cfg: Config, classes: int) -> None:
+        super().__init__()
+        self.encoder = build_model(cfg.model)
+        self.head = nn.Linear(cfg.model.dim, classes)
+
+    def forward(self, source: Tensor, padding_mask: Tensor | None, labels: Tensor) -> Tensor:
+        """Mean cross-entropy; labels [B] or, with -1 where there is none, [B,T]."""
+        encoder, cfg = self.encoder, self.encoder.cfg
+        samples, lengths = token_lengths(cfg.front, source, padding_mask)
+        local = encoder.encoder.local(source, samples, encoder.compute_dtype)
+        x, context = encoder.encoder.contextualise(local, None, lengths)
+        x = run_blocks(encoder.blocks, x, context, cfg.layerdrop if self.training else 0.0)
+        x = x[:, cfg.front.extra_tokens :]
+        if labels.ndim == 1:
+            padded = None
+            if lengths is not None:
+                padded = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
+            x = mean_over_tokens(x, padded)
+        return F.cross_entropy(linear(x, self.head).flatten(0, -2).float(), labels.flatten(), ignore_index=-1)
+
+
+class SupervisedTrainer:
+    """Steps on random samples of the labelled training part, `data.batch` of them (audio: utterances that
+    last about as many seconds).
+    """
+
+    def __init__(self, cfg: Config, labelled: Labelled, device: torch.device) -> None:
+        rng.seed_all(cfg.train.seed)
+        self.cfg, self.device = cfg, device
+        self.train = labelled.splits["train"]
+        module = Supervised(cfg, len(labelled.classes)).to(device)
+        self.model: Pretraining = module.encoder
+        self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+        trained = {"encoder.modality_encoders", "encoder.blocks", "head"}
+        for name, p in module.named_parameters():
+            kept = any(name.startswith(part) for part in trained) and ".decoder." not in name
+            p.requires_grad_(kept and p.requires_grad)
+        module.train()
+        optimizer = build_optimizer(_WithoutTeacher(module), cfg, capturable=device.type != "cpu")
+        self.learner = Learner(module, optimizer, device, capturable=device.type != "cpu")
+        self.size = cfg.data.batch
+        if cfg.model.modality == "audio":
+            self.size = max(1, round(cfg.data.batch / cfg.data.max_seconds))
+        self.done = 0
+
+    def train_step(self) -> float:
+        """One step; the samples (audio: utterances) it used."""
+        ids = np.sort(torch.randperm(len(self.train))[: self.size].numpy())
+        lr = learning_rate(self.cfg.optim, self.done, self.cfg.train.steps)
+        with use_backends(self.cfg.train.backend):
+            for source, padding, labels in self.train.select(ids).batches(len(ids)):
+                padding = None if padding is None else padding.to(self.device)
+                loss = self.learner.model(source.to(self.device), padding, labels.to(self.device))
+                loss.backward()
+                self.learner.update([loss.detach()], lr, self.cfg.optim.clip)
+        self.done += 1
+        return len(ids)
+
+
+class _WithoutTeacher:
+    """What `build_optimizer` asks of a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.named_parameters = module.named_parameters
+
+    def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [], []

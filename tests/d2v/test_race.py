@@ -1,0 +1,195 @@
+"""d2v race: what its numbers mean, that contestants do not disturb each other, its files, its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2v import rng
+from d2v.cli import main
+from d2v.config import Config, ProbeConfig
+from d2v.data import open_labelled
+from d2v.objectives import for_objective
+from d2v.race import Contestant, run_race
+from d2v.race_report import best_of, race_lines, race_rows, ratios, time_to
+from d2v.train import run
+from tests.d2v.test_online_probe import stripes
+from tests.d2v.tiny_runs import tiny
+
+
+def raced(**changed: Any) -> Config:
+    cfg = tiny("image", steps=6, data={"batch": 8}, **changed)
+    return dataclasses.replace(cfg, probe=ProbeConfig(rows=40))
+
+
+def test_time_to_an_accuracy_lies_between_probes() -> None:
+    curve = [(0.0, 0.2), (10.0, 0.4), (20.0, 0.3), (30.0, 0.6)]
+    assert time_to(curve, 0.3) == pytest.approx(5)
+    assert time_to(curve, 0.4) == 10.0
+    assert time_to(curve, 0.5) == pytest.approx(20 + 10 * 2 / 3)
+    assert time_to(curve, 0.1) == 0.0
+    assert time_to(curve, 0.7) is None
+    assert best_of([(0.0, 0.2), (1.0, 0.5), (2.0, 0.5)]) == (1.0, 0.5)
+
+
+def made_race() -> dict[str, Any]:
+    def track(entry: str, seed: int, *points: tuple[float, float]) -> dict[str, Any]:
+        made = [
+            {"step": i, "seconds": t, "samples": 10.0 * i, "scores": {"linear/a": y, "linear/b": y}}
+            for i, (t, y) in enumerate(points)
+        ]
+        return {
+            "entry": entry, "seed": seed, "lr": 1e-3, "steps": 2, "flops_per_step": 10**9,
+            "peak_bytes": 2**20, "points": made,
+        }  # fmt: skip
+
+    tracks = [
+        track("data2vec2", 1, (0, 0.1), (10, 0.5), (20, 0.6)),
+        track("mae", 1, (0, 0.1), (10, 0.2), (20, 0.3)),
+        track("supervised", 1, (0, 0.1), (10, 0.8), (20, 0.9)),
+        track("data2vec2", 2, (0, 0.3), (10, 0.5), (20, 0.6)),
+        track("mae", 2, (0, 0.3), (10, 0.3), (20, 0.3)),
+        track("supervised", 2, (0, 0.1), (10, 0.8), (20, 0.9)),
+        track("data2vec2", 3, (0, 0.1), (10, 0.2), (20, 0.25)),
+        track("mae", 3, (0, 0.1), (10, 0.3), (20, 0.3)),
+        track("supervised", 3, (0, 0.1), (10, 0.8), (20, 0.7)),
+    ]
+    return {
+        "preset": "p", "data": "d", "parts": ["a", "b"], "minutes": 1, "tracks": tracks,
+        "raw": {"linear/a": 0.2, "linear/b": 0.25}, "majority": {"a": 0.1, "b": 0.1},
+    }  # fmt: skip
+
+
+def test_ratios_are_of_the_rivals_best() -> None:
+    race = made_race()
+    first, second, third = ratios(race, "mae", "b")
+    assert first == pytest.approx(20 / 5)  # 0.3 is reached half way to 0.5
+    assert second == math.inf  # nothing was gained over the untrained encoder
+    assert third is None
+    rows = race_rows(race)
+    table = {row[0]: row for row in rows}
+    assert table["mae"][1:4] == ["30.0 ± 0.0", "30.0 ± 0.0", "4.0, at once, never"]
+    assert table["data2vec2"][1] == "48.3 ± 20.2" and table["data2vec2"][3] == ""
+    assert table["supervised"][2] == "86.7 ± 5.8" and table["supervised"][3] == ""
+    assert table["untrained encoder"][1] == "16.7 ± 11.5"
+    assert table["raw input"][1] == "25.0"
+    assert table["mae"][4:7] == ["20", "2", "1.0"]
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert len(race_lines(race)) == 1 + len(rows)
+
+
+def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
+    data, out = stripes(tmp_path), tmp_path / "race"
+    found = run_race(
+        raced(), data, out, objectives=("data2vec2", "data2vec1", "mae"), minutes=0.01, seeds=2,
+        lr_scales=(0.5, 1.0), search_minutes=0.005, evaluations=2,
+    )  # fmt: skip
+    assert found == json.loads((out / "race.json").read_text())
+    assert (out / "race.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    entries = ["data2vec2", "data2vec1", "mae", "supervised"]
+    assert [track["entry"] for track in found["tracks"]] == entries * 2
+    assert [track["seed"] for track in found["tracks"]] == [1] * 4 + [2] * 4
+    for track in found["tracks"]:
+        points = track["points"]
+        assert [point["step"] for point in points] == [0, round(track["steps"] / 2), track["steps"]]
+        assert points[0]["seconds"] == points[0]["samples"] == 0
+        assert points[-1]["samples"] == 8 * track["steps"]
+        assert 0 < points[1]["seconds"] <= points[2]["seconds"]
+        assert track["flops_per_step"] > 1e6 and track["peak_bytes"] > 1e5
+        assert set(points[0]["scores"]) == {"linear/test", "knn/test", "rank"}
+    lr = raced().optim.lr
+    for entry in entries:
+        chosen = found["search"]["chosen"][entry]
+        scores = dict(zip(found["search"]["scales"], found["search"]["scores"][entry], strict=True))
+        assert scores[chosen] == max(scores.values())
+        assert {track["lr"] for track in found["tracks"] if track["entry"] == entry} == {lr * chosen}
+    assert 0 < found["raw"]["linear/test"] <= 1
+    with pytest.raises(ValueError, match="exists already"):
+        run_race(raced(), data, out, objectives=("mae",), minutes=1)
+
+
+def test_a_contestant_trains_as_a_run_does_whoever_else_races(tmp_path: Path) -> None:
+    data = stripes(tmp_path)
+    random = {"encoder_dropout": 0.1, "layerdrop": 0.3}
+    cfg = raced(model=random)
+    labelled = open_labelled(data, cfg)
+    first = Contestant("data2vec2", cfg, data, labelled, tmp_path)
+    other = Contestant("mae", for_objective(cfg, "mae"), data, labelled, tmp_path)
+    for step in range(1, 7):
+        first.advance(step)
+        other.advance(step)
+        first.scores(labelled)
+    rng.seed_all(99)
+    run(cfg, data, tmp_path / "run")
+    import d2v
+
+    trained = d2v.load(tmp_path / "run")
+    mine = first.learner.model.state_dict()
+    assert all(torch.equal(value, mine[name]) for name, value in trained.state_dict().items())
+
+
+def test_the_supervised_encoder_learns_labels(tmp_path: Path) -> None:
+    data = stripes(tmp_path)
+    cfg = raced(optim={"lr": 2e-3, "warmup": 5}, train={"steps": 60})
+    labelled = open_labelled(data, cfg)
+    contestant = Contestant("supervised", cfg, data, labelled, tmp_path)
+    before = contestant.scores(labelled)["linear/test"]
+    decoder = {
+        n: p.clone()
+        for n, p in contestant.learner.model.named_parameters()
+        if ".decoder." in n or "_ema" in n
+    }
+    contestant.advance(60)
+    assert contestant.scores(labelled)["linear/test"] >= max(0.9, before)
+    after = dict(contestant.learner.model.named_parameters())
+    assert decoder and all(torch.equal(after[name], value) for name, value in decoder.items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"minutes": 0}, "must be positive"),
+        ({"lr_scales": ()}, "must be positive"),
+        ({"objectives": ("mae", "mae")}, "objectives must be different"),
+        ({"objectives": ("mlm",)}, "model.objective must be another"),
+    ],
+)
+def test_races_that_cannot_be(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run_race(
+            raced(), stripes(tmp_path), tmp_path / "out", **{"objectives": ("mae",), "minutes": 1, **changed}
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["race"]) == 2
+    assert "the preset is missing" in capsys.readouterr().err
+    assert main(["race", "image_tiny", "--data", "digits"]) == 2
+    assert "--out DIR is missing" in capsys.readouterr().err
+    data = stripes(tmp_path)
+    arguments = ["--data", data, "--out", str(tmp_path / "race"), "--minutes", "0.005", "--seeds", "1"]
+    more = ["--lr-scales", "1", "--evaluations", "1", "--data.batch", "4", "--objectives", "data2vec2", "mae"]
+    assert main(["race", "image_tiny", *arguments, *more, "--no-supervised", "--probe.rows", "20"]) == 0
+    said = capsys.readouterr().out
+    assert "most frequent class" in said and "supervised" not in said
+    rows = np.load(data)["labels"]
+    assert len(rows) == 60
+
+
+@pytest.mark.parametrize(("modality", "data"), [("audio", "speech"), ("text", "text")])
+def test_labels_of_tokens_and_of_texts_are_learned_too(modality: str, data: str, tmp_path: Path) -> None:
+    cfg = dataclasses.replace(tiny(modality, steps=2), probe=ProbeConfig(rows=20))
+    found = run_race(
+        cfg, data, tmp_path / "race", objectives=("data2vec2",), minutes=0.002, seeds=1, lr_scales=(1.0,),
+        evaluations=1,
+    )  # fmt: skip
+    assert [track["entry"] for track in found["tracks"]] == ["data2vec2", "supervised"]
+    assert found["parts"][-1] == {"audio": "unseen_voice", "text": "test"}[modality]
