@@ -190,11 +190,14 @@ def _slots(places: Places) -> Tensor | None:
 
 
 def _rows_config(dr: Tensor) -> Config:
-    """Up to 16 values of a row a thread: 24, with no idle lanes at width 768, spill on sm_100 with slots."""
+    """Up to 16 values of a row a thread: 24, with no idle lanes at width 768, spill on sm_100 with slots, and
+    so does width 1,024 in fp32 with 4 warps.
+    """
     (rows, width), itemsize = dr.shape, dr.element_size()
     span, ahead = 512 // itemsize, 3 if itemsize < 4 else 2
+    first, second = (4, 8) if itemsize < 4 else (8, 4)
     candidates = []
-    for most, least, stages in ((16, 4, ahead), (16, 8, ahead), (24, 8, ahead), (24, 4, ahead)):
+    for most, least, stages in ((16, first, ahead), (16, second, ahead), (24, 8, ahead), (24, 4, ahead)):
         chunk = _chunk(width, itemsize, most)
         warps = max(least, chunk // span)
         tile = {"CHUNK": chunk, "BLOCK_R": warps * span // chunk, "STAGES": stages, "num_warps": warps}
