@@ -2,9 +2,9 @@
 
 Contestants take turns: each trains up to its next probe, then the next one does, so that what disturbs the
 machine disturbs all of them. The clock of a contestant runs while it loads and trains, never while it is
-probed. A few timed steps say how many fit into the budget, and schedules are stretched to that number. Every
-objective gets its learning rate from the same few factors on the preset's, tried for a shorter budget and
-judged on held-out training samples; test samples are read in the races alone.
+probed. Its schedules run by that clock, from start to end of the budget, so that all have the same time.
+Every objective gets its learning rate from the same few factors on the preset's, tried for a shorter budget
+and judged on held-out training samples; test samples are read in the races alone.
 
 Beside them stand the raw input, the untrained encoder, and the encoder trained on the labels from scratch
 (with a linear head, on the labelled training samples alone).
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -33,7 +32,6 @@ from .checkpoint import write_environment
 from .config import Config, Objective
 from .cpu import tune_allocator
 from .data import Labelled, Position, open_data, open_labelled
-from .demo import scaled
 from .health import effective_rank
 from .model import Pretraining
 from .online_probe import RANK_ROWS, evenly
@@ -43,9 +41,6 @@ from .supervised import SupervisedTrainer
 from .train import pick_device
 
 Entry = Objective | Literal["supervised"]
-
-WARMUP, TIMED = 3, 8
-"""steps before the clock is read, and timed steps whose median says how many fit into the budget"""
 
 
 @dataclass
@@ -68,7 +63,6 @@ class Track:
     entry: Entry
     seed: int
     lr: float
-    steps: int
     flops_per_step: int
     """of matrix products, convolutions and attention, two per multiply-add"""
     peak_bytes: int
@@ -81,8 +75,8 @@ class Learning(Protocol):
 
     model: Pretraining
 
-    def train_step(self) -> float:
-        """One step; the samples it used."""
+    def train_step(self, number: int) -> float:
+        """One step by the schedules' `number`, from 1 to train.steps; the samples it used."""
         ...
 
 
@@ -95,20 +89,30 @@ class _Pretrainer:
         self.model = self.trainer.model
         parameters = sum(p.numel() for p in self.trainer.parameters)
         self.stream = pipeline.micro_batches(Position(), micro_batch(cfg, device, parameters))
-        self.done = 0
 
-    def train_step(self) -> float:
+    def train_step(self, number: int) -> float:
         batches = next(self.stream)
-        self.done += 1
-        self.trainer.step(self.done, batches)
+        self.trainer.step(number, batches)
         return sum(amount(self.model.cfg.front, batch) for batch in batches)
 
 
 class Contestant:
-    """One entry under one seed: trains in turns, with random states of its own."""
+    """One entry under one seed: trains in turns, with random states of its own.
 
-    def __init__(self, entry: Entry, cfg: Config, data: str, labelled: Labelled, run_dir: Path) -> None:
-        self.entry, self.cfg = entry, cfg
+    budget: seconds of training in all. clock: seconds since some time.
+    """
+
+    def __init__(
+        self,
+        entry: Entry,
+        cfg: Config,
+        data: str,
+        labelled: Labelled,
+        run_dir: Path,
+        budget: float = 1.0,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.entry, self.cfg, self.budget, self.clock = entry, cfg, budget, clock
         self.device = pick_device(cfg.train.device)
         self.learner: Learning
         if entry == "supervised":
@@ -118,20 +122,19 @@ class Contestant:
         self.states = rng.capture(self.device)
         self.steps, self.seconds, self.samples = 0, 0.0, 0.0
 
-    def advance(self, to: int) -> list[float]:
-        """Train until `to` steps are done; the seconds of each."""
-        taken = []
+    def advance(self, to: float) -> None:
+        """Train until `to` seconds of training are over; the last step may end a little later."""
         rng.restore(self.states, self.device)
-        while self.steps < to:
-            began = time.perf_counter()
-            self.samples += self.learner.train_step()
+        while self.seconds < to:
+            began = self.clock()
+            steps = self.cfg.train.steps
+            number = min(steps, 1 + int(steps * self.seconds / self.budget + 1e-6))
+            self.samples += self.learner.train_step(number)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            taken.append(time.perf_counter() - began)
+            self.seconds += self.clock() - began
             self.steps += 1
         self.states = rng.capture(self.device)
-        self.seconds += sum(taken)
-        return taken
 
     def scores(self, labelled: Labelled) -> dict[str, float]:
         """Linear probe and neighbours of the frozen features of all blocks, and their effective rank."""
@@ -143,18 +146,18 @@ class Contestant:
         """Of one step: of its matrix products, convolutions and attention, counted in PyTorch's operators."""
         rng.restore(self.states, self.device)
         with FlopCounterMode(display=False) as counter:
-            self.learner.train_step()
+            self.learner.train_step(1)
         return counter.get_total_flops()
 
     def peak(self) -> int:
         """Bytes by which memory rises during a step."""
         rng.restore(self.states, self.device)
         if self.device.type != "cuda":
-            return peak_memory(self.learner.train_step)
+            return peak_memory(lambda: self.learner.train_step(1))
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        self.learner.train_step()
+        self.learner.train_step(1)
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
@@ -292,42 +295,32 @@ def _race(
 ) -> list[Track]:
     """One race: all entries from the start to the end of their budget, in turns."""
     running = []
-    for name, (steps, flops, peak) in _calibrate(entries, data, labelled, out, budget).items():
-        cfg = scaled(entries[name], steps / entries[name].train.steps)
-        contestant = Contestant(name, cfg, data, labelled, out)
-        running.append((contestant, Track(name, cfg.train.seed, cfg.optim.lr, cfg.train.steps, flops, peak)))
+    for name, cfg in entries.items():
+        flops, peak = _costs(name, cfg, data, labelled, out)
+        contestant = Contestant(name, cfg, data, labelled, out, budget)
+        running.append((contestant, Track(name, cfg.train.seed, cfg.optim.lr, flops, peak)))
     for number in range(evaluations + 1):
         for contestant, track in running:
-            contestant.advance(round(track.steps * number / evaluations))
+            contestant.advance(budget * number / evaluations)
             scores = contestant.scores(labelled)
             track.points.append(Point(contestant.steps, contestant.seconds, contestant.samples, scores))
             said = ", ".join(f"{key} {100 * score:.1f}" for key, score in scores.items() if "linear" in key)
             print(
-                f"  {contestant.entry:<10} step {contestant.steps:>6,}/{track.steps:,} "
-                f"{contestant.seconds:>7.1f} s  {said}",
+                f"  {contestant.entry:<10} {contestant.seconds:>7.1f} s, step {contestant.steps:>6,}: {said}",
                 flush=True,
             )
     return [track for _, track in running]
 
 
-def _calibrate(
-    entries: dict[Entry, Config], data: str, labelled: Labelled, out: Path, budget: float
-) -> dict[Entry, tuple[int, int, int]]:
-    """Steps that fit into `budget` seconds, FLOPs and rise of memory of a step; entries take turns."""
-    trials = {name: Contestant(name, cfg, data, labelled, out) for name, cfg in entries.items()}
-    seconds: dict[Entry, list[float]] = {name: [] for name in trials}
-    for number in range(1, WARMUP + TIMED + 1):
-        for name, trial in trials.items():
-            taken = trial.advance(number)
-            if number > WARMUP:
-                seconds[name] += taken
-    found = {}
-    for name, trial in trials.items():
-        train = dataclasses.replace(entries[name].train, backend="eager")  # whose operators can be counted
-        plain = dataclasses.replace(entries[name], train=train)
-        flops = Contestant(name, plain, data, labelled, out).flops()
-        found[name] = max(1, round(budget / statistics.median(seconds[name]))), flops, trial.peak()
-    return found
+def _costs(name: Entry, cfg: Config, data: str, labelled: Labelled, out: Path) -> tuple[int, int]:
+    """FLOPs and rise of memory of one step, of contestants of their own."""
+    train = dataclasses.replace(cfg.train, backend="eager")  # whose operators can be counted
+    plain = dataclasses.replace(cfg, train=train)
+    flops = Contestant(name, plain, data, labelled, out).flops()
+    other = Contestant(name, cfg, data, labelled, out)
+    other.learner.train_step(1)  # makes the optimizer's state
+    other.states = rng.capture(other.device)
+    return flops, other.peak()
 
 
 def _flat(found: dict[str, Any]) -> dict[str, float]:

@@ -76,7 +76,9 @@ def race_rows(race: Mapping[str, Any]) -> list[list[str]]:
         if HERO in tracks_of(race) and entry not in (HERO, "supervised"):
             against = ", ".join(map(_ratio, ratios(race, entry, part)))
         samples = statistics.mean(track["points"][-1]["samples"] for track in tracks)
-        flops = statistics.mean(track["flops_per_step"] * track["steps"] for track in tracks) / 1e9
+        flops = (
+            statistics.mean(track["flops_per_step"] * track["points"][-1]["step"] for track in tracks) / 1e9
+        )
         rows.append([
             entry, _spread(ended), _spread(best), against, f"{samples:,.0f}", f"{flops:,.0f}",
             f"{tracks[0]['peak_bytes'] / 2**20:,.1f}", f"{tracks[0]['lr']:.1e}",

@@ -70,19 +70,17 @@ class SupervisedTrainer:
         self.size = cfg.data.batch
         if cfg.model.modality == "audio":
             self.size = max(1, round(cfg.data.batch / cfg.data.max_seconds))
-        self.done = 0
 
-    def train_step(self) -> float:
-        """One step; the samples (audio: utterances) it used."""
+    def train_step(self, number: int) -> float:
+        """One step by the schedules' `number`, from 1; the samples (audio: utterances) it used."""
         ids = np.sort(torch.randperm(len(self.train))[: self.size].numpy())
-        lr = learning_rate(self.cfg.optim, self.done, self.cfg.train.steps)
+        lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
         with use_backends(self.cfg.train.backend):
             for source, padding, labels in self.train.select(ids).batches(len(ids)):
                 padding = None if padding is None else padding.to(self.device)
                 loss = self.learner.model(source.to(self.device), padding, labels.to(self.device))
                 loss.backward()
                 self.learner.update([loss.detach()], lr, self.cfg.optim.clip)
-        self.done += 1
         return len(ids)
 
 
