@@ -99,6 +99,7 @@ setup(
         "d2v.data",
         "d2v.data.embedded",
         "d2v.finetune",
+        "d2v.hf",
         "d2v.model",
     ],
     package_dir={"d2vkern.kernels": "kernels"},

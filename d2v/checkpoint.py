@@ -252,7 +252,13 @@ def _older(folder: Path, step: int) -> list[Path]:
 
 
 def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `tensors` into `model`, cast to its dtypes; keys and shapes must match exactly.
+    """Copy `tensors` into `model`, cast to its dtypes; raises as `check_fits` does."""
+    check_fits(model, tensors, source)
+    model.load_state_dict(dict(tensors))
+
+
+def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Keys and shapes must match exactly; nothing is read of the tensors.
 
     Otherwise `CheckpointError` lists, with counts, what is missing, unexpected and wrongly shaped.
     """
@@ -274,7 +280,6 @@ def fill_model(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Pa
             lines.append(f"{len(names)} {kind}: {', '.join(names[:10])}{more}")
     if lines:
         raise CheckpointError(f"{source}: does not fit the model: {'; '.join(lines)}")
-    model.load_state_dict(dict(tensors))
 
 
 def write_config(run_dir: str | Path, config: Any, data: str, **about: str) -> None:

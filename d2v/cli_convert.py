@@ -13,20 +13,25 @@ from .cli_parse import Model, parse
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """A pretrained model in another format: equal weights in fp32, without the optimizer.
+    """A model in another format: equal weights in fp32, without the optimizer.
 
-    The original has no place for model.cls_rows and model.init_std: they are left out of its files. There is
-    no timm format: stock timm has no post-norm block.
+    hf is for transformers: AutoModel.from_pretrained(OUT, trust_remote_code=True), and of what was fine-tuned
+    AutoModelForImageClassification, ForAudioClassification, ForCTC or ForSequenceClassification. The original
+    has no place for model.cls_rows and model.init_std: they are left out of its files. There is no timm
+    format: stock timm has no post-norm block.
     """
 
     run: Model
     """run directory, checkpoint folder, converted folder or original .pt"""
     out: Annotated[Positional[str], arg(metavar="OUT")]
-    """folder (safetensors) or file (original) to make"""
-    to: Literal["safetensors", "original"]
-    """safetensors: model.safetensors and config.json for d2v.load; original: a .pt file of the original"""
+    """folder (safetensors, hf) or file (original) to make"""
+    to: Literal["safetensors", "original", "hf"]
+    """safetensors: model.safetensors and config.json for d2v.load; original: a .pt file of the original; hf:
+    the encoder or the fine-tuned model, its code and its preprocessor"""
     step: int | None = None
-    """of a run's checkpoint; none: the newest"""
+    """of a run's checkpoint; none: the newest, or a fine-tuned run's best"""
+    weights: Literal["student", "teacher"] | None = None
+    """hf: of a pretrained model; none: the student's"""
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -35,5 +40,5 @@ def convert(arguments: Sequence[str]) -> int:
 
     from .convert import run_convert
 
-    run_convert(given.run, given.out, given.to, step=given.step)
+    run_convert(given.run, given.out, given.to, step=given.step, weights=given.weights)
     return 0

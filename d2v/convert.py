@@ -1,4 +1,4 @@
-"""`d2v convert`: a pretrained model as a folder of safetensors, or as a `.pt` file the original reads.
+"""`d2v convert`: a model as a folder of safetensors, as a `.pt` file of the original, or for transformers.
 
 Weights keep their values, teacher included, and are written in fp32 (half-precision files of the original
 grow); the optimizer stays behind. What the original's config cannot say is refused by name before anything
@@ -11,101 +11,188 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from .atomic import replacing
-from .checkpoint import CheckpointError, _flatten, fill_model
+from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, read_settings
 from .config import ModelConfig, from_dict, to_dict
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import Pretraining, build_model
 from .original import translate
 
-Target = Literal["safetensors", "original"]
+if TYPE_CHECKING:
+    from .finetune.model import FineTuned
+    from .hf.export import Weights
+
+Target = Literal["safetensors", "original", "hf"]
 FORMAT = "d2v-1"
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+LABELS, VOCABULARY = "labels.json", "vocabulary.json"
 
 
-def run_convert(source: str | Path, out: str | Path, target: Target, *, step: int | None = None) -> Path:
-    """Write the pretrained model at `source` to `out`; see `d2v.load` for what source may be.
+def run_convert(
+    source: str | Path,
+    out: str | Path,
+    target: Target,
+    *,
+    step: int | None = None,
+    weights: Weights | None = None,
+) -> Path:
+    """Write the model at `source` to `out`; see `d2v.load` for what source may be.
 
     safetensors: a folder with model.safetensors, config.json and, for text, the tokenizer.json that lies
-    beside the source. original: a `.pt` file. step: of a run's checkpoint; none: the newest.
-    Raises CheckpointError for what cannot be read, ValueError for a fine-tuned source, for what the original
-    cannot express, and for an `out` that exists.
+    beside the source; of a fine-tuned model with labels.json. original: a `.pt` file of a pretrained model.
+    hf: a folder for transformers, see `d2v.hf.export`. step: of a run's checkpoint; none: the newest, or the
+    best of a fine-tuned one. weights: hf holds the student's (none) or the teacher's; the others hold both.
+    Raises CheckpointError for what cannot be read, ValueError for what the target cannot hold and for an
+    `out` that exists.
     """
     from . import load
 
     out, source = Path(out), Path(source)
     if out.exists():
         raise ValueError(f"convert: {out} exists already: choose another name")
+    if weights is not None and target != "hf":
+        raise ValueError(f"convert: weights are chosen for hf alone, {target} holds both")
     model = load(source, step=step)
-    if not isinstance(model, Pretraining):
-        raise ValueError(f"convert: {source} is fine-tuned: only pretrained models can be converted")
     if target == "original":
+        if not isinstance(model, Pretraining):
+            raise ValueError(f"convert: {source} is fine-tuned: original holds pretrained models")
         save_original(model, out)
+    elif target == "hf":
+        with _making(out) as folder:
+            _write_hf(model, folder, source, weights or "student")
     else:
-        save_folder(model, out, _tokenizer(source))
+        save_folder(model, out, _home(source))
     print(f"{out}: {sum(t.numel() for t in model.state_dict().values()):,} values")
     return out
 
 
-def _tokenizer(source: Path) -> Path | None:
-    """The tokenizer of a text model: in its run or folder, or beside its file."""
-    run = source if source.is_dir() else source.parent
-    if run.resolve().parent.name == "checkpoints":
-        run = run.resolve().parent.parent
-    found = run / TOKENIZER
-    return found if found.is_file() else None
+def _home(source: Path) -> Path:
+    """The folder of what belongs to a model: its run or converted folder, or that of its file."""
+    home = source if source.is_dir() else source.parent
+    return home.resolve().parent.parent if home.resolve().parent.name == "checkpoints" else home
 
 
-def save_folder(model: Pretraining, out: Path, tokenizer: Path | None = None) -> None:
-    """A folder that `d2v.load` opens, whole or not at all."""
+def save_folder(model: Pretraining | FineTuned, out: Path, home: Path | None = None) -> None:
+    """A folder that `d2v.load` opens, whole or not at all. home: folder of the tokenizer and the labels."""
+    with _making(out) as folder:
+        safetensors.torch.save_file(_tensors(model), folder / WEIGHTS)
+        config: dict[str, Any] = {"format": FORMAT, "model": to_dict(model.cfg)}
+        names = [TOKENIZER] if isinstance(model.cfg.front, TextFront) else []
+        if not isinstance(model, Pretraining):
+            config["head"] = to_dict(model.head_cfg)
+            names += [LABELS, VOCABULARY]
+        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        for name in names:
+            if home is not None and (home / name).is_file():
+                shutil.copyfile(home / name, folder / name)
+
+
+@contextmanager
+def _making(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name when the block ends, and is gone after an error."""
     out.parent.mkdir(parents=True, exist_ok=True)
     making = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        safetensors.torch.save_file(_tensors(model), making / WEIGHTS)
-        config = {"format": FORMAT, "model": to_dict(model.cfg)}
-        (making / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        if tokenizer is not None and isinstance(model.cfg.front, TextFront):
-            shutil.copyfile(tokenizer, making / TOKENIZER)
+        yield making
         making.chmod(0o755)
         making.rename(out)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 
 
+def _write_hf(model: Pretraining | FineTuned, folder: Path, source: Path, weights: Weights) -> None:
+    """The folder's files, with what lies beside the source: tokenizer, labels, mean and deviation."""
+    from .hf.export import write_folder
+
+    home = _home(source)
+    mean, std = _normalisation(home)
+    tokenizer, labels = home / TOKENIZER, home / LABELS
+    write_folder(
+        model,
+        folder,
+        weights=weights,
+        mean=mean,
+        std=std,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None,
+    )
+
+
+def _normalisation(home: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Mean and deviation of pictures' channels that a run was given or has measured; none: unknown."""
+    if not (home / "config.toml").is_file():
+        return None, None
+    given, record = read_settings(home).get("data", {}), home / "data.json"
+    measured = json.loads(record.read_text(encoding="utf-8")).get("meta", {}) if record.is_file() else {}
+    known = given if "mean" in given else measured
+    return (tuple(known["mean"]), tuple(known["std"])) if "mean" in known else (None, None)
+
+
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder of `save_folder`."""
+    """Whether `path` is a folder of `save_folder` or `write_folder`."""
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
-def load_folder(path: Path) -> Pretraining:
-    """The model of a folder that `save_folder` wrote. Raises CheckpointError naming the wrong file."""
-    file = path / CONFIG
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        if values["format"] != FORMAT:
-            raise ValueError(f"format {values['format']!r}, this version reads {FORMAT!r}")
-        cfg = from_dict(ModelConfig, values["model"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a converted model: {error}") from error
+def load_folder(path: Path) -> Pretraining | FineTuned:
+    """The model of a folder that `save_folder` wrote, or of a fine-tuned one for transformers.
+
+    Shapes are compared before the model is made. Raises CheckpointError naming the wrong file.
+    """
+    file, make = path / CONFIG, _maker(path / CONFIG)
     try:
         tensors = safetensors.torch.load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / WEIGHTS}: damaged: {error}") from error
-    model = build_model(cfg)
+    try:
+        with torch.device("meta"):
+            shapes = make()
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{file}: not a converted model: {error}") from error
+    if not isinstance(shapes, Pretraining) and set(tensors) != set(shapes.state_dict()):
+        from .hf.export import theirs
+
+        ours = {theirs(name): name for name in shapes.state_dict()}  # a folder for transformers
+        tensors = {ours.get(name, name): t for name, t in tensors.items()}
+    check_fits(shapes, tensors, path / WEIGHTS)
+    model = make()
     fill_model(model, tensors, path / WEIGHTS)
     return model
 
 
-def _tensors(model: Pretraining) -> dict[str, Tensor]:
+def _maker(file: Path) -> Callable[[], Pretraining | FineTuned]:
+    """What makes the model that a config.json describes."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if "d2v" in values:
+            values = {"format": FORMAT, **values["d2v"]}
+            if "head" not in values:
+                raise ValueError("it holds an encoder alone, for transformers; d2v opens what it was made of")
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']!r}, this version reads {FORMAT!r}")
+        cfg = from_dict(ModelConfig, values["model"])
+        if "head" not in values:
+            return lambda: build_model(cfg)
+        from .finetune.config import HeadConfig
+        from .finetune.model import FineTuned
+
+        head = from_dict(HeadConfig, values["head"], "head")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: not a converted model: {error}") from error
+    return lambda: FineTuned(cfg, head)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
 
 

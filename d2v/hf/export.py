@@ -1,0 +1,246 @@
+"""`d2v convert --to hf`: a folder that transformers opens with `trust_remote_code=True`.
+
+    AutoModel.from_pretrained(folder, trust_remote_code=True)
+
+It holds the encoder, of the student or of the teacher, or a fine-tuned model with its head; decoder and
+optimizer stay behind. Weights keep their values in fp32. The config carries the model's own config too, so
+that `d2v.load` opens a fine-tuned folder again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+
+from ..config import ModelConfig, to_dict
+from ..finetune.model import FineTuned
+from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
+from ..model import Pretraining
+
+Weights = Literal["student", "teacher"]
+
+CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
+HEADS = {
+    ("classify", "image"): "ImageClassification",
+    ("classify", "audio"): "AudioClassification",
+    ("ctc", "audio"): "CTC",
+    ("sentence", "text"): "SequenceClassification",
+}
+"""task and modality -> what the class is called after `Data2Vec2For` and after `AutoModelFor`"""
+_RENAMED = (
+    ("w2v_encoder.w2v_model.", "data2vec2."),
+    ("w2v_encoder.proj.", "lm_head."),
+    ("classification_heads.sentence_classification_head.", ""),
+    ("model.", "data2vec2."),
+)
+"""prefixes of a fine-tuned model's parameters, ours and the folder's; the first that fits"""
+
+
+def write_folder(
+    model: Pretraining | FineTuned,
+    folder: Path,
+    *,
+    weights: Weights = "student",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    tokenizer: Path | None = None,
+    labels: list[str] | None = None,
+) -> None:
+    """Write every file into the empty `folder`.
+
+    mean, std: of pictures' channels; none: ImageNet's for three channels, 0.5 otherwise. tokenizer: of text.
+    labels: class names, or a CTC vocabulary. Raises ValueError for what a folder cannot hold.
+    """
+    cfg = model.cfg
+    if isinstance(cfg.front, LogMelFront):
+        raise ValueError("convert: the Hugging Face format has no log-mel front end")
+    tuned = isinstance(model, FineTuned)
+    if tuned and weights == "teacher":
+        raise ValueError("convert: weights must be student for a fine-tuned model, got teacher")
+    tensors = _renamed(model) if isinstance(model, FineTuned) else encoder_weights(model, weights)
+    safetensors.torch.save_file(
+        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    values = _config(cfg)
+    name = "Model"
+    if isinstance(model, FineTuned):
+        head = HEADS[model.head_cfg.task, cfg.modality]
+        name = f"For{head}"
+        values["d2v"]["head"] = asdict(model.head_cfg)
+        if head == "CTC":
+            values["vocab_size"] = model.head_cfg.outputs
+        else:
+            values |= _labels(model.head_cfg.outputs, labels, model.head_cfg.regression)
+        values["auto_map"][f"AutoModelFor{head}"] = f"modeling_data2vec2.Data2Vec2{name}"
+    values["architectures"] = [f"Data2Vec2{name}"]
+    _write(folder / "config.json", values)
+    for file in CODE:
+        shutil.copyfile(Path(__file__).parent / file, folder / file)
+    if isinstance(cfg.front, ImageFront):
+        _write(folder / "preprocessor_config.json", _pictures(cfg.front, mean, std))
+    elif isinstance(cfg.front, WaveformFront):
+        _write(folder / "preprocessor_config.json", _waves(cfg.front))
+        if isinstance(model, FineTuned) and model.head_cfg.task == "ctc" and labels:
+            _write(folder / "vocab.json", {letter: number for number, letter in enumerate(labels)})
+            _write(folder / "tokenizer_config.json", _letters())
+    elif tokenizer is not None:
+        _tokens(tokenizer, folder, cfg.front)
+
+
+def encoder_weights(model: Pretraining, weights: Weights) -> dict[str, Tensor]:
+    """The encoder's tensors by the student's names; what a teacher has no average of is the student's.
+
+    ValueError for the teacher of a model that has none.
+    """
+    if weights == "teacher" and model.teacher is None:
+        raise ValueError(f"convert: weights must be student for objective {model.cfg.objective}, got teacher")
+    chosen = dict(_encoder(model))
+    if weights == "teacher":
+        names = {id(p): name for name, p in model.named_parameters()}
+        for teacher, student in zip(*model.teacher_pairs(), strict=True):
+            chosen[names[id(student)]] = teacher
+    return chosen
+
+
+def _encoder(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: t for name, t in model.state_dict(keep_vars=True).items()
+        if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
+    }  # fmt: skip
+
+
+def _renamed(model: FineTuned) -> dict[str, Tensor]:
+    return {theirs(name): t for name, t in model.state_dict().items()}
+
+
+def theirs(name: str) -> str:
+    """The folder's name of a fine-tuned model's parameter."""
+    for ours, new in _RENAMED:
+        if name.startswith(ours):
+            return new + name.removeprefix(ours)
+    return name
+
+
+def _config(cfg: ModelConfig) -> dict[str, Any]:
+    front = cfg.front
+    values: dict[str, Any] = {
+        "model_type": "data2vec2",
+        "auto_map": {
+            "AutoConfig": "configuration_data2vec2.Data2Vec2Config",
+            "AutoModel": "modeling_data2vec2.Data2Vec2Model",
+        },
+        "dtype": "float32",
+        "modality": cfg.modality,
+        "hidden_size": cfg.dim,
+        "num_attention_heads": cfg.heads,
+        "num_hidden_layers": cfg.depth,
+        "prenet_depth": cfg.prenet_depth,
+        "mlp_ratio": cfg.mlp_ratio,
+        "layer_norm_eps": cfg.norm_eps,
+        "extra_tokens": front.extra_tokens,
+        "d2v": {"model": to_dict(cfg)},
+    }
+    if isinstance(front, ImageFront):
+        size = {"image_size": [front.height, front.width], "patch_size": front.patch}
+        return values | size | {"num_channels": front.channels}
+    if isinstance(front, TextFront):
+        positions = {"max_positions": front.max_positions, "pad_token_id": front.pad_id}
+        return values | {"vocab_size": front.vocab_size} | positions
+    assert isinstance(front, WaveformFront)
+    return values | {
+        "conv_layers": [list(layer) for layer in front.conv_layers],
+        "position_kernel": front.position_kernel,
+        "position_groups": front.position_groups,
+        "position_layers": front.position_layers,
+        "alibi": front.alibi,
+    }
+
+
+def _labels(outputs: int, labels: list[str] | None, regression: bool) -> dict[str, Any]:
+    names = labels if labels and len(labels) == outputs else [f"LABEL_{i}" for i in range(outputs)]
+    named = {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    return named | {"problem_type": "regression" if regression else "single_label_classification"}
+
+
+def _pictures(
+    front: ImageFront, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> dict[str, Any]:
+    imagenet = front.channels == 3
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": front.height, "width": front.width},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean or ((0.485, 0.456, 0.406) if imagenet else (0.5,) * front.channels)),
+        "image_std": list(std or ((0.229, 0.224, 0.225) if imagenet else (0.5,) * front.channels)),
+    }
+
+
+def _waves(front: WaveformFront) -> dict[str, Any]:
+    return {
+        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
+        "feature_size": 1,
+        "sampling_rate": front.sample_rate,
+        "padding_value": 0.0,
+        "padding_side": "right",
+        "do_normalize": True,
+        "return_attention_mask": True,
+    }
+
+
+def _letters() -> dict[str, Any]:
+    """CTC's blank is what transformers calls the padding token."""
+    return {
+        "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<s>",
+        "word_delimiter_token": "|",
+        "do_lower_case": False,
+    }
+
+
+def _tokens(tokenizer: Path, folder: Path, front: TextFront) -> None:
+    """The tokenizer, with <s> text </s> and <s> a </s> </s> b </s> put together as in training."""
+    loaded = Tokenizer.from_file(str(tokenizer))
+    ids = {token: loaded.token_to_id(token) for token in ("<s>", "</s>")}
+    if None not in ids.values():
+        loaded.post_processor = TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=list(ids.items())
+        )
+    loaded.save(str(folder / "tokenizer.json"))
+    _write(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "cls_token": "<s>",
+            "sep_token": "</s>",
+            "pad_token": "<pad>",
+            "unk_token": "<unk>",
+            "model_max_length": front.max_positions,
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
