@@ -1,7 +1,9 @@
 """A preset under another objective: the rival's own masks, loss and decoder, everything else as it is.
 
 Encoder, data, optimizer, schedules and the teacher's decay stay the preset's, so that runs differ in what is
-learned alone. Values are the papers': data2vec 1 (Baevski et al., 2022a, section 4), MAE (He et al., 2022,
+learned alone. A rival has one view of each sample, so its batch is the preset's times the M views of data2vec
+2.0: as many views a step, and at the base presets about what the rivals' papers used (4,096 images in MAE, an
+hour of speech in data2vec 1). Other values are the papers' too: data2vec 1 (Baevski et al., 2022a, section 4), MAE (He et al., 2022,
 section 3 and appendix A), Audio-MAE (Huang et al., 2022, section 4), RoBERTa (Liu et al., 2019, section 2).
 """
 
@@ -15,7 +17,9 @@ from .fronts import Front, ImageFront, TextFront
 
 def for_objective(cfg: Config, objective: Objective) -> Config:
     """The run with `objective`. ValueError for an objective that its front end cannot have."""
-    return replace(cfg, model=_MODELS[objective](cfg.model))
+    model = _MODELS[objective](cfg.model)
+    batch = cfg.data.batch * cfg.model.mask.clones // model.mask.clones
+    return replace(cfg, model=model, data=replace(cfg.data, batch=batch))
 
 
 def _data2vec1(model: ModelConfig) -> ModelConfig:

@@ -231,7 +231,8 @@ def _entries(cfg: Config, objectives: Sequence[Objective], supervised: bool) -> 
         raise ValueError(f"race: objectives must be different ones, got {tuple(objectives)}")
     found: dict[Entry, Config] = {name: for_objective(cfg, name) for name in objectives}
     if supervised:
-        found["supervised"] = cfg
+        views = cfg.data.batch * cfg.model.mask.clones  # as many a step as the others see
+        found["supervised"] = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=views))
     return found
 
 

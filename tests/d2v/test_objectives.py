@@ -194,14 +194,16 @@ def test_every_preset_has_its_rivals(name: str) -> None:
             continue
         model: ModelConfig = for_objective(cfg, objective).model  # type: ignore[arg-type]
         assert (model.objective, model.mask.clones, model.dim) == (objective, 1, cfg.model.dim)
-    base = for_objective(preset("image_base"), "mae").model.mae
-    assert (base.dim, base.depth) == (528, 8)
+    base = for_objective(preset("image_base"), "mae")
+    assert (base.model.mae.dim, base.model.mae.depth, base.data.batch) == (528, 8, 4096)
 
 
 @pytest.mark.parametrize(("modality", "objective"), PAIRS)
 def test_runs_learn_and_resume_bitwise(modality: str, objective: Any, tmp_path: Path) -> None:
     data = make_data(modality, tmp_path / "data")
-    cfg = for_objective(tiny(modality, steps=24, model=RANDOM), objective)
+    cfg = for_objective(
+        tiny(modality, steps=24, batch=1 if modality == "audio" else 2, model=RANDOM), objective
+    )
     whole = run(cfg, data, tmp_path / "whole")
     run(cfg, data, tmp_path / "parts", stop=lambda step: step == 7)
     run(cfg, data, tmp_path / "parts", resume=True)
@@ -212,7 +214,7 @@ def test_runs_learn_and_resume_bitwise(modality: str, objective: Any, tmp_path: 
 
 def test_a_rivals_run_is_loaded_probed_fine_tuned_and_converted(tmp_path: Path) -> None:
     data = make_data("image", tmp_path / "data")
-    run(for_objective(tiny("image", steps=2), "mae"), data, tmp_path / "run")
+    run(for_objective(tiny("image", steps=2, batch=2), "mae"), data, tmp_path / "run")
     model = d2v.load(tmp_path / "run")
     assert isinstance(model, MaskedAutoencoder)
     source = make_source("image")

@@ -26,7 +26,7 @@ from tests.d2v.tiny_runs import tiny
 
 
 def raced(**changed: Any) -> Config:
-    cfg = tiny("image", steps=6, data={"batch": 8}, **changed)
+    cfg = tiny("image", steps=6, data={"batch": 4}, **changed)
     return dataclasses.replace(cfg, probe=ProbeConfig(rows=40))
 
 
@@ -100,7 +100,8 @@ def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
     for track in found["tracks"]:
         points = track["points"]
         assert points[0]["step"] == points[0]["seconds"] == points[0]["samples"] == 0
-        assert points[-1]["samples"] == 8 * points[-1]["step"]
+        views = 4 if track["entry"] == "data2vec2" else 32
+        assert points[-1]["samples"] == points[-1]["step"] * views
         assert points[1]["seconds"] >= 0.3 and points[2]["seconds"] >= 0.6
         assert track["flops_per_step"] > 1e6 and track["peak_bytes"] > 1e5
         assert set(points[0]["scores"]) == {"linear/test", "knn/test", "rank"}
