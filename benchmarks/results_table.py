@@ -6,9 +6,9 @@
 A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The first word of a file's name
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
 `scaling_*.json` (scaling.py), `memory_*.json` (memory.py), `profile_*.json` (profile.json of `d2v profile`),
-`demo_*.json` (summary.json of `d2v demo`), `race_*.json` (race.json of `d2v race`); the table `hotpaths` is
-made from the step's files too. No number is typed by hand: a table without a file says "not measured", and so
-does a cell without a time.
+`demo_*.json` (summary.json of `d2v demo`), `race_*.json` (race.json of `d2v race`), `downstream_*.json`
+(downstream.py); the table `hotpaths` is made from the step's files too. No number is typed by hand: a table
+without a file says "not measured", and so does a cell without a time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling
+from benchmarks.downstream import downstream_rows
 from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
 from benchmarks.step_table import goals_table, hot_paths_table, plot_steps, step_table
 from d2v.race_report import plot_race, race_rows
@@ -136,6 +137,18 @@ def demo_table(found: Results) -> list[str]:
     return markdown(head, cells, 3)
 
 
+def downstream_table(found: Results) -> list[str]:
+    """Fine-tuned from pretraining against from scratch, and the commands."""
+    head, *rows = downstream_rows(found.data)
+    commands = [
+        command
+        for task in found.data["tasks"]
+        for command in (task["pretraining"]["command"], task["runs"][0]["command"])
+    ]
+    return [*markdown(head, rows, 2), "", "The first seed's commands (from scratch: with `--scratch`):", "",
+            *(f"    {command}" for command in commands)]  # fmt: skip
+
+
 def race_table(found: Results) -> list[str]:
     """Accuracy at the end, time ratios, costs and baselines of a race."""
     race = found.data
@@ -157,6 +170,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "memory": memory_table,
     "demo": demo_table,
     "race": race_table,
+    "downstream": downstream_table,
     "hotpaths": hot_paths_table,
 }
 SOURCES = {"hotpaths": "step"}

@@ -3,8 +3,9 @@
 Encoder, data, optimizer, schedules and the teacher's decay stay the preset's, so that runs differ in what is
 learned alone. A rival has one view of each sample, so its batch is the preset's times the M views of data2vec
 2.0: as many views a step, and at the base presets about what the rivals' papers used (4,096 images in MAE, an
-hour of speech in data2vec 1). Other values are the papers' too: data2vec 1 (Baevski et al., 2022a, section 4), MAE (He et al., 2022,
-section 3 and appendix A), Audio-MAE (Huang et al., 2022, section 4), RoBERTa (Liu et al., 2019, section 2).
+hour of speech in data2vec 1). Other values are the papers' too: data2vec 1 (Baevski et al., 2022a, section
+4), MAE (He et al., 2022, section 3 and appendix A), Audio-MAE (Huang et al., 2022, section 4), RoBERTa (Liu
+et al., 2019, section 2).
 """
 
 from __future__ import annotations
