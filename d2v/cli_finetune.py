@@ -107,6 +107,12 @@ class EvalOptions:
     """of a checkpoint; none: the best one"""
     beam: int = 0
     """ctc: width of the beam search; 0: the best path"""
+    lm: Annotated[str | None, arg(metavar="FILE")] = None
+    """ctc: n-gram model of words for the beam search, ARPA or kenlm's binary; needs the package kenlm"""
+    lm_weight: float = 2.0
+    """factor on its log probability"""
+    word_bonus: float = -1.0
+    """added for every word"""
 
 
 def evaluate(arguments: Sequence[str]) -> int:
@@ -115,5 +121,13 @@ def evaluate(arguments: Sequence[str]) -> int:
 
     from .finetune.evaluate import run_eval
 
-    run_eval(given.run, given.data, step=given.step, beam=given.beam)
+    run_eval(
+        given.run,
+        given.data,
+        step=given.step,
+        beam=given.beam,
+        lm=given.lm,
+        lm_weight=given.lm_weight,
+        word_bonus=given.word_bonus,
+    )
     return 0

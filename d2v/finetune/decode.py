@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from .language_model import LanguageModel
+
+Prefix = tuple[int, ...]
 
 BLANK = 0
 """fairseq's <s>"""
@@ -30,26 +35,30 @@ def greedy(logits: Tensor, padded: Tensor | None) -> list[list[int]]:
     return found
 
 
-def beam_search(logits: Tensor, padded: Tensor | None, width: int) -> list[list[int]]:
-    """Letters of each utterance: the most probable of the `width` prefixes kept at each frame.
+def beam_search(
+    logits: Tensor, padded: Tensor | None, width: int, words: LanguageModel | None = None
+) -> list[list[int]]:
+    """Letters of each utterance: the best of the `width` prefixes kept at each frame.
 
-    A prefix's probability is summed over all of its paths (Graves et al., 2006; Hannun et al., 2014,
-    algorithm 1 without a language model). Arguments as `greedy`.
+    A prefix's probability is summed over all of its paths; with `words` its score is that and the language
+    model's (Graves et al., 2006; Hannun et al., 2014, algorithm 1). Other arguments as `greedy`.
     """
     if width < 1:
         raise ValueError(f"beam_search: width must be positive, got {width}")
     rows = logits.float().log_softmax(-1).cpu().double()
-    return [_search(row[:length].tolist(), width)
+    return [_search(row[:length].tolist(), width, words)
             for row, length in zip(rows, _lengths(logits, padded), strict=True)]  # fmt: skip
 
 
-def _search(frames: list[list[float]], width: int) -> list[int]:
+def _search(frames: list[list[float]], width: int, words: LanguageModel | None) -> list[int]:
+    if words is not None:
+        words.begin()
     # prefix -> log probabilities of its paths that end in blank, and in its last letter
-    beams: dict[tuple[int, ...], tuple[float, float]] = {(): (0.0, -math.inf)}
+    beams: dict[Prefix, tuple[float, float]] = {(): (0.0, -math.inf)}
     for frame in frames:
         letters = [i for i, p in enumerate(frame) if i != BLANK and p > PRUNE]
-        blanks: defaultdict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
-        ends: defaultdict[tuple[int, ...], float] = defaultdict(lambda: -math.inf)
+        blanks: defaultdict[Prefix, float] = defaultdict(lambda: -math.inf)
+        ends: defaultdict[Prefix, float] = defaultdict(lambda: -math.inf)
         for prefix, (blank, end) in beams.items():
             blanks[prefix] = _add(blanks[prefix], _add(blank, end) + frame[BLANK])
             if prefix:
@@ -60,9 +69,19 @@ def _search(frames: list[list[float]], width: int) -> list[int]:
                 longer = (*prefix, letter)
                 ends[longer] = _add(ends[longer], before + frame[letter])
         scored = {prefix: (blanks[prefix], ends[prefix]) for prefix in {*blanks, *ends}}
-        ranked = sorted(scored.items(), key=lambda item: (-_add(*item[1]), item[0]))
-        beams = dict(ranked[:width])
-    return list(next(iter(beams)))  # the best comes first
+        beams = dict(_ranked(scored, words)[:width])
+    return list(_ranked(beams, words, ended=True)[0][0])
+
+
+def _ranked(
+    beams: Mapping[Prefix, tuple[float, float]], words: LanguageModel | None, *, ended: bool = False
+) -> list[tuple[Prefix, tuple[float, float]]]:
+    """Best first; of equal ones the smaller."""
+
+    def score(prefix: Prefix) -> float:
+        return _add(*beams[prefix]) + (words.score(prefix, ended=ended) if words is not None else 0.0)
+
+    return sorted(beams.items(), key=lambda item: (-score(item[0]), item[0]))
 
 
 def _add(a: float, b: float) -> float:

@@ -16,6 +16,7 @@ from ..train import pick_device
 from .config import FineTuneConfig
 from .data import Part, open_tune_data
 from .decode import beam_search, greedy
+from .language_model import LanguageModel
 from .load import LABELS, load_run
 from .metrics import GLUE_METRICS, class_scores, regression_scores, transcript_scores
 from .model import FineTuned
@@ -24,12 +25,18 @@ from .transcripts import Vocabulary
 
 @torch.no_grad()
 def evaluate(
-    model: FineTuned, cfg: FineTuneConfig, parts: Mapping[str, Part], names: Sequence[str], beam: int = 0
+    model: FineTuned,
+    cfg: FineTuneConfig,
+    parts: Mapping[str, Part],
+    names: Sequence[str],
+    beam: int = 0,
+    words: LanguageModel | None = None,
 ) -> dict[str, float]:
     """{"part/metric": score}, the deciding metric of a part first.
 
-    classify: top1, top5. ctc: wer, cer; beam: width of the beam search, 0 takes the best path. sentence:
-    GLUE's metrics of cfg.glue, else accuracy, or pearson, spearman and mse for regression.
+    classify: top1, top5. ctc: wer, cer; beam: width of the beam search, 0 takes the best path; words: its
+    language model. sentence: GLUE's metrics of cfg.glue, else accuracy, or pearson, spearman and mse for
+    regression.
     The model is left in the mode it had. Raises DataError when no sample of a part can be read.
     """
     was_training = model.training
@@ -38,14 +45,20 @@ def evaluate(
         return {
             f"{part}/{name}": score
             for part, split in parts.items()
-            for name, score in _part_scores(model, cfg, part, split, names, beam).items()
+            for name, score in _part_scores(model, cfg, part, split, names, beam, words).items()
         }
     finally:
         model.train(was_training)
 
 
 def _part_scores(
-    model: FineTuned, cfg: FineTuneConfig, name: str, part: Part, names: Sequence[str], beam: int
+    model: FineTuned,
+    cfg: FineTuneConfig,
+    name: str,
+    part: Part,
+    names: Sequence[str],
+    beam: int,
+    words: LanguageModel | None,
 ) -> dict[str, float]:
     device = next(model.parameters()).device
     logits: list[np.ndarray] = []
@@ -57,7 +70,7 @@ def _part_scores(
         padding = None if padding is None else padding.to(device)
         out, padded = model(source.to(device), padding)
         if cfg.head.task == "ctc":
-            found = beam_search(out, padded, beam) if beam else greedy(out, padded)
+            found = beam_search(out, padded, beam, words) if beam else greedy(out, padded)
             heard += [vocabulary.decode(ids) for ids in found]
             said += label
         else:
@@ -76,15 +89,25 @@ def _part_scores(
 
 
 def run_eval(
-    path: str | Path, data: str | None = None, *, step: int | None = None, beam: int = 0
+    path: str | Path,
+    data: str | None = None,
+    *,
+    step: int | None = None,
+    beam: int = 0,
+    lm: str | Path | None = None,
+    lm_weight: float = 2.0,
+    word_bonus: float = -1.0,
 ) -> dict[str, Any]:
     """Score a fine-tuned run again, print one line per part and metric, and return the scores.
 
     path: a run of `d2v finetune`. data: another data set of the same classes or letters; none: the run's own.
-    step: of a checkpoint; none: the best one. Raises CheckpointError, ValueError and DataError.
+    step: of a checkpoint; none: the best one. beam, lm, lm_weight, word_bonus: of the search for CTC, see
+    `language_model`. Raises CheckpointError, ValueError and DataError.
     """
     if beam < 0:
         raise ValueError(f"eval: beam must be at least 0, got {beam}")
+    if lm is not None and not beam:
+        raise ValueError("eval: --lm needs a beam search: --beam 50, for example")
     model, cfg, own = load_run(path, step=step)
     device = pick_device("auto")
     model.to_device(device, cfg.train.precision)
@@ -93,7 +116,10 @@ def run_eval(
     if found.names != names:
         other = next(iter(sorted(set(found.names) ^ set(names))), "their order")
         raise DataError(f"eval: {data} has other classes than {path} was trained on: {other}")
-    scores = evaluate(model, cfg, found.parts, found.names, beam)
+    if lm is not None and cfg.head.task != "ctc":
+        raise ValueError(f"eval: --lm is for task ctc, {path} is for {cfg.head.task}")
+    words = None if lm is None else LanguageModel(lm, names, lm_weight, word_bonus)
+    scores = evaluate(model, cfg, found.parts, found.names, beam, words)
     for name, score in scores.items():
         print(f"{name:<28} {score:.4f}")
     return scores

@@ -35,11 +35,10 @@ from ..data.audio_source import AudioSource, SpeechUtterances
 from ..data.embedded import speech
 from ..data.loading import Loader
 from .decode import BLANK
+from .language_model import WORD
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """fairseq's first entries of a dictionary; <s> is CTC's blank"""
-WORD = "|"
-"""the letter between words, as in fairseq's .ltr files"""
 HELD_OUT = ("dev", "valid", "val", "test")
 
 
