@@ -7,6 +7,7 @@ line leaves the time out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from .config import Config
 from .data import Labelled, Split, open_labelled
 from .health import effective_rank
 from .model import Pretraining
-from .probe import evenly_spaced, features_of, probe_rows
+from .probe import Rows, evenly_spaced, features_of, probe_rows
 
 RANK_ROWS = 512
 """rows of features whose effective rank is taken"""
@@ -30,7 +31,8 @@ class Scores:
     """What one probe found."""
 
     row: dict[str, float]
-    """for metrics.jsonl: "probe/PART/KIND" ("probe/layerN/PART/KIND" if layers are several), feature_rank"""
+    """for metrics.jsonl: "probe/PART/KIND" and "feature_rank"; of several layers "probe/layerN/PART/KIND" and
+    "feature_rank_layerN" """
     line: str
     """the same for people"""
 
@@ -56,24 +58,34 @@ class OnlineProbe:
         """Probe the student as it is now."""
         device = next(model.parameters()).device
         with rng.preserved(device), phase("probe"):
+            depth, several = model.cfg.depth, len(self.layers) > 1
+            splits = self.labelled.splits.items()
+            found = {
+                name: features_of(model, split, layer="all" if several else self.layers[0])
+                for name, split in splits
+            }
             row: dict[str, float] = {}
             for layer in self.layers:
-                features = {
-                    name: features_of(model, split, layer=layer)
-                    for name, split in self.labelled.splits.items()
-                }
-                found = probe_rows(features, self.labelled.level, ("linear", "knn"))
-                where = "probe" if len(self.layers) == 1 else f"probe/layer{layer % model.cfg.depth}"
+                number = layer % depth
+                width = model.cfg.dim  # of several layers side by side each has its columns
+                mine = slice(number * width, (number + 1) * width) if several else slice(width)
+                features = {name: (x[:, mine], y) for name, (x, y) in found.items()}
+                scores = probe_rows(features, self.labelled.level, ("linear", "knn"))
+                where, suffix = (f"probe/layer{number}", f"_layer{number}") if several else ("probe", "")
                 for kind in ("linear", "knn"):
-                    row |= {f"{where}/{part}/{kind}": score for part, score in found[kind].items()}
-            held_out = next(name for name in features if name != "train")
-            last = features[held_out][0]
-            few = torch.from_numpy(last[evenly_spaced(len(last), RANK_ROWS)])
-            row["feature_rank"] = float(effective_rank(few))
+                    row |= {f"{where}/{part}/{kind}": score for part, score in scores[kind].items()}
+                row[f"feature_rank{suffix}"] = feature_rank(features)
         said = [
             f"{name.removeprefix('probe/')} {100 * score:.1f}%" for name, score in row.items() if "/" in name
         ]
-        return Scores(row, f"{', '.join(said)}, feature rank {row['feature_rank']:.0f}")
+        ranks = "/".join(f"{rank:.0f}" for name, rank in row.items() if name.startswith("feature_rank"))
+        return Scores(row, f"{', '.join(said)}, feature rank {ranks}")
+
+
+def feature_rank(rows: Mapping[str, Rows]) -> float:
+    """Effective rank of the first held-out part's features, of at most RANK_ROWS of them."""
+    x = next(features for name, (features, _) in rows.items() if name != "train")
+    return float(effective_rank(torch.from_numpy(x[evenly_spaced(len(x), RANK_ROWS)])))
 
 
 def evenly(split: Split, most: int) -> Split:

@@ -42,9 +42,11 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     parts = sorted({key for row in rows for key in row if key.startswith("loss_")})
     scores = list(dict.fromkeys(key for row in rows for key in row if "/" in key))
+    ranks = sorted({key for row in rows for key in row if key.startswith("feature_rank_layer")})
     written = []
     for name, (label, keys) in {**FIGURES, "scores": ("score", scores)}.items():
         wanted = [*keys, *(parts if name == "loss" and len(parts) > 1 else [])]
+        wanted += ranks if name == "rank" else []
         series = {key: _series(rows, key) for key in wanted}
         series = {key: points for key, points in series.items() if points[0]}
         if not series:

@@ -32,10 +32,9 @@ from .checkpoint import write_environment
 from .config import Config, Objective
 from .cpu import tune_allocator
 from .data import Labelled, Position, open_data, open_labelled
-from .health import effective_rank
 from .model import Pretraining
-from .online_probe import RANK_ROWS, evenly
-from .probe import evenly_spaced, features_of, probe_raw, probe_rows
+from .online_probe import evenly, feature_rank
+from .probe import features_of, probe_raw, probe_rows
 from .step import Trainer
 from .supervised import SupervisedTrainer
 from .train import pick_device
@@ -140,7 +139,7 @@ class Contestant:
         """Linear probe and neighbours of the frozen features of all blocks, and their effective rank."""
         model = self.learner.model
         rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
-        return _flat(probe_rows(rows, labelled.level, ("linear", "knn"))) | {"rank": _rank(rows)}
+        return _flat(probe_rows(rows, labelled.level, ("linear", "knn"))) | {"rank": feature_rank(rows)}
 
     def flops(self) -> int:
         """Of one step: of its matrix products, convolutions and attention, counted in PyTorch's operators."""
@@ -327,8 +326,3 @@ def _costs(name: Entry, cfg: Config, data: str, labelled: Labelled, out: Path) -
 def _flat(found: dict[str, Any]) -> dict[str, float]:
     """{"linear": {"test": x}} -> {"linear/test": x}"""
     return {f"{kind}/{part}": score for kind in ("linear", "knn") for part, score in found[kind].items()}
-
-
-def _rank(rows: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
-    x = next(features for name, (features, _) in rows.items() if name != "train")
-    return float(effective_rank(torch.from_numpy(x[evenly_spaced(len(x), RANK_ROWS)])))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2vkern._nvtx import phase
 
@@ -175,7 +176,10 @@ class _Run:
             start = Position(place.epoch, place.step_in_epoch)
             stream = self.data.loader.micro_batches(start, train.micro_batch or self.cfg.data.batch)
             while place.step < train.steps and request.name is None and not self._too_bad:
-                self._step(self._next(stream), progress)
+                batches = self._next(stream, request)
+                if batches is None:
+                    break
+                self._step(batches, progress)
                 if place.step % train.evaluate_every == 0 or place.step == train.steps:
                     self._evaluate(progress)
                 if place.step % train.save_every == 0:
@@ -203,7 +207,8 @@ class _Run:
     def _too_bad(self) -> bool:
         return self.place.bad_in_a_row >= self.cfg.train.max_bad_steps
 
-    def _next(self, stream: Iterator[list[Batch]]) -> list[Batch]:
+    def _next(self, stream: Iterator[list[Batch]], request: StopRequest) -> list[Batch] | None:
+        """As in pretraining: None when Ctrl-C took the loader's starting workers along."""
         try:
             with phase("data"):
                 return next(stream)
@@ -212,6 +217,10 @@ class _Run:
                 raise
             self._save()
             raise RunError(f"step {self.place.step + 1}: {error}\n{self._resume_line()}") from error
+        except (OSError, RuntimeError):
+            if request.name is None:
+                raise
+            return None
 
     def _step(self, batches: list[Batch], progress: Progress) -> None:
         place, train = self.place, self.cfg.train
@@ -241,24 +250,31 @@ class _Run:
         name, score = next(iter(self.scores.items()))
         if math.isfinite(score) and is_better(name, score, self.place.best):
             self.place.best = score
-            save_checkpoint(
-                self.out / BEST, self.place.step, self.tuner.model, {}, {"scores": self.scores}, {}, 1
-            )
+            self._write(self.out / BEST, {}, {"scores": self.scores}, {}, 1)
         progress.idle(time.perf_counter() - began)
 
     def _save(self) -> None:
         if self.saved == self.place.step:
             return
         self.place.skipped, self.place.bad_in_a_row = self.tuner.count_bad()
-        state: dict[str, Any] = asdict(self.place)
-        try:
-            save_checkpoint(
-                self.out, self.place.step, self.tuner.model, self.tuner.optimizer_state(), state,
-                rng.capture(self.device), self.cfg.train.keep,
-            )  # fmt: skip
-        except CheckpointError as error:
-            raise RunError(f"step {self.place.step}: {error}; {self._resume_line()}") from error
+        state, states = self.tuner.optimizer_state(), rng.capture(self.device)
+        self._write(self.out, state, asdict(self.place), states, self.cfg.train.keep)
         self.saved = self.place.step
+
+    def _write(
+        self,
+        folder: Path,
+        optimizer: dict[str, dict[str, Tensor]],
+        place: dict[str, Any],
+        states: dict[str, Tensor],
+        keep: int,
+    ) -> None:
+        """A checkpoint of the model as it is. RunError with what to resume from."""
+        step, model = self.place.step, self.tuner.model
+        try:
+            save_checkpoint(folder, step, model, optimizer, place, states, keep)
+        except CheckpointError as error:
+            raise RunError(f"step {step}: {error}; {self._resume_line()}") from error
 
     def _resume_line(self) -> str:
         if latest_checkpoint(self.out) is None:

@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+import d2v
 from d2v.checkpoint import latest_checkpoint, load_checkpoint, read_config
 from d2v.cli import main
 from d2v.config import Config, ProbeConfig
 from d2v.data import DataError, open_labelled
+from d2v.model import Data2Vec
 from d2v.online_probe import evenly
+from d2v.probe import probe_model
 from d2v.progress import TIMING, read_metrics
 from d2v.train import run
 from tests.d2v.test_resume import RANDOM, assert_same_run
@@ -67,9 +70,15 @@ def test_probes_see_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixtur
     data = stripes(tmp_path)
     cfg = probed(tiny("image", steps=2), every=2, data=data, layers=(0, -1))
     result = run(cfg, make_data("image", tmp_path / "plain"), tmp_path / "run")
-    (row,) = [row for row in result.metrics if "feature_rank" in row]
+    (row,) = [row for row in result.metrics if "feature_rank_layer0" in row]
     names = {f"probe/layer{n}/test/{kind}" for n in (0, 1) for kind in ("linear", "knn")}
-    assert row.keys() == {"step", "feature_rank", *names}
+    assert row.keys() == {"step", "feature_rank_layer0", "feature_rank_layer1", *names}
+    model = d2v.load(tmp_path / "run")
+    assert isinstance(model, Data2Vec)
+    labelled = open_labelled(data, cfg)
+    for number in (0, 1):
+        wanted = probe_model(model, labelled, layer=number)["linear"]["test"]
+        assert row[f"probe/layer{number}/test/linear"] == wanted
     assert row["probe/layer1/test/linear"] > 0.9
     assert "step 2: probe layer0/test/linear" in capsys.readouterr().out
     assert (tmp_path / "run" / "plots" / "scores.png").exists()
