@@ -138,7 +138,7 @@ class ProbeOptions:
     """Accuracy of frozen features on labelled data."""
 
     run: Model
-    """run directory, checkpoint folder or original .pt"""
+    """run directory, checkpoint folder, original .pt, or hf:FOLDER of transformers"""
     data: DataPath
     """labelled folder or embedded data set"""
     layer: int | Literal["mean", "all"] = -1
@@ -165,7 +165,7 @@ class ExtractOptions:
     """Features of every sample, as an .npz file."""
 
     run: Model
-    """run directory, checkpoint folder or original .pt"""
+    """run directory, checkpoint folder, original .pt, or hf:FOLDER of transformers"""
     data: DataPath
     """folder, file, tar or embedded data set"""
     out: Annotated[str, arg(metavar="F.npz")]

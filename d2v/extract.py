@@ -11,11 +11,11 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Union
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import load
 from .atomic import replacing
@@ -26,11 +26,27 @@ from .data import open_data
 from .model import Pretraining
 from .train import pick_device
 
+if TYPE_CHECKING:
+    from .hf.encoder import HuggingFaceEncoder
+
+Encoder = Union[Pretraining, "HuggingFaceEncoder"]
+"""what features are taken from"""
 Layer = int | Literal["mean", "all"]
 Weights = Literal["student", "teacher"]
 
+PREFIX = "hf:"
+"""before the folder of a model of transformers"""
 BATCH = {"image": 64, "audio": 1, "text": 32}
 """samples of a forward pass; utterances go alone, as the positional convolution of speech sees padding"""
+
+
+def open_encoder(path: str | Path) -> tuple[Encoder, Config, Path | None]:
+    """As `open_model`, and `hf:FOLDER` opens a model of transformers."""
+    if str(path).startswith(PREFIX):
+        from .hf.encoder import open_hf
+
+        return open_hf(str(path).removeprefix(PREFIX), pick_device("auto"))
+    return open_model(path)
 
 
 def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
@@ -39,6 +55,8 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     A run's images are normalised as they were in training. An original text model needs `tokenizer.json`
     beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
     """
+    if str(path).startswith(PREFIX):
+        raise ValueError(f"{path}: models of transformers can be probed and extracted from, nothing else")
     path = Path(path)
     model = load(path, device=pick_device("auto"))
     if not isinstance(model, Pretraining):
@@ -69,32 +87,17 @@ def _as_trained(data: DataConfig, run: Path) -> DataConfig:
 
 @torch.no_grad()
 def token_features(
-    model: Pretraining, source: Tensor, padding_mask: Tensor | None, *, layer: Layer, weights: Weights
+    model: Encoder, source: Tensor, padding_mask: Tensor | None, *, layer: Layer, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
     """Features [B,E+T,D] fp32 of whole samples, extra tokens first, and the padding [B,T] (True) or None.
 
     layer: index of a main block, negative from the last, "mean", or "all" ([B,E+T,depth*D]). ValueError when
-        there is no such block.
+        there is no such block, or no teacher.
     """
     depth = model.cfg.depth
     if not isinstance(layer, str) and not -depth <= layer < depth:
         raise ValueError(f"features: layer must be in {-depth}..{depth - 1}, mean or all, got {layer}")
-    teacher = weights == "teacher"
-    owner = model.teacher if teacher else model
-    if owner is None:
-        raise ValueError(
-            f"features: weights must be student for objective {model.cfg.objective}, got {weights}"
-        )
-    blocks = owner if isinstance(owner, nn.ModuleList) else owner.get_submodule("blocks").children()
-    outputs: list[Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda block, given, made: outputs.append(made[0])) for block in blocks
-    ]
-    try:
-        padding = model.features(source, padding_mask, teacher=teacher).padding_mask
-    finally:
-        for hook in hooks:
-            hook.remove()
+    outputs, padding = model.outputs(source, padding_mask, teacher=weights == "teacher")
     if layer == "mean":
         return torch.stack(outputs).mean(0).float(), padding
     chosen = torch.cat(outputs, dim=-1) if layer == "all" else outputs[layer]
@@ -125,7 +128,9 @@ def run_extract(
     pool: mean over tokens; the last extra (CLS) token; none. Text counts <s> and </s> as tokens.
     Raises ValueError (DataError), CheckpointError, OSError.
     """
-    model, cfg, folder = open_model(path)
+    model, cfg, folder = open_encoder(path)
+    if folder is None and isinstance(cfg.model.front, TextFront):
+        raise ValueError(f"extract: {path}: of text, models of transformers can be probed alone")
     extra, out = model.cfg.front.extra_tokens, Path(out)
     if pool == "cls" and not extra:
         raise ValueError(f"extract: pool must be mean or none for a model without CLS token, got {pool!r}")

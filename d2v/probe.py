@@ -15,9 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .config import Config, TextFront
 from .data import DataError, Labelled, Split, open_labelled
-from .extract import BATCH, Layer, Weights, mean_over_tokens, open_model, token_features
-from .model import Pretraining
+from .extract import (
+    BATCH,
+    PREFIX,
+    Encoder,
+    Layer,
+    Weights,
+    mean_over_tokens,
+    open_encoder,
+    token_features,
+)
 
 Kind = Literal["linear", "knn"]
 
@@ -39,7 +48,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 """features [n,f] float32 and labels [n] int64"""
 
 
-def features_of(model: Pretraining, split: Split, *, layer: Layer = -1, weights: Weights = "student") -> Rows:
+def features_of(model: Encoder, split: Split, *, layer: Layer = -1, weights: Weights = "student") -> Rows:
     """One row per sample, or per labelled token, of a split; see `d2v.extract.token_features`."""
     device, extra = next(model.parameters()).device, model.cfg.front.extra_tokens
     was_training = model.training
@@ -63,7 +72,7 @@ def features_of(model: Pretraining, split: Split, *, layer: Layer = -1, weights:
 
 
 def probe_model(
-    model: Pretraining,
+    model: Encoder,
     labelled: Labelled,
     *,
     layer: Layer = -1,
@@ -186,17 +195,26 @@ def run_probe(
     weights: Weights = "student",
     kinds: Sequence[Kind] = ("linear", "knn"),
 ) -> dict[str, Any]:
-    """Probe a run, a checkpoint folder or an original `.pt`, print one table, and return its numbers.
+    """Probe a run, a checkpoint folder, an original `.pt` or `hf:FOLDER`; print and return its numbers.
 
     The result of `probe_model`, with "raw" holding that of `probe_raw`. Raises DataError (labels missing,
     one class), ValueError (no such layer, no tokenizer), CheckpointError.
     """
-    model, cfg, folder = open_model(path)
-    labelled = open_labelled(data, cfg, run_dir=folder)
+    model, cfg, folder = open_encoder(path)
+    labelled = _labelled(str(path), data, cfg, folder)
     found = {**probe_model(model, labelled, layer=layer, weights=weights, kinds=kinds), "path": str(path)}
     found["raw"] = probe_raw(labelled, kinds)
     print("\n".join(_table(found, kinds)))
     return found
+
+
+def _labelled(path: str, data: str, cfg: Config, folder: Path | None) -> Labelled:
+    """The labelled data of an encoder; texts in the tokens of a model of transformers."""
+    if path.startswith(PREFIX) and isinstance(cfg.model.front, TextFront):
+        from .hf.encoder import open_hf_texts
+
+        return open_hf_texts(path.removeprefix(PREFIX), data, cfg)
+    return open_labelled(data, cfg, run_dir=folder)
 
 
 def _table(found: dict[str, Any], kinds: Sequence[Kind]) -> list[str]:

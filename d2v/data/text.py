@@ -177,9 +177,17 @@ def open_data(
 class TextSplit(Split):
     """Labelled texts as <s> tokens </s>, cut to data.block tokens."""
 
-    def __init__(self, texts: Sequence[str], labels: np.ndarray, tokenizer: Tokenizer, block: int) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        tokenizer: Tokenizer,
+        block: int,
+        specials: tuple[int, int, int] = (BOS, PAD, EOS),
+    ) -> None:
+        begin, self.pad, end = specials
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        self.tokens = [np.array([BOS, *e.ids[: block - 2], EOS]) for e in encoded]
+        self.tokens = [np.array([begin, *e.ids[: block - 2], end]) for e in encoded]
         self.labels = labels
         self.counted = np.empty(0, dtype=np.int64)
         """tokens that `raw` counts: the same for all splits"""
@@ -196,8 +204,8 @@ class TextSplit(Split):
         """Tokens [B,T] int64 padded to the longest, padding_mask [B,T], labels [B]."""
         for i in range(0, len(self), size):
             rows = [torch.from_numpy(t) for t in self.tokens[i : i + size]]
-            source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-            yield source, source == PAD, torch.from_numpy(self.labels[i : i + size])
+            source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+            yield source, source == self.pad, torch.from_numpy(self.labels[i : i + size])
 
     def raw(self) -> tuple[np.ndarray, np.ndarray]:
         """How often each of the most frequent tokens occurs, and the labels."""
@@ -209,6 +217,20 @@ class TextSplit(Split):
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
     """See `d2v.data.open_labelled`. Labels come from .jsonl lines with "text" and "label" (train.jsonl beside
     test.jsonl, else 80/20 by chance) or, for the embedded text, from the area of the library."""
+    parts, classes = _labelled_parts(path)
+    tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, cache_dir or default_cache())
+    splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
+    return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
+
+
+def open_tokenized(path: str, tokenizer: Tokenizer, block: int, specials: tuple[int, int, int]) -> Labelled:
+    """As `open_labelled`, in the tokens of any tokenizer. specials: its ids of begin, padding and end."""
+    parts, classes = _labelled_parts(path)
+    return Labelled(_splits(parts, classes, tokenizer, block, specials), classes, "sample")
+
+
+def _labelled_parts(path: str) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
+    """Texts and labels of "train" and "test", and the classes."""
     parts = labelled_texts(path)
     if "all" in parts:
         texts, names = parts["all"]
@@ -217,18 +239,27 @@ def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Pa
         chosen = {"train": np.sort(order[cut:]), "test": np.sort(order[:cut])}
         parts = {part: ([texts[i] for i in ids], [names[i] for i in ids]) for part, ids in chosen.items()}
     classes, _ = number_classes(parts["train"][1])
-    number = {name: i for i, name in enumerate(classes)}
     if unknown := sorted(set(parts["test"][1]) - set(classes)):
         raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
-    tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, cache_dir or default_cache())
+    return parts, list(classes)
+
+
+def _splits(
+    parts: dict[str, tuple[list[str], list[str]]],
+    classes: list[str],
+    tokenizer: Tokenizer,
+    block: int,
+    specials: tuple[int, int, int],
+) -> dict[str, TextSplit]:
+    number = {name: i for i, name in enumerate(classes)}
     splits = {
-        part: TextSplit(texts, np.array([number[n] for n in names]), tokenizer, cfg.data.block)
+        part: TextSplit(texts, np.array([number[n] for n in names]), tokenizer, block, specials)
         for part, (texts, names) in parts.items()
     }
     seen, counts = np.unique(np.concatenate(splits["train"].tokens), return_counts=True)
     for split in splits.values():
         split.counted = np.sort(seen[np.argsort(-counts, kind="stable")[:RAW_TOKENS]])
-    return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
+    return splits
 
 
 def check_data(path: str, cfg: Config) -> Report:

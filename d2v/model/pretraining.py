@@ -168,6 +168,20 @@ class Pretraining(Network):
         teacher: use the EMA weights (speech and text read the student's local features, as in pretraining).
             ValueError for an objective without a teacher.
         """
+        outputs, layers, padding = self._whole(source, padding_mask, teacher)
+        return Features(outputs[-1][:, self.cfg.front.extra_tokens :], layers, padding)
+
+    def outputs(
+        self, source: Tensor, padding_mask: Tensor | None = None, *, teacher: bool = False
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Output [B,E+T,D] of each main block, and the padding [B,T] (True) or None; see `features`."""
+        outputs, _, padding = self._whole(source, padding_mask, teacher)
+        return outputs, padding
+
+    def _whole(
+        self, source: Tensor, padding_mask: Tensor | None, teacher: bool
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Of each main block the output and the FFN output [B,E+T,D]; and the padding of tokens."""
         samples, lengths = token_lengths(self.cfg.front, source, padding_mask)
         if teacher:
             local, (x, context, blocks) = self._teacher_view(source, samples, lengths)
@@ -175,14 +189,15 @@ class Pretraining(Network):
             local = self.encoder.local(source, samples, self.compute_dtype)
             x, context = self.encoder.contextualise(local, None, lengths)
             blocks = self.blocks
-        layers = []
+        outputs, layers = [], []
         for block in blocks:
             x, ffn = block(x, context)
+            outputs.append(x)
             layers.append(ffn)
-        tokens_mask = None
+        padding = None
         if lengths is not None:
-            tokens_mask = torch.arange(local.shape[1], device=lengths.device) >= lengths.unsqueeze(1)
-        return Features(x[:, self.cfg.front.extra_tokens :], layers, tokens_mask)
+            padding = torch.arange(local.shape[1], device=lengths.device) >= lengths.unsqueeze(1)
+        return outputs, layers, padding
 
     def _teacher_view(
         self, source: Tensor, samples: Tensor | None, lengths: Tensor | None

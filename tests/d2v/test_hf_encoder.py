@@ -1,0 +1,152 @@
+"""`hf:FOLDER`: models of transformers under our probes; small ones of random weights, saved here."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2v.cli import main
+from d2v.extract import open_encoder, open_model, token_features
+from d2v.fronts import ImageFront, TextFront, WaveformFront
+from tests.d2v.test_online_probe import stripes
+from tests.d2v.tiny_runs import LINES, make_data
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+SPEECH = {**SMALL, "conv_dim": [8, 8], "conv_kernel": [10, 8], "conv_stride": [5, 8],
+          "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 8,
+          "num_conv_pos_embedding_groups": 2}  # fmt: skip
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "wav2vec 2.0": ("Wav2Vec2Config", "Wav2Vec2Model", SPEECH),
+    "HuBERT": ("HubertConfig", "HubertModel", SPEECH),
+    "WavLM": ("WavLMConfig", "WavLMModel", SPEECH),
+    "ViT": ("ViTConfig", "ViTModel", {**SMALL, "image_size": 24, "patch_size": 4, "num_channels": 1}),
+    "BERT": ("BertConfig", "BertModel", {**SMALL, "vocab_size": 64, "max_position_embeddings": 40}),
+    "RoBERTa": ("RobertaConfig", "RobertaModel", {**SMALL, "vocab_size": 64, "max_position_embeddings": 42}),
+}
+
+
+def saved(name: str, folder: Path) -> Path:
+    """A model of random weights, as `save_pretrained` writes it."""
+    config, model, settings = MODELS[name]
+    torch.manual_seed(0)
+    getattr(transformers, model)(getattr(transformers, config)(**settings)).save_pretrained(folder)
+    if name in ("BERT", "RoBERTa"):
+        specials = ["[CLS]", "[PAD]", "[SEP]"] if name == "BERT" else ["<s>", "<pad>", "</s>"]
+        _tokenizer(folder, specials, 0 if name == "BERT" else 1)
+    return folder
+
+
+def _tokenizer(folder: Path, specials: list[str], pad: int) -> None:
+    """Words by spaces; the padding token has the id that the model's config says."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    begin, padding, end = specials
+    order = [padding, begin, end] if pad == 0 else [begin, padding, end]
+    words = sorted({word for line in LINES for word in line.split()})
+    ids = {word: i for i, word in enumerate([*order, "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token=begin, sep_token=end, pad_token=padding, unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
+@pytest.mark.parametrize("name", ["wav2vec 2.0", "HuBERT", "WavLM"])
+def test_speech_gives_the_models_own_layers(name: str, tmp_path: Path) -> None:
+    encoder, cfg, folder = open_encoder(f"hf:{saved(name, tmp_path)}")
+    assert folder is None and isinstance(cfg.model.front, WaveformFront)
+    wave = torch.randn(2, 4_000)
+    with torch.no_grad():
+        wanted = getattr(transformers, MODELS[name][1]).from_pretrained(tmp_path).eval()(wave)
+        x, padding = token_features(encoder, wave, None, layer=-1, weights="student")
+    torch.testing.assert_close(x, wanted.last_hidden_state)
+    assert padding is None and x.shape[1] == cfg.model.front.frames(4_000)
+    padded = torch.arange(4_000).expand(2, -1) >= torch.tensor([[4_000], [2_000]])
+    x, padding = token_features(encoder, wave, padded, layer="all", weights="student")
+    assert x.shape[2] == 32 and padding is not None
+    assert padding.sum(1).tolist() == [0, x.shape[1] - cfg.model.front.frames(2_000)]
+
+
+def test_pictures_and_their_normalisation(tmp_path: Path) -> None:
+    saved("ViT", tmp_path)
+    values = {"image_mean": [0.25], "image_std": [0.75]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    encoder, cfg, _ = open_encoder(f"hf:{tmp_path}")
+    assert cfg.model.front == ImageFront(height=24, width=24, patch=4, channels=1, extra_tokens=1)
+    assert (cfg.data.mean, cfg.data.std) == ((0.25,), (0.75,))
+    pictures = torch.randn(2, 1, 24, 24)
+    x, _ = token_features(encoder, pictures, None, layer=0, weights="student")
+    with torch.no_grad():
+        states = transformers.ViTModel.from_pretrained(tmp_path).eval()(pictures, output_hidden_states=True)
+    torch.testing.assert_close(x, states.hidden_states[1])
+    with pytest.raises(ValueError, match="weights must be student for a model of transformers"):
+        token_features(encoder, pictures, None, layer=0, weights="teacher")
+
+
+@pytest.mark.parametrize(("name", "data"), [("ViT", "digits"), ("wav2vec 2.0", "folder")])
+def test_probe_and_extract(name: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(name, tmp_path / "model")
+    path = stripes(tmp_path) if name == "ViT" else str(tmp_path / "sounds")
+    if name != "ViT":
+        for label in ("a", "b"):
+            make_data("audio", tmp_path / "sounds" / label)
+    assert main(["probe", f"hf:{tmp_path / 'model'}", "--data", path]) == 0
+    said = capsys.readouterr().out
+    assert "linear, features" in said and "most frequent class" in said
+    out = str(tmp_path / "x.npz")
+    assert main(["extract", f"hf:{tmp_path / 'model'}", "--data", path, "--out", out]) == 0
+    found = np.load(out)["features"]
+    assert found.shape[1] == 16 and np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("name", ["BERT", "RoBERTa"])
+def test_texts_are_read_in_the_models_own_tokens(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved(name, tmp_path / "model")
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for part in ("train", "test"):
+        rows = [{"text": LINES[i % 4], "label": "ab"[i % 4 // 2]} for i in range(24)]
+        (texts / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["probe", f"hf:{tmp_path / 'model'}", "--data", str(texts)]) == 0
+    assert "linear, features" in capsys.readouterr().out
+    from d2v.hf.encoder import open_hf_texts
+
+    encoder, cfg, _ = open_encoder(f"hf:{tmp_path / 'model'}")
+    assert isinstance(cfg.model.front, TextFront) and cfg.model.front.max_positions == 40
+    labelled = open_hf_texts(str(tmp_path / "model"), str(texts), cfg)
+    source, padding, labels = next(labelled.splits["test"].batches(4))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    ids = tokenizer(LINES, add_special_tokens=False)["input_ids"]
+    begin, end, pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+    rows = [[begin, *one, end] for one in ids]
+    assert [row[row != pad].tolist() for row in source] == rows and labels.tolist() == [0, 0, 1, 1]
+    x, found = token_features(encoder, source, padding, layer=-1, weights="student")
+    shortest = min(range(4), key=lambda i: len(rows[i]))
+    alone, _ = token_features(encoder, torch.tensor([rows[shortest]]), None, layer=-1, weights="student")
+    assert found is not None and torch.equal(found, source == pad)
+    torch.testing.assert_close(x[shortest, : len(rows[shortest])], alone[0], atol=1e-5, rtol=1e-5)
+    out = ["extract", f"hf:{tmp_path / 'model'}", "--data", str(texts), "--out", str(tmp_path / "x.npz")]
+    assert main(out) == 2
+    assert "can be probed alone" in capsys.readouterr().err
+
+
+def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="no config.json"):
+        open_encoder(f"hf:{tmp_path}")
+    with pytest.raises(ValueError, match="can be probed and extracted from, nothing else"):
+        open_model(f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
+    assert main(["probe", f"hf:{tmp_path}", "--data", "digits"]) == 2
+    assert f"hf:{tmp_path}: " in capsys.readouterr().err
