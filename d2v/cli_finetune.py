@@ -20,8 +20,8 @@ SECTIONS = ("head", "optim", "drop", "augment", "span", "data", "train")
 class FineTuneOptions:
     """Fine-tune: `d2v finetune RUN --task TASK --data PATH --out OUT`, or `d2v finetune --resume OUT`.
 
-    RUN: run directory, checkpoint folder or original .pt of pretraining. A recipe (see --recipe) gives every
-    value; each can be overridden by its name.
+    RUN: run directory, checkpoint folder or original .pt of pretraining, or hf:FOLDER, a model of transformers.
+    A recipe (see --recipe) gives every value; each can be overridden by its name.
     """
 
     task: Literal["classify", "ctc", "sentence"] | None = None
@@ -66,9 +66,9 @@ def finetune(arguments: Sequence[str]) -> int:
         return resume_finetune(resumed).exit_code
     opened = None
     if source is not None and {"-h", "--help"}.isdisjoint(rest):
-        from .extract import open_model
+        from .extract import open_encoder
 
-        opened = open_model(source)
+        opened = open_encoder(source)
     name, task = value_of("--recipe", rest), value_of("--task", rest)
     if name is None and opened is not None and task in ("classify", "ctc", "sentence"):
         name = default_recipe(task, opened[1].model)  # type: ignore[arg-type]

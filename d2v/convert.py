@@ -27,6 +27,7 @@ from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, read_
 from .config import ModelConfig, from_dict, to_dict
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import Pretraining, build_model
+from .model.encoder import Network
 from .original import translate
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def run_convert(
     if weights is not None and target != "hf":
         raise ValueError(f"convert: weights are chosen for hf alone, {target} holds both")
     model = load(source, step=step)
+    if not isinstance(model, Pretraining) and not isinstance(model.backbone, Network):
+        raise ValueError(f"convert: {source} has an encoder of transformers: only ours are converted")
     if target == "original":
         if not isinstance(model, Pretraining):
             raise ValueError(f"convert: {source} is fine-tuned: original holds pretrained models")

@@ -56,7 +56,7 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
     """
     if str(path).startswith(PREFIX):
-        raise ValueError(f"{path}: models of transformers can be probed and extracted from, nothing else")
+        raise ValueError(f"{path}: one of our models is needed, not one of transformers")
     path = Path(path)
     model = load(path, device=pick_device("auto"))
     if not isinstance(model, Pretraining):
@@ -129,7 +129,7 @@ def run_extract(
     Raises ValueError (DataError), CheckpointError, OSError.
     """
     model, cfg, folder = open_encoder(path)
-    if folder is None and isinstance(cfg.model.front, TextFront):
+    if str(path).startswith(PREFIX) and isinstance(cfg.model.front, TextFront):
         raise ValueError(f"extract: {path}: of text, models of transformers can be probed alone")
     extra, out = model.cfg.front.extra_tokens, Path(out)
     if pool == "cls" and not extra:

@@ -132,6 +132,8 @@ class FineTuneConfig:
     span: SpanConfig = field(default_factory=SpanConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TuneConfig = field(default_factory=TuneConfig)
+    transformers: str | None = None
+    """JSON of the config of the model of transformers that is the encoder; none: the encoder is ours"""
     data_limit: int | None = None
     """training samples used, as many of each class as there are; none: all"""
     vocabulary: str | None = None

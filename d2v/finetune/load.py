@@ -14,7 +14,7 @@ from ..checkpoint import (
     read_settings,
 )
 from .config import FineTuneConfig
-from .model import FineTuned
+from .model import FineTuned, build_tuned
 from .original import load_original_tuned
 
 LABELS = "labels.json"
@@ -46,7 +46,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, F
         folder = latest_checkpoint(run / BEST) or latest_checkpoint(run)
     if folder is None:
         raise CheckpointError(f"{run}: no checkpoint in {run / 'checkpoints'}")
-    model = FineTuned(cfg.model, cfg.head)
+    model = build_tuned(cfg)
     fill_model(model, load_checkpoint(folder).model, folder)
     return model.eval(), cfg, data
 

@@ -9,6 +9,7 @@ dropout -> linear (models/data2vec_text_classification.py, RobertaClassification
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +23,11 @@ from ..fronts import TextFront, WaveformFront
 from ..model.blocks import Block, layer_norm, linear
 from ..model.encoder import Network, run_blocks
 from ..model.frontends import token_lengths
-from .config import DropConfig, HeadConfig
+from .config import DropConfig, FineTuneConfig, HeadConfig
 from .decode import BLANK
+
+if TYPE_CHECKING:
+    from ..hf.backbone import HuggingFaceBackbone
 
 
 def tuned_model_config(cfg: ModelConfig, drop: DropConfig) -> ModelConfig:
@@ -94,10 +98,17 @@ class FineTuned(nn.Module):
 
     cfg: the encoder's, with fine-tuning's dropouts. head: the task, with a positive number of outputs.
     drop: rates that are the run's own (drop path, the head's dropout); none while only evaluating.
+    backbone: a model of transformers as the encoder, in place of one of ours.
     Raises ValueError where the task does not fit the encoder's modality.
     """
 
-    def __init__(self, cfg: ModelConfig, head: HeadConfig, drop: DropConfig | None = None) -> None:
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        head: HeadConfig,
+        drop: DropConfig | None = None,
+        backbone: HuggingFaceBackbone | None = None,
+    ) -> None:
         super().__init__()
         fits = {"classify": ("image", "audio"), "ctc": ("audio",), "sentence": ("text",)}[head.task]
         if cfg.modality not in fits:
@@ -106,13 +117,17 @@ class FineTuned(nn.Module):
             raise ValueError(f"finetune: head.outputs must be positive, got {head.outputs}")
         self.cfg, self.head_cfg = cfg, head
         self.drop = drop or DropConfig()
-        backbone = Backbone(cfg)
-        backbone.set_drop_path(self.drop.path)
+        encoder: Backbone | HuggingFaceBackbone
+        if backbone is None:
+            encoder = Backbone(cfg)
+            encoder.set_drop_path(self.drop.path)
+        else:
+            encoder = backbone
         outputs, dim = head.outputs, cfg.dim
         if head.task == "ctc":
-            self.w2v_encoder = nn.ModuleDict({"w2v_model": backbone, "proj": nn.Linear(dim, outputs)})
+            self.w2v_encoder = nn.ModuleDict({"w2v_model": encoder, "proj": nn.Linear(dim, outputs)})
         else:
-            self.model = backbone
+            self.model = encoder
         if head.task == "classify":
             self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
             self.head = nn.Linear(dim, outputs)
@@ -122,10 +137,9 @@ class FineTuned(nn.Module):
         self._initialise_head()
 
     @property
-    def backbone(self) -> Backbone:
+    def backbone(self) -> Backbone | HuggingFaceBackbone:
         """The encoder."""
-        found = self.w2v_encoder["w2v_model"] if self.head_cfg.task == "ctc" else self.model
-        assert isinstance(found, Backbone)
+        found: Any = self.w2v_encoder["w2v_model"] if self.head_cfg.task == "ctc" else self.model
         return found
 
     @property
@@ -180,6 +194,8 @@ class FineTuned(nn.Module):
 
     def freeze_front(self) -> None:
         """The convolutions of a waveform's front end keep their weights."""
+        if not isinstance(self.backbone, Backbone):
+            return self.backbone.freeze_front()
         if not isinstance(self.cfg.front, WaveformFront):
             kind = type(self.cfg.front).__name__
             raise ValueError(f"finetune: train.freeze_front needs a waveform front end, got {kind}")
@@ -197,3 +213,12 @@ class FineTuned(nn.Module):
             assert isinstance(projection, nn.Linear)
             nn.init.xavier_uniform_(projection.weight)
             projection.bias.zero_()
+
+
+def build_tuned(cfg: FineTuneConfig, drop: DropConfig | None = None) -> FineTuned:
+    """A new model of a run's config. drop: rates while training; none: for evaluation."""
+    if cfg.transformers is None:
+        return FineTuned(cfg.model, cfg.head, drop)
+    from ..hf.backbone import HuggingFaceBackbone
+
+    return FineTuned(cfg.model, cfg.head, drop, HuggingFaceBackbone(cfg.transformers, cfg.model))

@@ -36,7 +36,7 @@ from ..checkpoint import (
 from ..config import Config
 from ..cpu import tune_allocator
 from ..data import Batch, DataError, Position
-from ..extract import open_model
+from ..extract import Encoder, open_encoder
 from ..model import Pretraining
 from ..plot import plot_run
 from ..progress import Progress, duration, read_metrics, truncate_metrics
@@ -47,6 +47,7 @@ from .data import open_tune_data
 from .evaluate import evaluate
 from .load import BEST, LABELS, read_tuned_config
 from .metrics import is_better
+from .model import Backbone
 from .tuner import Outcome, Tuner
 
 
@@ -71,14 +72,14 @@ def run_finetune(
     data: str,
     out: str | Path,
     *,
-    opened: tuple[Pretraining, Config, Path | None] | None = None,
+    opened: tuple[Encoder, Config, Path | None] | None = None,
     scratch: bool = False,
     stop: Callable[[int], bool] | None = None,
 ) -> TuneResult:
     """Fine-tune to cfg.train.steps in the run directory `out`.
 
-    encoder: run, checkpoint folder or original `.pt` of pretraining. opened: what `open_model` made
-    of it, where that is at hand. scratch: take its architecture alone.
+    encoder: run, checkpoint folder or original `.pt` of pretraining, or `hf:FOLDER`. opened: what
+    `open_encoder` made of it, where that is at hand. scratch: take its architecture alone.
     stop: asked after every step with its number; True saves and returns, as SIGTERM and Ctrl-C do.
     Raises ValueError (DataError), CheckpointError or FileNotFoundError for what is wrong before the first
     step, after which a new `out` is gone again, and RunError for what stops the run later.
@@ -87,7 +88,7 @@ def run_finetune(
     _claim(out)
     begun = None
     try:
-        begun = _Run(cfg, encoder, data, out, device, None, opened or open_model(encoder), scratch)
+        begun = _Run(cfg, encoder, data, out, device, None, opened or open_encoder(encoder), scratch)
         return begun.loop(stop)
     except BaseException:
         if begun is None or begun.place.step == 0:
@@ -125,13 +126,16 @@ class _Run:
         out: Path,
         device: torch.device,
         checkpoint: Checkpoint | None,
-        opened: tuple[Pretraining, Config, Path | None] | None = None,
+        opened: tuple[Encoder, Config, Path | None] | None = None,
         scratch: bool = False,
     ) -> None:
         """checkpoint: to go on from; or opened: the encoder to begin with."""
         folder = None
         if opened is not None:
             weights, pretraining, folder = opened
+            if not isinstance(weights, Pretraining):  # whose dropouts are its own
+                drop = replace(cfg.drop, path=0.0)
+                cfg = replace(cfg, transformers=weights.architecture, drop=drop)
             if pretraining.data.mean is not None:  # pictures are normalised as in pretraining
                 mean, std = pretraining.data.mean, pretraining.data.std
                 cfg = replace(cfg, data=replace(cfg.data, mean=mean, std=std))
@@ -290,10 +294,14 @@ def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
     )
 
 
-def start_from(tuner: Tuner, pretrained: Pretraining, source: str | Path) -> None:
+def start_from(tuner: Tuner, pretrained: Encoder, source: str | Path) -> None:
     """Put a pretrained student's encoder under the head; decoder, teacher and heads stay behind."""
+    backbone = tuner.model.backbone
+    if not isinstance(pretrained, Pretraining):
+        assert not isinstance(backbone, Backbone)
+        return backbone.fill(pretrained)
     weights = {
         name: tensor for name, tensor in pretrained.state_dict().items()
         if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
     }  # fmt: skip
-    fill_model(tuner.model.backbone, weights, source)
+    fill_model(backbone, weights, source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from ..optim import is_exempt, learning_rate
 from .config import FineTuneConfig
 from .data import CHANNEL_MASK, TIME_MASK, TuneData, span_mask
 from .images import mix, soft_cross_entropy
-from .model import FineTuned
+from .model import FineTuned, build_tuned
 from .transcripts import ctc_loss
 
 
@@ -49,7 +50,7 @@ class Tuner(Learner[FineTuned]):
         with use_backends(cfg.train.backend):
             pass  # names are checked before anything is made
         rng.seed_all(cfg.train.seed)
-        model = FineTuned(cfg.model, cfg.head, cfg.drop).to_device(device, cfg.train.precision)
+        model = build_tuned(cfg, cfg.drop).to_device(device, cfg.train.precision)
         if cfg.train.freeze_front:
             model.freeze_front()
         model.train()
@@ -125,6 +126,10 @@ class Tuner(Learner[FineTuned]):
         return {"loss": loss, "grad_norm": norm, "lr": outcome.lr}
 
 
+_LAYER = re.compile(r"\.layers?\.(\d+)\.")
+"""number of a block in the names of transformers"""
+
+
 def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, Any]]:
     """Trained parameters by learning-rate scale and weight decay.
 
@@ -138,8 +143,10 @@ def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, An
         if not p.requires_grad:
             continue
         scale = 1.0
+        if (layer := _LAYER.search(name)) and cfg.transformers is not None:
+            scale = cfg.train.layer_decay ** (depth - int(layer[1]))
         before, found, after = name.partition("blocks.")
-        if found and ".decoder." not in name:
+        if found and cfg.transformers is None and ".decoder." not in name:
             number = int(after.partition(".")[0]) + (0 if before.endswith("context_encoder.") else prenet)
             scale = cfg.train.layer_decay ** (depth - number)
         exempt = not cfg.optim.decay_all and is_exempt(name, p)

@@ -46,14 +46,24 @@ class HuggingFaceEncoder(nn.Module):
     def modality(self) -> str:
         return self.cfg.modality
 
+    @property
+    def architecture(self) -> str:
+        """JSON of the model's config."""
+        config: Any = self.model.config
+        return json.dumps(config.to_dict())
+
     def outputs(
-        self, source: Tensor, padding_mask: Tensor | None = None, *, teacher: bool = False
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        teacher: bool = False,
     ) -> tuple[list[Tensor], Tensor | None]:
         """Output [B,E+T,D] of each layer, and the padding [B,T] (True) or None; see `Pretraining.outputs`."""
         if teacher:
             raise ValueError("features: weights must be student for a model of transformers, got teacher")
         (name,) = (key for key, modality in INPUTS.items() if modality == self.modality)
-        given: dict[str, Tensor] = {name: source}
+        given = {name: source}
         _, lengths = token_lengths(self.cfg.front, source, padding_mask)
         if padding_mask is not None:
             given["attention_mask"] = (~padding_mask).long()
@@ -66,12 +76,12 @@ class HuggingFaceEncoder(nn.Module):
         return outputs, padding
 
 
-def open_hf(folder: str, device: torch.device) -> tuple[HuggingFaceEncoder, Config, None]:
-    """The model of a folder, and the config that its data are read with.
+def open_hf(folder: str, device: torch.device) -> tuple[HuggingFaceEncoder, Config, Path]:
+    """The model of a folder, the config that its data are read with, and the folder.
 
     Raises ValueError where transformers is missing, the folder holds no model, or one of another kind.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"hf:{folder}: no config.json: a folder of `save_pretrained` is needed")
     try:
@@ -84,14 +94,14 @@ def open_hf(folder: str, device: torch.device) -> tuple[HuggingFaceEncoder, Conf
         raise ValueError(f"hf:{folder}: a model that reads {', '.join(INPUTS)} is needed, this reads {reads}")
     front, data = _reading(model, Path(folder), INPUTS[reads])
     encoder = HuggingFaceEncoder(model, front).to(device).eval()
-    return encoder, Config(preset=f"hf:{folder}", model=encoder.cfg, data=data), None
+    return encoder, Config(preset=f"hf:{folder}", model=encoder.cfg, data=data), Path(folder)
 
 
 def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
     """The labelled texts of `data` in the folder's own tokens. DataError for what `open_labelled` refuses."""
     from ..data.text import open_tokenized
 
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.is_fast:
         raise DataError(f"hf:{folder}: its tokenizer is not a fast one (tokenizer.json is missing)")
     begin = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
@@ -102,7 +112,8 @@ def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
     return open_tokenized(data, tokenizer.backend_tokenizer, cfg.data.block, specials)
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """The package. ValueError where it is missing."""
     try:
         import transformers
     except ModuleNotFoundError:

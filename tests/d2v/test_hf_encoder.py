@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,17 @@ import torch
 
 from d2v.cli import main
 from d2v.extract import open_encoder, open_model, token_features
+from d2v.finetune.evaluate import run_eval
+from d2v.finetune.load import load_run
+from d2v.finetune.model import build_tuned
+from d2v.finetune.recipes import recipe
+from d2v.finetune.run import resume_finetune, run_finetune
+from d2v.finetune.tuner import param_groups
 from d2v.fronts import ImageFront, TextFront, WaveformFront
+from d2v.hf.backbone import HuggingFaceBackbone
+from d2v.hf.encoder import HuggingFaceEncoder
 from tests.d2v.test_online_probe import stripes
+from tests.d2v.test_resume import assert_same_run
 from tests.d2v.tiny_runs import LINES, make_data
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,8 +51,9 @@ def saved(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     getattr(transformers, model)(getattr(transformers, config)(**settings)).save_pretrained(folder)
     if name in ("BERT", "RoBERTa"):
-        specials = ["[CLS]", "[PAD]", "[SEP]"] if name == "BERT" else ["<s>", "<pad>", "</s>"]
-        _tokenizer(folder, specials, 0 if name == "BERT" else 1)
+        bert = name == "BERT"
+        specials = ["[CLS]", "[PAD]", "[SEP]", "[UNK]"] if bert else ["<s>", "<pad>", "</s>", "<unk>"]
+        _tokenizer(folder, specials, 0 if bert else 1)
     return folder
 
 
@@ -49,14 +61,14 @@ def _tokenizer(folder: Path, specials: list[str], pad: int) -> None:
     """Words by spaces; the padding token has the id that the model's config says."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    begin, padding, end = specials
+    begin, padding, end, unknown = specials
     order = [padding, begin, end] if pad == 0 else [begin, padding, end]
     words = sorted({word for line in LINES for word in line.split()})
-    ids = {word: i for i, word in enumerate([*order, "[UNK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    ids = {word: i for i, word in enumerate([*order, unknown, *words])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, cls_token=begin, sep_token=end, pad_token=padding, unk_token="[UNK]"
+        tokenizer_object=tokenizer, cls_token=begin, sep_token=end, pad_token=padding, unk_token=unknown
     ).save_pretrained(folder)
 
 
@@ -64,7 +76,7 @@ def _tokenizer(folder: Path, specials: list[str], pad: int) -> None:
 @pytest.mark.parametrize("name", ["wav2vec 2.0", "HuBERT", "WavLM"])
 def test_speech_gives_the_models_own_layers(name: str, tmp_path: Path) -> None:
     encoder, cfg, folder = open_encoder(f"hf:{saved(name, tmp_path)}")
-    assert folder is None and isinstance(cfg.model.front, WaveformFront)
+    assert folder == tmp_path and isinstance(cfg.model.front, WaveformFront)
     wave = torch.randn(2, 4_000)
     with torch.no_grad():
         wanted = getattr(transformers, MODELS[name][1]).from_pretrained(tmp_path).eval()(wave)
@@ -142,10 +154,101 @@ def test_texts_are_read_in_the_models_own_tokens(
     assert "can be probed alone" in capsys.readouterr().err
 
 
+def said(folder: Path) -> Path:
+    """Speech with transcripts."""
+    for part in ("train", "test"):
+        make_data("audio", folder / part)
+        for number, file in enumerate(sorted((folder / part).glob("*.wav"))):
+            file.with_suffix(".txt").write_text("ab" if number % 2 else "ba")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
+@pytest.mark.parametrize("name", ["wav2vec 2.0", "HuBERT", "WavLM"])
+def test_transcripts_are_learned_on_speech_models(name: str, tmp_path: Path) -> None:
+    """The best score is found again by `d2v eval`, and a stopped run goes on bit for bit."""
+    folder, data = saved(name, tmp_path / "model"), said(tmp_path / "said")
+    given = recipe("speech_tiny")
+    encoder, cfg, _ = open_encoder(f"hf:{folder}")
+    tune = given.on("speech_tiny", cfg.model)
+    train = dataclasses.replace(tune.train, steps=4, evaluate_every=2, layer_decay=0.5, log_every=1)
+    data_config = dataclasses.replace(tune.data, batch=4)
+    tune = dataclasses.replace(tune, train=train, data=data_config)
+    whole = run_finetune(tune, f"hf:{folder}", str(data), tmp_path / "whole")
+    assert whole.finished and set(whole.scores) == {"test/wer", "test/cer"}
+    run_finetune(tune, f"hf:{folder}", str(data), tmp_path / "parts", stop=lambda step: step == 2)
+    shutil.rmtree(folder)  # the run knows its architecture
+    assert resume_finetune(tmp_path / "parts").finished
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    model, found, _ = load_run(tmp_path / "whole", step=4)
+    assert isinstance(model.backbone, HuggingFaceBackbone) and found.transformers is not None
+    assert not torch.equal(model.backbone.encoder.state_dict()["model.masked_spec_embed"], torch.zeros(16))
+    assert run_eval(tmp_path / "whole", step=4) == whole.scores
+
+
+def test_layers_learn_at_their_own_rates(tmp_path: Path) -> None:
+    encoder, cfg, _ = open_encoder(f"hf:{saved('wav2vec 2.0', tmp_path)}")
+    assert isinstance(encoder, HuggingFaceEncoder)
+    tune = recipe("sound_tiny").on("sound_tiny", cfg.model)
+    tune = dataclasses.replace(
+        tune, transformers=encoder.architecture, head=dataclasses.replace(tune.head, outputs=2),
+        train=dataclasses.replace(tune.train, layer_decay=0.5),
+    )  # fmt: skip
+    model = build_tuned(tune, tune.drop)
+    scales = {id(p): group["lr_scale"] for group in param_groups(model, tune) for p in group["params"]}
+    rates = {name: scales[id(p)] for name, p in model.named_parameters()}
+    assert {rate for name, rate in rates.items() if ".layers.0." in name} == {0.25}
+    assert {rate for name, rate in rates.items() if ".layers.1." in name} == {0.5}
+    assert {rate for name, rate in rates.items() if ".layers." not in name} == {1.0}
+    model.freeze_front()
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen and all("feature_extractor" in name for name in frozen)
+
+
+def test_masks_reach_the_frames_and_channels(tmp_path: Path) -> None:
+    encoder, cfg, _ = open_encoder(f"hf:{saved('wav2vec 2.0', tmp_path)}")
+    assert isinstance(encoder, HuggingFaceEncoder)
+    backbone = HuggingFaceBackbone(encoder.architecture, cfg.model)
+    backbone.fill(encoder)
+    wave = torch.randn(1, 2_000)
+    plain, _ = backbone.eval()(wave)
+    torch.testing.assert_close(plain, encoder.outputs(wave)[0][-1])
+    time = torch.ones(1, plain.shape[1], dtype=torch.bool)
+    one, two = (backbone(x, None, time)[0] for x in (wave, torch.randn(1, 2_000)))
+    torch.testing.assert_close(one, two)  # every frame is the mask embedding
+    channels = torch.ones(1, 16, dtype=torch.bool)
+    one, two = (backbone(x, None, None, channels)[0] for x in (wave, torch.randn(1, 2_000)))
+    torch.testing.assert_close(one, two)
+    assert not torch.allclose(one, plain, atol=1e-3)
+    torch.testing.assert_close(backbone(wave)[0], plain)  # the hook is gone
+
+
+def test_pictures_and_sentences_are_learned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved("ViT", tmp_path / "vit")
+    options = ["--train.steps", "2", "--train.evaluate-every", "2", "--data.batch", "8"]
+    tune = ["finetune", f"hf:{tmp_path / 'vit'}", "--task", "classify", "--data", stripes(tmp_path)]
+    assert main([*tune, *options, "--out", str(tmp_path / "a")]) == 0
+    assert main(["eval", str(tmp_path / "a")]) == 0
+    assert "test/top1" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "hf"]) == 2
+    assert "has an encoder of transformers" in capsys.readouterr().err
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for part in ("train", "test"):
+        rows = [{"text": LINES[i % 4], "label": "ab"[i % 4 // 2]} for i in range(24)]
+        (texts / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, code in (("RoBERTa", 0), ("BERT", 2)):
+        folder = saved(name, tmp_path / name)
+        tune = ["finetune", f"hf:{folder}", "--task", "sentence", "--data", str(texts)]
+        assert main([*tune, *options, "--out", str(tmp_path / f"{name}-run"), "--data.block", "24"]) == code
+    assert "must have <s> as id 0" in capsys.readouterr().err
+
+
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="no config.json"):
         open_encoder(f"hf:{tmp_path}")
-    with pytest.raises(ValueError, match="can be probed and extracted from, nothing else"):
+    with pytest.raises(ValueError, match="one of our models is needed"):
         open_model(f"hf:{tmp_path}")
     (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     assert main(["probe", f"hf:{tmp_path}", "--data", "digits"]) == 2

@@ -1,0 +1,86 @@
+"""A model of transformers under the heads of fine-tuning: `d2v finetune hf:FOLDER`.
+
+Its architecture is the JSON of its config, which the run's own config keeps, so that a run needs the folder
+no more once it has begun. Dropouts are those of that config; its random masks give way to the recipe's.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from .encoder import HuggingFaceEncoder, import_transformers
+
+
+class HuggingFaceBackbone(nn.Module):
+    """What `Backbone` is for our encoders. architecture: JSON of a config of transformers."""
+
+    def __init__(self, architecture: str, cfg: ModelConfig) -> None:
+        super().__init__()
+        transformers = import_transformers()
+        config = transformers.AutoConfig.for_model(**json.loads(architecture))
+        model = transformers.AutoModel.from_config(config)
+        model.config.mask_time_prob = model.config.mask_feature_prob = 0.0
+        self.encoder = HuggingFaceEncoder(model, cfg.front)
+        self.compute_dtype = torch.float32
+
+    def forward(
+        self,
+        source: Tensor,
+        padding_mask: Tensor | None = None,
+        time_mask: Tensor | None = None,
+        channel_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `Backbone.forward`: masked frames become the model's own mask embedding, if it has one, or 0."""
+        with self._precision(source.device), self._masked(time_mask, channel_mask):
+            outputs, padding = self.encoder.outputs(source, padding_mask)
+        return outputs[-1].float(), padding
+
+    def fill(self, pretrained: HuggingFaceEncoder) -> None:
+        """Take the weights of the opened model."""
+        self.encoder.load_state_dict(pretrained.state_dict())
+
+    def freeze_front(self) -> None:
+        """The convolutions of a waveform's front end keep their weights. ValueError for a model without."""
+        freeze = getattr(self.encoder.model, "freeze_feature_encoder", None)
+        if freeze is None:
+            raise ValueError("finetune: train.freeze_front needs a model that reads waveforms")
+        freeze()
+
+    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device.type, self.compute_dtype)
+
+    def _masked(self, time: Tensor | None, channels: Tensor | None) -> AbstractContextManager[Any]:
+        """Projected features of speech with frames [B,T] replaced and channels [B,D] at 0."""
+        projection = getattr(self.encoder.model, "feature_projection", None)
+        if projection is None or (time is None and channels is None):
+            return nullcontext()
+        embedding = getattr(self.encoder.model, "masked_spec_embed", None)
+
+        def changed(x: Tensor) -> Tensor:
+            if time is not None:
+                with_what = x.new_zeros(()) if embedding is None else embedding.to(x.dtype)
+                x = torch.where(time.unsqueeze(2), with_what, x)
+            return x if channels is None else x.masked_fill(channels.unsqueeze(1), 0.0)
+
+        def hook(module: nn.Module, given: Any, made: Any) -> Any:
+            return (changed(made[0]), *made[1:]) if isinstance(made, tuple) else changed(made)
+
+        return _Hook(projection, hook)
+
+
+class _Hook(AbstractContextManager[None]):
+    """A forward hook as long as a block runs."""
+
+    def __init__(self, module: nn.Module, hook: Any) -> None:
+        self.handle = module.register_forward_hook(hook)
+
+    def __exit__(self, *error: object) -> None:
+        self.handle.remove()
