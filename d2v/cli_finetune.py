@@ -20,8 +20,8 @@ SECTIONS = ("head", "optim", "drop", "augment", "span", "data", "train")
 class FineTuneOptions:
     """Fine-tune: `d2v finetune RUN --task TASK --data PATH --out OUT`, or `d2v finetune --resume OUT`.
 
-    RUN: run directory, checkpoint folder or original .pt of pretraining, or hf:FOLDER, a model of transformers.
-    A recipe (see --recipe) gives every value; each can be overridden by its name.
+    RUN: run directory, checkpoint folder or original .pt of pretraining, or hf:FOLDER, a model of
+    transformers. A recipe (see --recipe) gives every value; each can be overridden by its name.
     """
 
     task: Literal["classify", "ctc", "sentence"] | None = None

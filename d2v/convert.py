@@ -51,7 +51,7 @@ def run_convert(
     """Write the model at `source` to `out`; see `d2v.load` for what source may be.
 
     safetensors: a folder with model.safetensors, config.json and, for text, the tokenizer.json that lies
-    beside the source; of a fine-tuned model with labels.json. original: a `.pt` file of a pretrained model.
+    beside the source; of a fine-tuned model with labels.json. original: a `.pt` file.
     hf: a folder for transformers, see `d2v.hf.export`. step: of a run's checkpoint; none: the newest, or the
     best of a fine-tuned one. weights: hf holds the student's (none) or the teacher's; the others hold both.
     Raises CheckpointError for what cannot be read, ValueError for what the target cannot hold and for an
@@ -68,8 +68,6 @@ def run_convert(
     if not isinstance(model, Pretraining) and not isinstance(model.backbone, Network):
         raise ValueError(f"convert: {source} has an encoder of transformers: only ours are converted")
     if target == "original":
-        if not isinstance(model, Pretraining):
-            raise ValueError(f"convert: {source} is fine-tuned: original holds pretrained models")
         save_original(model, out)
     elif target == "hf":
         with _making(out) as folder:
@@ -199,12 +197,33 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
 
 
-def save_original(model: Pretraining, out: Path) -> None:
+TUNED = {
+    ("classify", "image"): ("mae_image_classification", "model.", "pretrained_model_args"),
+    ("sentence", "text"): ("data2vec_text_classification", "model.", "pretrained_model_args"),
+    ("ctc", "audio"): ("wav2vec_ctc", "w2v_encoder.w2v_model.", "w2v_args"),
+}
+"""task and modality -> the original's model, prefix of the encoder's keys, where its config is"""
+
+
+def save_original(model: Pretraining | FineTuned, out: Path) -> None:
     """A `.pt` file as the original's trainer writes it: plain containers, the teacher under `_ema`.
 
-    Raises ValueError naming the settings that the original has no words for.
+    Of a fine-tuned model the encoder's config stands inside its own, as there, with what `d2v.load` reads of
+    it; settings of training are left out. Raises ValueError naming what the original has no words for.
     """
     tensors = _tensors(model)
+    if not isinstance(model, Pretraining):
+        head = model.head_cfg
+        if (head.task, model.modality) not in TUNED:
+            raise ValueError(f"convert: the original has no {head.task} of {model.modality}")
+        name, prefix, place = TUNED[head.task, model.modality]
+        shapes = {key.removeprefix(prefix): tuple(t.shape) for key, t in tensors.items()}
+        tuned: dict[str, Any] = {"_name": name, place: {"model": original_config(model.cfg, shapes)}}
+        if head.task != "ctc":
+            tuned["num_classes"] = head.outputs
+        with replacing(out) as file:
+            torch.save({"args": None, "cfg": {"model": tuned}, "model": tensors}, file)
+        return
     student = {name: t for name, t in tensors.items() if not name.startswith("_ema.")}
     teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
     tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})

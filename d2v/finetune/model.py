@@ -85,9 +85,10 @@ class Backbone(Network):
         """Drop path of each block: linspace(0, largest) over the main depth; the prenet takes its first
         ones, the main blocks what is left, spread anew (mae_image_classification.py)."""
         prenet = list(self.encoder.context_encoder.blocks)
-        rates = torch.linspace(0, largest, len(self.blocks)).tolist()
+        rates = torch.linspace(0, largest, len(self.blocks), device="cpu").tolist()
         first = rates[: len(prenet)]
-        rest = torch.linspace(rates[min(len(prenet), len(rates) - 1)], largest, len(self.blocks)).tolist()
+        left = rates[min(len(prenet), len(rates) - 1)]
+        rest = torch.linspace(left, largest, len(self.blocks), device="cpu").tolist()
         for block, rate in zip([*prenet, *self.blocks], [*first, *rest], strict=True):
             assert isinstance(block, Block)
             block.drop_path = rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import d2v
 from d2v.checkpoint import CheckpointError
 from d2v.cli import main
 from d2v.convert import original_config, run_convert, save_folder, save_original
+from d2v.finetune.config import DropConfig, HeadConfig
+from d2v.finetune.model import FineTuned, tuned_model_config
 from d2v.fronts import WaveformFront
 from d2v.model import Data2Vec
 from d2v.presets import PRESETS, preset
@@ -153,3 +156,28 @@ def test_damaged_folders_are_named(tmp_path: Path) -> None:
             d2v.load(tmp_path / "a")
     config.write_text(text)
     assert_same(moved("image"), d2v.load(tmp_path / "a"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("modality", "task"), [("image", "classify"), ("audio", "ctc"), ("text", "sentence")]
+)
+def test_fine_tuned_models_as_files_of_the_original(modality: str, task: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FineTuned(tuned_model_config(moved(modality).cfg, DropConfig()), HeadConfig(task=task, outputs=3))
+    save_original(model.eval(), tmp_path / "a.pt")
+    back = d2v.load(tmp_path / "a.pt")
+    assert isinstance(back, FineTuned) and back.head_cfg == model.head_cfg
+    assert dataclasses.replace(model.cfg, init_std=back.cfg.init_std) == back.cfg
+    mine, theirs = model.state_dict(), back.state_dict()
+    assert list(mine) == list(theirs) and all(torch.equal(t, theirs[name]) for name, t in mine.items())
+    source = make_source(modality)
+    assert torch.equal(model.logits(source), back.logits(source))
+    run_convert(tmp_path / "a.pt", tmp_path / "hf", "hf")
+    assert isinstance(d2v.load(tmp_path / "hf"), FineTuned)
+
+
+def test_the_original_classifies_no_sounds(tmp_path: Path) -> None:
+    model = FineTuned(moved("audio").cfg, HeadConfig(task="classify", outputs=3))
+    with pytest.raises(ValueError, match="the original has no classify of audio"):
+        save_original(model, tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
