@@ -2,8 +2,8 @@
 
 Pretrained or fine-tuned. Weights keep their values, teacher included, and are written in fp32 (half-precision
 files of the original grow); the optimizer stays behind. What the original's config cannot say is refused by
-name before anything is written, but for model.cls_rows and model.init_std, which it has no place for and which
-are left out. Stock timm has no post-norm block, so no timm model can hold these weights.
+name before anything is written, but for model.cls_rows and model.init_std, which it has no place for and
+which are left out. Stock timm has no post-norm block, so no timm model can hold these weights.
 """
 
 from __future__ import annotations
