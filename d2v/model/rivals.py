@@ -60,7 +60,8 @@ class Data2Vec1(Distillation):
             if self.mask_token is None:
                 front = self.cfg.front
                 assert isinstance(front, TextFront)
-                ids = source.repeat_interleave(plan.clones, 0).masked_fill(plan.mask, front.mask_id)
+                ids = source.repeat_interleave(plan.clones, 0)
+                ids = ids.masked_fill(plan.mask & (ids != front.pad_id), front.mask_id)
                 masked = self.encoder.local(ids, samples, self.compute_dtype)
             else:
                 token = self.mask_token.to(local.dtype)
