@@ -203,7 +203,7 @@ class Pretraining(Network):
         self, source: Tensor, samples: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, AttentionContext, nn.ModuleList]]:
         """The teacher's local features of whole samples; input, context and list of its main blocks."""
-        raise ValueError(f"features: objective {self.cfg.objective} has no teacher")
+        raise ValueError(f"features: weights must be student: objective {self.cfg.objective} has no teacher")
 
     def _local(self, source: Tensor, samples: Tensor | None, plan: d2vkern.MaskPlan) -> Tensor:
         """[B,T,D] local features, for as many tokens as the plan has."""

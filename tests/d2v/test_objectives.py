@@ -226,7 +226,7 @@ def test_a_rivals_run_is_loaded_probed_fine_tuned_and_converted(tmp_path: Path) 
     np.savez(tmp_path / "labelled.npz", images=pictures, labels=np.arange(40) % 2)
     labelled = d2v.data.open_labelled(str(tmp_path / "labelled.npz"), tiny("image"))  # type: ignore[attr-defined]
     assert features_of(model, labelled.splits["test"])[0].shape == (8, 16)
-    with pytest.raises(ValueError, match="weights must be student for objective mae"):
+    with pytest.raises(ValueError, match="weights must be student: objective mae"):
         features_of(model, labelled.splits["test"], weights="teacher")
     arguments = [
         "finetune",
