@@ -31,8 +31,8 @@ from .model.encoder import Network
 from .original import translate
 
 if TYPE_CHECKING:
+    from .extract import Weights
     from .finetune.model import FineTuned
-    from .hf.export import Weights
 
 Target = Literal["safetensors", "original", "hf"]
 FORMAT = "d2v-1"

@@ -27,12 +27,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2vkern.testing import peak_memory
 
 from . import rng
+from .atomic import replacing
 from .batching import amount, micro_batch
 from .checkpoint import write_environment
 from .config import Config, Objective
 from .cpu import tune_allocator
 from .data import Labelled, Position, open_data, open_labelled
 from .model import Pretraining
+from .objectives import for_objective
 from .online_probe import evenly, feature_rank
 from .probe import features_of, probe_raw, probe_rows
 from .step import Trainer
@@ -173,7 +175,7 @@ def run_race(
     evaluations: int = 10,
     supervised: bool = True,
 ) -> dict[str, Any]:
-    """Race `objectives` on `data` and write race.json, race.png and env.json into the folder `out`.
+    """Race `objectives` on `data`; race.json and race.png in the folder `out` are written after each race.
 
     cfg: the preset, as data2vec 2.0 trains it; `objectives` of it are set up by `for_objective`. Its
         probe.data and probe.rows say what is probed: all blocks side by side.
@@ -195,11 +197,7 @@ def run_race(
     environment = write_environment(out)
     rates, searched = _search(entries, data, labelled, out, lr_scales, 60 * minutes, search_minutes)
     chosen = {name: _with_lr(entry, rates[name]) for name, entry in entries.items()}
-    tracks: list[Track] = []
-    for seed in range(1, seeds + 1):
-        print(f"race {seed} of {seeds}", flush=True)
-        tracks += _race(_seeded(chosen, seed), data, labelled, out, 60 * minutes, evaluations)
-    found = {
+    found: dict[str, Any] = {
         "schema": 1,
         "preset": cfg.preset,
         "data": data,
@@ -211,21 +209,24 @@ def run_race(
         "search": searched,
         "raw": _flat(probe_raw(labelled)),
         "majority": probe_raw(labelled, ())["majority"],
-        "tracks": [dataclasses.asdict(track) for track in tracks],
+        "tracks": [],
         "environment": environment,
     }
     from .race_report import plot_race, race_lines
 
-    (out / "race.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    plot_race(found, out / "race.png")
+    for seed in range(1, seeds + 1):
+        print(f"race {seed} of {seeds}", flush=True)
+        tracks = _race(_seeded(chosen, seed), data, labelled, out, 60 * minutes, evaluations)
+        found["tracks"] += [dataclasses.asdict(track) for track in tracks]
+        with replacing(out / "race.json") as file:
+            file.write((json.dumps(found, indent=1) + "\n").encode())
+        plot_race(found, out / "race.png")
     print("\n".join(race_lines(found)))
     print(f"written: {out / 'race.json'}, {out / 'race.png'}")
     return found
 
 
 def _entries(cfg: Config, objectives: Sequence[Objective], supervised: bool) -> dict[Entry, Config]:
-    from .objectives import for_objective
-
     if not objectives or len(set(objectives)) < len(objectives):
         raise ValueError(f"race: objectives must be different ones, got {tuple(objectives)}")
     found: dict[Entry, Config] = {name: for_objective(cfg, name) for name in objectives}

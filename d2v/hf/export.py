@@ -13,7 +13,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 from tokenizers import Tokenizer
@@ -25,7 +25,8 @@ from ..finetune.model import FineTuned
 from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..model import Pretraining
 
-Weights = Literal["student", "teacher"]
+if TYPE_CHECKING:
+    from ..extract import Weights
 
 CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
 HEADS = {
