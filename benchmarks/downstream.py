@@ -51,19 +51,19 @@ TASKS = (
     Task(
         "digits", "which of 10 digits, 100 labelled pictures", "image_tiny",
         ("--data", "digits"),
-        ("--task", "classify", "--data", "digits", "--data-limit", "100"), (2400, 600),
+        ("--task", "classify", "--data", "digits", "--data-limit", "100"), (2000, 600),
         {"test/top1": "top-1, %"},
     ),
     Task(
         "spoken", "transcripts of spoken digits, 200 labelled utterances", "audio_tiny",
         ("--data", "speech"),
-        ("--task", "ctc", "--data", "{data}", "--data-limit", "200"), (1000, 600),
+        ("--task", "ctc", "--data", "{data}", "--data-limit", "200"), (600, 600),
         {"test/wer": "WER, %", "test_unseen/wer": "WER of an unseen voice, %"},
     ),
     Task(
         "glosses", "which of 25 supersenses, 5,000 labelled glosses", "text_tiny",
         ("--data", "{data}/train.jsonl", "--data.block", "64"),
-        ("--task", "sentence", "--data", "{data}", "--data-limit", "5000"), (3000, 600),
+        ("--task", "sentence", "--data", "{data}", "--data-limit", "5000"), (2000, 600),
         {"test/accuracy": "accuracy, %"},
     ),
 )  # fmt: skip
