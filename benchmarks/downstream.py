@@ -25,6 +25,7 @@ from benchmarks.machine import provenance
 from d2v.checkpoint import latest_checkpoint
 from d2v.cli import main as d2v
 from d2v.progress import read_metrics
+from d2v.race_report import spread
 
 SCHEMA = 1
 
@@ -119,18 +120,13 @@ def downstream_rows(data: dict[str, Any]) -> list[list[str]]:
     for task in data["tasks"]:
         for key, name in task["names"].items():
             cells = [
-                _spread([100 * one["scores"][key] for one in task["runs"] if one["start"] == start])
+                spread([100 * one["scores"][key] for one in task["runs"] if one["start"] == start])
                 for start in ("pretrained", "scratch")
             ]
             tuning = statistics.median(one["seconds"] for one in task["runs"])
             seconds = [f"{task['pretraining']['seconds']:.0f}", f"{tuning:.0f}"]
             rows.append([task["says"], name, *cells, *seconds])
     return rows
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -130,13 +130,18 @@ def _write_hf(model: Pretraining | FineTuned, folder: Path, source: Path, weight
     )
 
 
+def measured(run: Path) -> dict[str, Any]:
+    """What a run measured on its data ("mean" and "std" of pictures); nothing where it has kept no record."""
+    record = run / "data.json"
+    return json.loads(record.read_text(encoding="utf-8")).get("meta", {}) if record.is_file() else {}
+
+
 def _normalisation(home: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Mean and deviation of pictures' channels that a run was given or has measured; none: unknown."""
     if not (home / "config.toml").is_file():
         return None, None
-    given, record = read_settings(home).get("data", {}), home / "data.json"
-    measured = json.loads(record.read_text(encoding="utf-8")).get("meta", {}) if record.is_file() else {}
-    known = given if "mean" in given else measured
+    given = read_settings(home).get("data", {})
+    known = given if "mean" in given else measured(home)
     return (tuple(known["mean"]), tuple(known["std"])) if "mean" in known else (None, None)
 
 

@@ -8,7 +8,6 @@ all blocks, "all" puts them side by side.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union
@@ -21,7 +20,7 @@ from . import load
 from .atomic import replacing
 from .checkpoint import read_config
 from .config import Config, DataConfig, TextFront
-from .convert import is_folder
+from .convert import is_folder, measured
 from .data import open_data
 from .model import Pretraining
 from .train import pick_device
@@ -78,8 +77,7 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
 
 def _as_trained(data: DataConfig, run: Path) -> DataConfig:
     """With the mean and deviation that the run measured on its images."""
-    file = run / "data.json"
-    meta = json.loads(file.read_text(encoding="utf-8"))["meta"] if file.is_file() else {}
+    meta = measured(run)
     if data.mean is not None or "mean" not in meta:
         return data
     return dataclasses.replace(data, mean=tuple(meta["mean"]), std=tuple(meta["std"]))

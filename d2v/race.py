@@ -197,6 +197,7 @@ def run_race(
     environment = write_environment(out)
     rates, searched = _search(entries, data, labelled, out, lr_scales, 60 * minutes, search_minutes)
     chosen = {name: _with_lr(entry, rates[name]) for name, entry in entries.items()}
+    raw = probe_raw(labelled)
     found: dict[str, Any] = {
         "schema": 1,
         "preset": cfg.preset,
@@ -207,8 +208,8 @@ def run_race(
         "labelled_rows": {name: len(part) for name, part in labelled.splits.items()},
         "minutes": minutes,
         "search": searched,
-        "raw": _flat(probe_raw(labelled)),
-        "majority": probe_raw(labelled, ())["majority"],
+        "raw": _flat(raw),
+        "majority": raw["majority"],
         "tracks": [],
         "environment": environment,
     }

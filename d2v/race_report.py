@@ -67,24 +67,24 @@ def race_rows(race: Mapping[str, Any]) -> list[list[str]]:
     part = race["parts"][-1]
     head = ["", f"{part}, linear probe at the end, %", "best, %", "time to its best over data2vec 2.0's",
             "samples", "GFLOP in all", "peak MiB of a step", "learning rate"]  # fmt: skip
-    rows = [head]
-    for entry, tracks in tracks_of(race).items():
+    rows, entries = [head], tracks_of(race)
+    for entry, tracks in entries.items():
         curves = [curve_of(track, part) for track in tracks]
         ended = [100 * curve[-1][1] for curve in curves]
         best = [100 * best_of(curve)[1] for curve in curves]
         against = ""
-        if HERO in tracks_of(race) and entry not in (HERO, "supervised"):
+        if HERO in entries and entry not in (HERO, "supervised"):
             against = ", ".join(map(_ratio, ratios(race, entry, part)))
         samples = statistics.mean(track["points"][-1]["samples"] for track in tracks)
         flops = (
             statistics.mean(track["flops_per_step"] * track["points"][-1]["step"] for track in tracks) / 1e9
         )
         rows.append([
-            entry, _spread(ended), _spread(best), against, f"{samples:,.0f}", f"{flops:,.0f}",
+            entry, spread(ended), spread(best), against, f"{samples:,.0f}", f"{flops:,.0f}",
             f"{tracks[0]['peak_bytes'] / 2**20:,.1f}", f"{tracks[0]['lr']:.1e}",
         ])  # fmt: skip
-    untrained = [100 * curve_of(track, part)[0][1] for track in next(iter(tracks_of(race).values()))]
-    rows.append(["untrained encoder", _spread(untrained), *[""] * 6])
+    untrained = [100 * curve_of(track, part)[0][1] for track in next(iter(entries.values()))]
+    rows.append(["untrained encoder", spread(untrained), *[""] * 6])
     rows.append(["raw input", f"{100 * race['raw'][f'linear/{part}']:.1f}", *[""] * 6])
     rows.append(["most frequent class", f"{100 * race['majority'][part]:.1f}", *[""] * 6])
     return rows
@@ -94,7 +94,7 @@ def _ratio(value: float | None) -> str:
     return "never" if value is None else "at once" if math.isinf(value) else f"{value:.1f}"
 
 
-def _spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """Mean and, of several, the deviation."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.1f}"

@@ -19,8 +19,7 @@ from .extract import mean_over_tokens
 from .learner import Learner
 from .model import Pretraining, build_model
 from .model.blocks import linear
-from .model.encoder import run_blocks
-from .model.frontends import token_lengths
+from .model.frontends import padding_of, token_lengths
 from .optim import build_optimizer, learning_rate
 
 
@@ -32,19 +31,19 @@ class Supervised(nn.Module):
         self.encoder = build_model(cfg.model)
         self.head = nn.Linear(cfg.model.dim, classes)
 
+    def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """None: nothing follows this encoder."""
+        return [], []
+
     def forward(self, source: Tensor, padding_mask: Tensor | None, labels: Tensor) -> Tensor:
         """Mean cross-entropy; labels [B] or, with -1 where there is none, [B,T]."""
         encoder, cfg = self.encoder, self.encoder.cfg
         samples, lengths = token_lengths(cfg.front, source, padding_mask)
         local = encoder.encoder.local(source, samples, encoder.compute_dtype)
         x, context = encoder.encoder.contextualise(local, None, lengths)
-        x = run_blocks(encoder.blocks, x, context, cfg.layerdrop if self.training else 0.0)
-        x = x[:, cfg.front.extra_tokens :]
+        x = encoder.student(x, context)[:, cfg.front.extra_tokens :]
         if labels.ndim == 1:
-            padded = None
-            if lengths is not None:
-                padded = torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)
-            x = mean_over_tokens(x, padded)
+            x = mean_over_tokens(x, padding_of(lengths, x.shape[1]))
         return F.cross_entropy(linear(x, self.head).flatten(0, -2).float(), labels.flatten(), ignore_index=-1)
 
 
@@ -60,12 +59,12 @@ class SupervisedTrainer:
         module = Supervised(cfg, len(labelled.classes)).to(device)
         self.model: Pretraining = module.encoder
         self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-        trained = {"encoder.modality_encoders", "encoder.blocks", "head"}
+        trained = ("encoder.modality_encoders", "encoder.blocks", "head")
         for name, p in module.named_parameters():
-            kept = any(name.startswith(part) for part in trained) and ".decoder." not in name
-            p.requires_grad_(kept and p.requires_grad)
+            if not name.startswith(trained) or ".decoder." in name:
+                p.requires_grad_(False)
         module.train()
-        optimizer = build_optimizer(_WithoutTeacher(module), cfg, capturable=device.type != "cpu")
+        optimizer = build_optimizer(module, cfg, capturable=device.type != "cpu")
         self.learner = Learner(module, optimizer, device, capturable=device.type != "cpu")
         self.size = cfg.data.batch
         if cfg.model.modality == "audio":
@@ -82,13 +81,3 @@ class SupervisedTrainer:
                 loss.backward()
                 self.learner.update([loss.detach()], lr, self.cfg.optim.clip)
         return len(ids)
-
-
-class _WithoutTeacher:
-    """What `build_optimizer` asks of a model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.named_parameters = module.named_parameters
-
-    def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        return [], []

@@ -13,12 +13,11 @@ from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._rows import as_rows, dense, load_vector, row_config, row_offset, tile_columns
-from d2vkern.kernels._stem import WIDE_ROWS, packed, product_config, window_start
+from d2vkern.kernels._stem import MULTIPROCESSORS, WIDE_ROWS, packed, product_config, window_start
 from d2vkern.kernels._stem_wave import wave_backward
 from d2vkern.kernels.residual_norm_bwd import _replaced
 
-_PROGRAMS = 264
-_MULTIPROCESSORS = 132
+_PROGRAMS = 2 * MULTIPROCESSORS
 
 
 @triton.jit(do_not_specialize=["rows", "group"])
@@ -363,11 +362,11 @@ def _shares(tiles: int, rows: int, values: int, moved: int) -> int:
     Partials, 8 bytes per value and share, stay within an eighth of the bytes backward moves anyway, unless
     that would not give one program to each multiprocessor.
     """
-    light = max(moved // 8 // (8 * values), _MULTIPROCESSORS // tiles)
+    light = max(moved // 8 // (8 * values), MULTIPROCESSORS // tiles)
     most = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(rows, 128), light))
 
     def busy(shares: int) -> float:
-        return tiles * shares / (triton.cdiv(tiles * shares, _MULTIPROCESSORS) * _MULTIPROCESSORS)
+        return tiles * shares / (triton.cdiv(tiles * shares, MULTIPROCESSORS) * MULTIPROCESSORS)
 
     return max(range(1, most + 1), key=lambda shares: (busy(shares), -shares))
 

@@ -22,7 +22,7 @@ from ..extract import mean_over_tokens
 from ..fronts import TextFront, WaveformFront
 from ..model.blocks import Block, layer_norm, linear
 from ..model.encoder import Network, run_blocks
-from ..model.frontends import token_lengths
+from ..model.frontends import padding_of, token_lengths
 from .config import DropConfig, FineTuneConfig, HeadConfig
 from .decode import BLANK
 
@@ -76,10 +76,7 @@ class Backbone(Network):
                 local = local.masked_fill(channel_mask.unsqueeze(1), 0.0)
             x, context = self.encoder.contextualise(local, None, lengths)
         x = run_blocks(self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0)
-        padded = None
-        if lengths is not None:
-            padded = torch.arange(local.shape[1], device=local.device) >= lengths.unsqueeze(1)
-        return x, padded
+        return x, padding_of(lengths, local.shape[1])
 
     def set_drop_path(self, largest: float) -> None:
         """Drop path of each block: linspace(0, largest) over the main depth; the prenet takes its first

@@ -137,20 +137,27 @@ def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, An
     and the head at all of it (mae_image_classification.py; goldens/finetune.json). Without optim.decay_all
     biases, 1-D parameters and ALiBi scales are not decayed.
     """
-    prenet, depth = cfg.model.prenet_depth, cfg.model.prenet_depth + cfg.model.depth
+    depth = cfg.model.prenet_depth + cfg.model.depth
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        scale = 1.0
-        if (layer := _LAYER.search(name)) and cfg.transformers is not None:
-            scale = cfg.train.layer_decay ** (depth - int(layer[1]))
-        before, found, after = name.partition("blocks.")
-        if found and cfg.transformers is None and ".decoder." not in name:
-            number = int(after.partition(".")[0]) + (0 if before.endswith("context_encoder.") else prenet)
-            scale = cfg.train.layer_decay ** (depth - number)
+        number = _block_number(name, cfg)
+        scale = 1.0 if number is None else cfg.train.layer_decay ** (depth - number)
         exempt = not cfg.optim.decay_all and is_exempt(name, p)
         decay = 0.0 if exempt else cfg.optim.weight_decay
         groups.setdefault((scale, decay), []).append(p)
     for (scale, decay), params in groups.items():
         yield {"params": params, "lr_scale": scale, "weight_decay": decay}
+
+
+def _block_number(name: str, cfg: FineTuneConfig) -> int | None:
+    """Which block a parameter belongs to, the prenet's first; none: to no block."""
+    if cfg.transformers is not None:
+        layer = _LAYER.search(name)
+        return int(layer[1]) if layer else None
+    before, found, after = name.partition("blocks.")
+    if not found or ".decoder." in name:
+        return None
+    number = int(after.partition(".")[0])
+    return number if before.endswith("context_encoder.") else number + cfg.model.prenet_depth

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import Config, DataConfig, ModelConfig, TargetConfig
 from ..data import DataError, Labelled
 from ..fronts import Front, ImageFront, TextFront, WaveformFront
-from ..model.frontends import token_lengths
+from ..model.frontends import padding_of, token_lengths
 
 INPUTS = {"pixel_values": "image", "input_values": "audio", "input_ids": "text"}
 """what a model of transformers reads -> modality"""
@@ -69,11 +69,7 @@ class HuggingFaceEncoder(nn.Module):
             given["attention_mask"] = (~padding_mask).long()
         states = self.model(**given, output_hidden_states=True).hidden_states
         outputs = list(states[-self.cfg.depth :])
-        padding = None
-        if lengths is not None:
-            tokens = outputs[0].shape[1] - self.cfg.front.extra_tokens
-            padding = torch.arange(tokens, device=lengths.device) >= lengths.unsqueeze(1)
-        return outputs, padding
+        return outputs, padding_of(lengths, outputs[0].shape[1] - self.cfg.front.extra_tokens)
 
 
 def open_hf(folder: str, device: torch.device) -> tuple[HuggingFaceEncoder, Config, Path]:

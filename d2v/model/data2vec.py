@@ -15,8 +15,7 @@ import d2vkern
 from d2vkern._nvtx import phase
 
 from ..config import ModelConfig
-from .encoder import run_blocks
-from .pretraining import PretrainOutput, sample_rows
+from .pretraining import PretrainOutput, regression_output
 from .teacher import Distillation
 
 
@@ -34,9 +33,7 @@ class Data2Vec(Distillation):
             targets = self._targets(source, local.detach(), lengths)
         with phase("student/front"):
             x, context = self.encoder.contextualise(local, plan, lengths)
-        student = run_blocks(
-            self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0, self.graph_safe
-        )
+        student = self.student(x, context)
         decoder = self.encoder.decoder
         assert decoder is not None
         dec = decoder.settings
@@ -53,20 +50,14 @@ class Data2Vec(Distillation):
             if self.cfg.cls_loss:
                 losses["cls"] = self._cls_loss(student, targets, plan) * regression.count
             losses[f"{self.modality.upper()}_regression"] = regression.loss
-            return PretrainOutput(
-                loss_sum=torch.stack(list(losses.values())).sum(),
-                sample_size=regression.count,
-                losses={name: value.detach() for name, value in losses.items()},
+            return regression_output(
+                losses,
+                regression,
                 student=student,
                 targets=targets,
                 plan=plan,
-                metrics={"pred_var": regression.pred_var, "target_var": regression.target_var},
-                health={
-                    "front": sample_rows(local),
-                    "prediction": sample_rows(prediction),
-                    "target": sample_rows(targets),
-                },
-                _decode=lambda: decoder.full(on_grid),
+                health={"front": local, "prediction": prediction, "target": targets},
+                decode=lambda: decoder.full(on_grid),
             )
 
     def _cls_loss(self, student: Tensor, targets: Tensor, plan: d2vkern.MaskPlan) -> Tensor:

@@ -150,6 +150,13 @@ def speech_features(
     return linear(layer_norm(x, norm), proj)
 
 
+def padding_of(lengths: Tensor | None, tokens: int) -> Tensor | None:
+    """[B,tokens] bool, True behind each of `lengths` [B]; none without them."""
+    if lengths is None:
+        return None
+    return torch.arange(tokens, device=lengths.device) >= lengths.unsqueeze(1)
+
+
 def token_lengths(
     front: Front, source: Tensor, padding_mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import d2vkern
 from d2vkern._nvtx import phase
+from d2vkern.ops.loss import LossOutput
 
 from ..config import ImageFront, ModelConfig, TextFront
 from .blocks import AttentionContext
-from .encoder import Network
-from .frontends import token_lengths
+from .encoder import Network, run_blocks
+from .frontends import padding_of, token_lengths
 
 HEALTH_ROWS = 512
 """tokens of each kind that a forward pass hands to the collapse alarms"""
@@ -194,10 +195,7 @@ class Pretraining(Network):
             x, ffn = block(x, context)
             outputs.append(x)
             layers.append(ffn)
-        padding = None
-        if lengths is not None:
-            padding = torch.arange(local.shape[1], device=lengths.device) >= lengths.unsqueeze(1)
-        return outputs, layers, padding
+        return outputs, layers, padding_of(lengths, local.shape[1])
 
     def _teacher_view(
         self, source: Tensor, samples: Tensor | None, lengths: Tensor | None
@@ -214,6 +212,12 @@ class Pretraining(Network):
                 f"Data2Vec: mask must have {local.shape[1]} tokens for this source, got {plan.tokens}"
             )
         return local
+
+    def student(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Tokens through the main blocks, with layerdrop while training: [N,S,D]."""
+        return run_blocks(
+            self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0, self.graph_safe
+        )
 
     def _plan(
         self,
@@ -259,6 +263,30 @@ class Pretraining(Network):
         for module in again:
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
+
+
+def regression_output(
+    losses: dict[str, Tensor],
+    regression: LossOutput,
+    *,
+    student: Tensor,
+    targets: Tensor,
+    plan: d2vkern.MaskPlan,
+    health: dict[str, Tensor],
+    decode: Callable[[], Tensor],
+) -> PretrainOutput:
+    """What an objective that regresses gives. losses: summed; health: tokens, of which a sample is kept."""
+    return PretrainOutput(
+        loss_sum=torch.stack(list(losses.values())).sum(),
+        sample_size=regression.count,
+        losses={name: value.detach() for name, value in losses.items()},
+        student=student,
+        targets=targets,
+        plan=plan,
+        metrics={"pred_var": regression.pred_var, "target_var": regression.target_var},
+        health={name: sample_rows(tokens) for name, tokens in health.items()},
+        _decode=decode,
+    )
 
 
 def sample_rows(x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ The encoder is data2vec 2.0's in all of them: its blocks are post-norm, MAE's ow
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,15 +20,13 @@ from torch import Tensor, nn
 
 import d2vkern
 from d2vkern._nvtx import phase
-from d2vkern.ops.loss import LossOutput
 
 from ..config import ImageFront, LogMelFront, ModelConfig, TextFront
 from .blocks import AttentionContext, Block, layer_norm, linear
 from .decoder import masked_rows
-from .encoder import run_blocks
 from .frontends import TextEmbedding, sincos_positions
 from .logmel import log_mel
-from .pretraining import Pretraining, PretrainOutput, sample_rows
+from .pretraining import Pretraining, PretrainOutput, regression_output, sample_rows
 from .teacher import Distillation
 
 MASKED_SHARE, RANDOM_SHARE = 0.8, 0.1
@@ -67,9 +64,7 @@ class Data2Vec1(Distillation):
                 token = self.mask_token.to(local.dtype)
                 masked = torch.where(plan.mask.unsqueeze(2), token, local.repeat_interleave(plan.clones, 0))
             x, context = self.encoder.contextualise(masked, None, _repeated(lengths, plan))
-        student = run_blocks(
-            self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0, self.graph_safe
-        )
+        student = self.student(x, context)
         tokens = student[:, self.cfg.front.extra_tokens :]
         with phase("decoder"):
             prediction = linear(masked_rows(tokens, plan), self.head)
@@ -77,10 +72,15 @@ class Data2Vec1(Distillation):
             regression = d2vkern.masked_regression_loss(
                 prediction, targets, plan, self.cfg.loss_beta, self.cfg.loss_scale
             )
-            return _regression_output(
-                self, regression, student, targets, plan, local, prediction,
-                lambda: linear(tokens, self.head), learned_target=True,
-            )  # fmt: skip
+            return regression_output(
+                {f"{self.modality.upper()}_regression": regression.loss},
+                regression,
+                student=student,
+                targets=targets,
+                plan=plan,
+                health={"front": local, "prediction": prediction, "target": targets},
+                decode=lambda: linear(tokens, self.head),
+            )
 
 
 class MaskedAutoencoder(Pretraining):
@@ -112,19 +112,22 @@ class MaskedAutoencoder(Pretraining):
         local = self._local(source, samples, plan)
         with phase("student/front"):
             x, context = self.encoder.contextualise(local, plan, lengths)
-        student = run_blocks(
-            self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0, self.graph_safe
-        )
+        student = self.student(x, context)
         with phase("decoder"):
             decoded = self._decoded(student, plan, _repeated(lengths, plan))
             prediction = linear(masked_rows(decoded, plan), self.decoder_pred)
         with phase("loss"):
             targets = self.patches(source, samples)
             regression = d2vkern.masked_regression_loss(prediction, targets, plan, 0.0, 1 / targets.shape[2])
-            return _regression_output(
-                self, regression, student, targets, plan, local, prediction,
-                lambda: linear(decoded, self.decoder_pred), learned_target=False,
-            )  # fmt: skip
+            return regression_output(
+                {f"{self.modality.upper()}_regression": regression.loss},
+                regression,
+                student=student,
+                targets=targets,
+                plan=plan,
+                health={"front": local, "prediction": prediction},
+                decode=lambda: linear(decoded, self.decoder_pred),
+            )
 
     def _decoded(self, student: Tensor, plan: d2vkern.MaskPlan, lengths: Tensor | None) -> Tensor:
         """[N,T,width of the decoder], its extra tokens removed."""
@@ -179,9 +182,7 @@ class MaskedLM(Pretraining):
             ids = source.repeat_interleave(plan.clones, 0)
             local = self._local(_corrupted(ids, plan.mask, front), samples, plan)
             x, context = self.encoder.contextualise(local, None, _repeated(lengths, plan))
-        student = run_blocks(
-            self.blocks, x, context, self.cfg.layerdrop if self.training else 0.0, self.graph_safe
-        )
+        student = self.student(x, context)
         tokens = student[:, front.extra_tokens :]
         with phase("decoder"):
             hidden = self._hidden(masked_rows(tokens, plan))
@@ -224,31 +225,3 @@ def _corrupted(ids: Tensor, mask: Tensor, front: TextFront) -> Tensor:
 def _repeated(lengths: Tensor | None, plan: d2vkern.MaskPlan) -> Tensor | None:
     """Lengths [B] of samples for the N rows of a plan."""
     return None if lengths is None else lengths.repeat_interleave(plan.clones)
-
-
-def _regression_output(
-    model: Pretraining,
-    regression: LossOutput,
-    student: Tensor,
-    targets: Tensor,
-    plan: d2vkern.MaskPlan,
-    local: Tensor,
-    prediction: Tensor,
-    decode: Callable[[], Tensor],
-    *,
-    learned_target: bool,
-) -> PretrainOutput:
-    health = {"front": sample_rows(local), "prediction": sample_rows(prediction)}
-    if learned_target:
-        health["target"] = sample_rows(targets)
-    return PretrainOutput(
-        loss_sum=regression.loss,
-        sample_size=regression.count,
-        losses={f"{model.modality.upper()}_regression": regression.loss.detach()},
-        student=student,
-        targets=targets,
-        plan=plan,
-        metrics={"pred_var": regression.pred_var, "target_var": regression.target_var},
-        health=health,
-        _decode=decode,
-    )

@@ -256,16 +256,22 @@ def test_rand_augment_and_erasing(channels: int) -> None:
     assert torch.equal(rand_augment(torch.rand(20, channels, 24, 24), 2, 9), augmented)
 
 
+def shares_of_texts(logits: torch.Tensor) -> Counter[tuple[int, ...]]:
+    """The probability of every text that frames [1,T,V] can mean, over all of its paths."""
+    probabilities = logits.softmax(-1)[0]
+    texts: Counter[tuple[int, ...]] = Counter()
+    for path in itertools.product(range(logits.shape[2]), repeat=logits.shape[1]):
+        merged = [letter for letter, _ in itertools.groupby(path)]
+        share = math.prod(float(probabilities[t, letter]) for t, letter in enumerate(path))
+        texts[tuple(x for x in merged if x)] += share  # type: ignore[assignment]
+    return texts
+
+
 def test_beam_search_finds_the_most_probable_text() -> None:
     torch.manual_seed(0)
     for _ in range(20):
         logits = 2 * torch.randn(1, 5, 3)
-        probabilities = logits.softmax(-1)[0]
-        texts: Counter[tuple[int, ...]] = Counter()
-        for path in itertools.product(range(3), repeat=5):
-            merged = [letter for letter, _ in itertools.groupby(path)]
-            share = math.prod(float(probabilities[t, letter]) for t, letter in enumerate(path))
-            texts[tuple(x for x in merged if x)] += share  # type: ignore[assignment]
+        texts = shares_of_texts(logits)
         (found,) = beam_search(logits, None, 200)
         assert texts[tuple(found)] == pytest.approx(max(texts.values()), rel=1e-6)
     # frames "a - a" and "a a -": the best path and the beam agree on repeats

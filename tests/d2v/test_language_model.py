@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -18,6 +17,7 @@ import torch
 from d2v.cli import main
 from d2v.finetune.decode import beam_search
 from d2v.finetune.language_model import LanguageModel
+from tests.d2v.test_finetune_data import shares_of_texts
 
 LETTERS = ("<s>", "|", "a", "b")
 ARPA = """
@@ -113,12 +113,7 @@ def test_the_best_text_is_found(arpa: Path, weight: float, bonus: float) -> None
     changed = 0
     for _ in range(12):
         logits = 2 * torch.randn(1, 5, 4)
-        probabilities = logits.softmax(-1)[0]
-        texts: Counter[tuple[int, ...]] = Counter()
-        for path in itertools.product(range(4), repeat=5):
-            merged = [letter for letter, _ in itertools.groupby(path)]
-            share = math.prod(float(probabilities[t, letter]) for t, letter in enumerate(path))
-            texts[tuple(x for x in merged if x)] += share  # type: ignore[assignment]
+        texts = shares_of_texts(logits)
 
         def score(text: tuple[int, ...], shares: Counter[tuple[int, ...]] = texts) -> float:
             said = "".join(LETTERS[i] for i in text).replace("|", " ").split()
