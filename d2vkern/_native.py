@@ -9,6 +9,7 @@ Its ops live in torch.ops.d2vkern_native (csrc/ops.cpp has the schemas), and Pyt
 What mutates its arguments does not count as a change for autograd; the functions in d2vkern/native say so.
 """
 
+import ctypes
 import mmap
 import os
 import re
@@ -78,8 +79,20 @@ def cuda_problem(index: int | None = None) -> str:
         return "the compiled extension was built without CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return cuda_gap(facts, driver, torch.cuda.get_device_capability(index))
+    return cuda_gap(facts, _driver(), torch.cuda.get_device_capability(index))
+
+
+def _driver() -> int:
+    """The newest CUDA that the driver knows, 13000 for 13.0; 0 where the driver's library does not say.
+
+    torch's builds do not all tell it, so the driver is asked: with a device in use its library is loaded.
+    """
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return 0 if failed else version.value
 
 
 def cuda_gap(facts: About, driver: int, capability: tuple[int, int]) -> str:
