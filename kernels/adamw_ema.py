@@ -91,8 +91,8 @@ def adamw_ema_fwd_kernel(
     scalars = (clip, weight, weight1, weight2, beta2, beta2_rest, eps, rate, shrink, root_scale)
     for i in tl.static_range(len(KINDS)):
         if len(KINDS) == 1 or kind == i:
-            _update(tensors, scalars, first, 0, in_fours, KINDS[i], True, BLOCK)
-            _update(tensors, scalars, first, in_fours, count, KINDS[i], False, BLOCK // 4)
+            _update(tensors, scalars, first, 0, in_fours, KINDS, i, True, BLOCK)
+            _update(tensors, scalars, first, in_fours, count, KINDS, i, False, BLOCK // 4)
 
 
 @triton.jit
@@ -102,19 +102,20 @@ def _update(
     first,
     start,
     end,
-    KIND: tl.constexpr,
+    KINDS: tl.constexpr,
+    ROW: tl.constexpr,
     IN_FOURS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Elements `start` to `end`, counted from `first`."""
     clip, weight, weight1, weight2, beta2, beta2_rest, eps, rate, shrink, root_scale = scalars
-    p_ptr = pointer(tensors[0], first, KIND[0], IN_FOURS)
-    g_ptr = pointer(tensors[1], first, KIND[1], IN_FOURS)
-    m_ptr = pointer(tensors[2], first, KIND[2], IN_FOURS)
-    v_ptr = pointer(tensors[3], first, KIND[3], IN_FOURS)
-    teacher_ptr = pointer(tensors[4], first, KIND[4], IN_FOURS)
-    p_copy_ptr = pointer(tensors[5], first, KIND[5], IN_FOURS)
-    t_copy_ptr = pointer(tensors[6], first, KIND[6], IN_FOURS)
+    p_ptr = pointer(tensors[0], first, KINDS[ROW][0], IN_FOURS)
+    g_ptr = pointer(tensors[1], first, KINDS[ROW][1], IN_FOURS)
+    m_ptr = pointer(tensors[2], first, KINDS[ROW][2], IN_FOURS)
+    v_ptr = pointer(tensors[3], first, KINDS[ROW][3], IN_FOURS)
+    teacher_ptr = pointer(tensors[4], first, KINDS[ROW][4], IN_FOURS)
+    p_copy_ptr = pointer(tensors[5], first, KINDS[ROW][5], IN_FOURS)
+    t_copy_ptr = pointer(tensors[6], first, KINDS[ROW][6], IN_FOURS)
     for begin in range(start, end, BLOCK):
         # all: [BLOCK]
         at = begin + tl.arange(0, BLOCK)
@@ -124,7 +125,7 @@ def _update(
         m = tl.load(m_ptr + at, mask=inside, other=0.0).to(tl.float32)
         # 1 outside: 0 / 0 would follow where eps is 0
         v = tl.load(v_ptr + at, mask=inside, other=1.0).to(tl.float32)
-        if KIND[4] != NONE:
+        if KINDS[ROW][4] != NONE:
             t = tl.load(teacher_ptr + at, mask=inside, other=0.0).to(tl.float32)
         g = g * clip
         m = lerp(m, g, weight1)
@@ -134,12 +135,12 @@ def _update(
         tl.store(p_ptr + at, p, mask=inside)
         tl.store(m_ptr + at, m, mask=inside)
         tl.store(v_ptr + at, v, mask=inside)
-        if KIND[5] != NONE:
+        if KINDS[ROW][5] != NONE:
             tl.store(p_copy_ptr + at, p, mask=inside)
-        if KIND[4] != NONE:
+        if KINDS[ROW][4] != NONE:
             t = lerp(t, p, weight)
             tl.store(teacher_ptr + at, t, mask=inside)
-            if KIND[6] != NONE:
+            if KINDS[ROW][6] != NONE:
                 tl.store(t_copy_ptr + at, t, mask=inside)
 
 

@@ -43,8 +43,8 @@ def ema_fwd_kernel(
         weight = (1.0 - tl.load(decay_ptr).to(tl.float64)).to(tl.float32)
     for i in tl.static_range(len(KINDS)):
         if len(KINDS) == 1 or kind == i:
-            _average(teacher, student, copy, weight, first, 0, in_fours, KINDS[i], True, BLOCK)
-            _average(teacher, student, copy, weight, first, in_fours, count, KINDS[i], False, BLOCK // 4)
+            _average(teacher, student, copy, weight, first, 0, in_fours, KINDS, i, True, BLOCK)
+            _average(teacher, student, copy, weight, first, in_fours, count, KINDS, i, False, BLOCK // 4)
 
 
 @triton.jit
@@ -56,14 +56,15 @@ def _average(
     first,
     start,
     end,
-    KIND: tl.constexpr,
+    KINDS: tl.constexpr,
+    ROW: tl.constexpr,
     IN_FOURS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Elements `start` to `end`, counted from `first`."""
-    t_ptr = pointer(teacher, first, KIND[0], IN_FOURS)
-    s_ptr = pointer(student, first, KIND[1], IN_FOURS)
-    c_ptr = pointer(copy, first, KIND[2], IN_FOURS)
+    t_ptr = pointer(teacher, first, KINDS[ROW][0], IN_FOURS)
+    s_ptr = pointer(student, first, KINDS[ROW][1], IN_FOURS)
+    c_ptr = pointer(copy, first, KINDS[ROW][2], IN_FOURS)
     for begin in range(start, end, BLOCK):
         # all: [BLOCK]
         at = begin + tl.arange(0, BLOCK)
@@ -72,7 +73,7 @@ def _average(
         s = tl.load(s_ptr + at, mask=inside, other=0.0).to(tl.float32)
         t = lerp(t, s, weight)
         tl.store(t_ptr + at, t, mask=inside)
-        if KIND[2] != NONE:
+        if KINDS[ROW][2] != NONE:
             tl.store(c_ptr + at, t, mask=inside)
 
 

@@ -32,7 +32,7 @@ class _History(NamedTuple):
     loaded: float
     """step count in the loaded state"""
     begun: int
-    """which of the calls that made new states made this one"""
+    """states that there were before the call that made this one"""
     missed: int = 0
     """steps since then without a gradient; steps that found inf are skipped by all"""
 
@@ -88,7 +88,6 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.backend = backend
         self._histories: dict[Tensor, _History] = {}
-        self._begun = 0
         self._teachers = self._by_param("teacher", teacher)
         self._copies = self._by_param("copies", copies)
         self._teacher_copies = self._by_param("teacher_copies", teacher_copies)
@@ -127,7 +126,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also takes the groups and steps of a torch.optim.AdamW state dict."""
         super().__setstate__(state)
-        self._histories, self._begun = {}, 0
+        self._histories = {}
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -251,7 +250,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if not state:
                 device = p.device if group["capturable"] else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                self._histories[p] = _History(0.0, self._begun)
+                self._histories[p] = _History(0.0, begun)
                 wide = p.dtype if p.dtype in _MASTER_DTYPES else torch.float32
                 for name in ("exp_avg", "exp_avg_sq"):
                     state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
@@ -263,7 +262,6 @@ class AdamWEMA(torch.optim.Optimizer):
         if counts:
             taken = 1.0 if found_inf is None else [(found_inf == 0).float()] * len(counts)
             torch._foreach_add_(counts, taken)
-        self._begun += len(self._histories) > begun
         return [
             ([self.state[p]["step"] for p in params] if group["capturable"] else step, params)
             for (step, *_), params in buckets.items()
