@@ -191,14 +191,15 @@ def bias_weight(slopes_ptr, alibi_scale_ptr, h):
 
 @triton.jit
 def load_places(positions_ptr, row, count, tokens):
-    """fp32 [BLOCK] positions from the last token's on, and 1 for real tokens, 0 for extra ones and padding.
+    """fp32 [BLOCK] positions from the last token's on, and 1 for real tokens, 0 for extra ones.
 
-    positions_ptr: of one sequence; None gives zeros.
+    positions_ptr: of one sequence; None gives zeros. From row `count` on some finite place: what is read as 0
+    can be copied straight into shared memory, and nothing depends on it.
     """
     place = tl.zeros_like(row).to(tl.float32)
     real = place
     if positions_ptr is not None:
-        position = tl.load(positions_ptr + row, mask=row < count, other=-1)
+        position = tl.load(positions_ptr + row, mask=row < count, other=0)
         place = (position - tl.load(positions_ptr + tokens - 1)).to(tl.float32)
         real = tl.where(position >= 0, 1.0, 0.0)
     return place, real

@@ -22,7 +22,8 @@ def add_moments(count, mean, squares, more_count, more_mean, more_squares):
     # [R, D]
     delta = more_mean - mean
     mean += delta * share[:, None]
-    squares += delta * delta * (more_count - more_count * share)[:, None]
+    # Exactly 0 for a first value, however `/` rounds.
+    squares += delta * delta * (count * share)[:, None]
     if more_squares is not None:
         squares += more_squares
     return total, mean, squares

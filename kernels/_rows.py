@@ -92,6 +92,22 @@ def tile_columns(first, live, D: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
+def mean_of(total, D: tl.constexpr):
+    """[BLOCK_R, 1]: mean over D columns whose sums stand in the lanes of `total` [BLOCK_R, CHUNK].
+
+    Rounded right, as Triton's `/` is not: a mean next to which deviations are small must be exact, and the
+    mean of one value is that value.
+    """
+    return tl.div_rn(tl.sum(total, 1), D * 1.0)[:, None]
+
+
+@triton.jit
+def mean_near(total, D: tl.constexpr):
+    """`mean_of` to a rounding, in one multiplication; still exact for one value."""
+    return (tl.sum(total, 1) * (1.0 / D))[:, None]
+
+
+@triton.jit
 def load_vector(vector_ptr, column, D: tl.constexpr, BLOCK_R: tl.constexpr):
     """fp32 [BLOCK_R, CHUNK]: a vector over the columns, once for each row, in the layout of the rows."""
     at = column + tl.zeros([BLOCK_R, 1], tl.int32)

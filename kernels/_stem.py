@@ -75,7 +75,7 @@ def add_tile(count, mean, squares, values, first, OUT: tl.constexpr, BLOCK_N: tl
     """
     width = tl.minimum(OUT - first, BLOCK_N).to(tl.float32)
     # [R, 1]
-    tile_mean = (tl.sum(values, 1) / width)[:, None]
+    tile_mean = tl.div_rn(tl.sum(values, 1), width)[:, None]
     centred = values - tile_mean
     if OUT % BLOCK_N != 0:
         centred = tl.where((first + tl.arange(0, BLOCK_N) < OUT)[None, :], centred, 0.0)

@@ -173,9 +173,11 @@ def packed_weights(weight: Tensor, taps: Taps, config: Config, dtype: torch.dtyp
     columns = triton.cdiv(span * taps.outer, tile) * tile
     out = weight.new_empty((taps.groups, taps.depth(span), columns), dtype=dtype)
     block_i, block_n = min(32, triton.next_power_of_2(taps.inner)), min(64, triton.next_power_of_2(columns))
+    tiles = (triton.cdiv(columns, block_n), triton.cdiv(taps.inner, block_i), taps.groups)
+    parts = tap_parts(taps.kh * (taps.kw + span - 1), tiles)
     launch(
         taps_weights_kernel,
-        (triton.cdiv(columns, block_n), triton.cdiv(taps.inner, block_i), taps.groups),
+        (tiles[0] * parts, *tiles[1:]),
         weight.contiguous(),
         out,
         num_warps=4,
@@ -186,10 +188,20 @@ def packed_weights(weight: Tensor, taps: Taps, config: Config, dtype: torch.dtyp
         SPAN=span,
         COLUMNS=columns,
         MIRRORED=taps.mirrored,
+        PARTS=parts,
         BLOCK_I=block_i,
         BLOCK_N=block_n,
     )
     return out
+
+
+def tap_parts(taps: int, tiles: tuple[int, int, int]) -> int:
+    """How many programs share the taps of a tile of weights: so many that a GPU's multiprocessors get work.
+
+    All taps of a weight lie next to each other, so fewer programs read less. But a small weight is a matter
+    of latency alone, and its programs should not walk over taps one after another.
+    """
+    return min(taps, max(1, 528 // (tiles[0] * tiles[1] * tiles[2])))
 
 
 @triton.jit
@@ -203,22 +215,23 @@ def taps_weights_kernel(
     SPAN: tl.constexpr,
     COLUMNS: tl.constexpr,
     MIRRORED: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program packs BLOCK_I channels by BLOCK_N columns of all taps: their weights come through L1 once."""
+    """A program packs BLOCK_I channels by BLOCK_N columns of every PARTS-th tap."""
     WINDOW: tl.constexpr = KW + SPAN - 1
     group = tl.program_id(2)
     # [BLOCK_I, 1] and [1, BLOCK_N]
     channel = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
-    column = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    column = (tl.program_id(0) // PARTS * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     output, shift = column % OUT, column // OUT
     if MIRRORED:
         row = ((group * IN + channel) * OUT + output) * (KH * KW)
     else:
         row = ((group * OUT + output) * IN + channel) * (KH * KW)
     inside = (channel < IN) & (column < SPAN * OUT)
-    for tap in range(KH * WINDOW):
+    for tap in range(tl.program_id(0) % PARTS, KH * WINDOW, PARTS):
         tap_w = tap % WINDOW - shift
         if MIRRORED:
             source = row + (KH - 1 - tap // WINDOW) * KW + (KW - 1 - tap_w)

@@ -3,7 +3,8 @@
 Per group a product of depth rows: M = (tap, channel) by N = output. A program takes one tile of one group
 over one share of the rows, and writes an fp32 partial; a second kernel adds the shares in order, so that the
 same inputs give the same bits, and puts the sum into the weight's own layout. The number of shares follows
-from the shape: enough for about 1,024 programs, but partials stay below an eighth of the rows' bytes.
+from the shape: enough for about 1,024 programs, but partials stay below an eighth of the rows' bytes. Large
+tiles, of dense layers, are shared so that the last round of programs leaves few multiprocessors idle.
 """
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2vkern.kernels._launch import launch
+from d2vkern.kernels._stem import MULTIPROCESSORS
 from d2vkern.kernels._taps import (
     Places,
     Taps,
@@ -20,6 +22,7 @@ from d2vkern.kernels._taps import (
     share_of,
     tap_bits,
     tap_offsets,
+    tap_parts,
     taps_inside,
 )
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
@@ -27,6 +30,11 @@ from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
 _PROGRAMS = 1024
 _LEAST_ROWS = 512
 """of a share"""
+_WHOLE = 128 * 256
+"""a tile of so many values has a multiprocessor to itself: a last round that leaves many idle costs much"""
+_MOST_SHARES = 6
+_FLOPS, _BYTES = 5e14, 3e12
+"""a second of such a product, and of the partials, on an H100 or H200"""
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "picked", "clones"])
@@ -104,17 +112,18 @@ def taps_weight_kernel_sum(
     IN: tl.constexpr,
     OUT: tl.constexpr,
     TAPS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program adds up BLOCK_I channels by BLOCK_N outputs of all taps, neighbours in dw."""
+    """A program adds up BLOCK_I channels by BLOCK_N outputs of every PARTS-th tap."""
     group = tl.program_id(2)
     # [BLOCK_I, 1] and [1, BLOCK_N]
     channel = (tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I))[:, None]
-    output = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    output = (tl.program_id(0) // PARTS * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     inside = (channel < IN) & (output < OUT)
     group64 = group.to(tl.int64)
-    for tap in range(TAPS):
+    for tap in range(tl.program_id(0) % PARTS, TAPS, PARTS):
         total = tl.zeros([BLOCK_I, BLOCK_N], tl.float32)
         for share in range(shares):
             row = (share * GROUPS + group64) * (TAPS * IN) + tap * IN + channel
@@ -154,7 +163,17 @@ def shares_of(taps: Taps, places: Places, itemsize: int, config: Config) -> int:
     read = places.outputs * taps.groups * (taps.inner + taps.outer) * itemsize
     # Backward moves the rows three or four times; partials are written and read.
     light = 4 * read // 8 // (8 * values)
-    return max(1, min(_PROGRAMS // (tiles * taps.groups), places.outputs // _LEAST_ROWS, light))
+    most = max(1, places.outputs // _LEAST_ROWS)
+    if config["BLOCK_M"] * config["BLOCK_N"] < _WHOLE:
+        return max(1, min(_PROGRAMS // (tiles * taps.groups), most, light))
+    products = 2 * places.outputs * values / _FLOPS
+
+    def seconds(shares: int) -> float:
+        programs = tiles * taps.groups * shares
+        rounds = triton.cdiv(programs, MULTIPROCESSORS)
+        return products * rounds * MULTIPROCESSORS / programs + 8 * values * shares / _BYTES
+
+    return min(range(1, min(most, _MOST_SHARES) + 1), key=seconds)
 
 
 def weight_gradient(
@@ -183,9 +202,11 @@ def weight_gradient(
     )
     block_i = min(16, triton.next_power_of_2(taps.inner))
     block_n = min(64, triton.next_power_of_2(taps.outer))
+    blocks = (triton.cdiv(taps.outer, block_n), triton.cdiv(taps.inner, block_i), taps.groups)
+    parts = tap_parts(taps.kh * taps.kw, blocks)
     launch(
         taps_weight_kernel_sum,
-        (triton.cdiv(taps.outer, block_n), triton.cdiv(taps.inner, block_i), taps.groups),
+        (blocks[0] * parts, *blocks[1:]),
         partials,
         dw,
         shares,
@@ -194,6 +215,7 @@ def weight_gradient(
         IN=taps.inner,
         OUT=taps.outer,
         TAPS=taps.kh * taps.kw,
+        PARTS=parts,
         BLOCK_I=block_i,
         BLOCK_N=block_n,
     )

@@ -12,7 +12,7 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import _chunk, tile_columns
+from d2vkern.kernels._rows import _chunk, mean_near, mean_of, tile_columns
 from d2vkern.kernels._taps import Places, Taps, share_of
 from d2vkern.kernels._taps_tiles import launch_tiles
 from d2vkern.kernels._taps_weight import weight_gradient
@@ -62,7 +62,7 @@ def conv_block_bwd_kernel_rows(
             gradients = gradients + (dy,)
             total += values[chunk]
         # [BLOCK_R, 1]
-        mean = (tl.sum(total, 1) / D)[:, None]
+        mean = mean_of(total, D)
         total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
         for chunk in tl.static_range(CHUNKS):
             column, inside = tile_columns(chunk * CHUNK, made, D, CHUNK)
@@ -82,7 +82,7 @@ def conv_block_bwd_kernel_rows(
             values, gradients = _replaced(values, chunk, normal), _replaced(gradients, chunk, dh)
             total += dh
             along += dh * normal
-        mean_total, mean_along = (tl.sum(total, 1) / D)[:, None], (tl.sum(along, 1) / D)[:, None]
+        mean_total, mean_along = mean_near(total, D), mean_near(along, D)
         for chunk in tl.static_range(CHUNKS):
             column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
             dr = (gradients[chunk] - mean_total - values[chunk] * mean_along) * rstd

@@ -10,9 +10,10 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._common import gelu
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import _chunk, dense, row_config, tile_columns
+from d2vkern.kernels._rows import _chunk, dense, mean_of, row_config, tile_columns
 from d2vkern.kernels._taps import Places, Taps, first_places, grouped, packed_weights, tap_bits, taps_product
 from d2vkern.kernels._taps_tiles import launch_tiles, product_config, store_product
+from d2vkern.kernels._tuning import choose, power_of_two_bucket
 
 MOST_OWNED = 128
 """outputs per group up to which one program makes whole rows"""
@@ -42,7 +43,7 @@ def norm_gelu_rows(
         values = values + (tl.load(r_ptr + row64 + column, mask=inside, other=0.0).to(tl.float32),)
         total += values[chunk]
     # [BLOCK_R, 1]
-    mean = (tl.sum(total, 1) / D)[:, None]
+    mean = mean_of(total, D)
     total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
@@ -235,7 +236,7 @@ def forward(
     r = saved if save else y
     taps, places = Taps.of(weight, groups), places_of(x, masked, index)
     (bias,) = dense(bias)
-    if taps.outer <= MOST_OWNED:
+    if taps.outer <= MOST_OWNED and _owned(taps, places, x.element_size()):
         _forward_rows(x, weight, bias, residual, eps, masked, clones, taps, places, r, y)
         return outputs
     launch_tiles(x, weight, taps, places, r, bias=bias, masked=masked, clones=clones)
@@ -255,6 +256,18 @@ def forward(
         **config,
     )
     return outputs
+
+
+def _owned(taps: Taps, places: Places, itemsize: int) -> bool:
+    """Whether a program takes all groups of its rows in turn and then normalises them, in one launch.
+
+    Otherwise the groups are programs of their own and the norm is a pass over what they leave in L2: more
+    traffic, and `groups` times as many programs to fill the GPU with.
+    """
+    bucket = power_of_two_bucket(rows=places.outputs, D=taps.groups * taps.outer)
+    bucket += f" bytes{itemsize} groups{taps.groups} taps{taps.kh * taps.kw}"
+    first = int(itemsize == 4)
+    return bool(choose("conv_block_forward", bucket, [{"OWNER": first}, {"OWNER": 1 - first}])["OWNER"])
 
 
 def _forward_rows(

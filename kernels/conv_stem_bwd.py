@@ -12,7 +12,15 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import as_rows, dense, load_vector, row_config, row_offset, tile_columns
+from d2vkern.kernels._rows import (
+    as_rows,
+    dense,
+    load_vector,
+    mean_near,
+    row_config,
+    row_offset,
+    tile_columns,
+)
 from d2vkern.kernels._stem import MULTIPROCESSORS, WIDE_ROWS, packed, product_config, window_start
 from d2vkern.kernels._stem_wave import wave_backward
 from d2vkern.kernels.residual_norm_bwd import _replaced
@@ -85,7 +93,7 @@ def conv_stem_bwd_kernel_norm(
             gradients, normals = gradients + (dh,), normals + (normal,)
         if dr_ptr is not None:
             # [BLOCK_R, 1]
-            mean_total, mean_along = (tl.sum(total, 1) / OUT)[:, None], (tl.sum(along, 1) / OUT)[:, None]
+            mean_total, mean_along = mean_near(total, OUT), mean_near(along, OUT)
             for chunk in tl.static_range(CHUNKS):
                 column, inside = tile_columns(chunk * CHUNK, live, OUT, CHUNK)
                 dr = (gradients[chunk] - mean_total - normals[chunk] * mean_along) * rstd

@@ -9,7 +9,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._common import gelu
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import _chunk, dense, load_vector, tile_columns
+from d2vkern.kernels._rows import _chunk, dense, load_vector, mean_of, tile_columns
 from d2vkern.kernels._stem import (
     WAVE,
     WIDE_ROWS,
@@ -90,7 +90,7 @@ def conv_stem_fwd_kernel(
             values = values + (value,)
             total += value
         # [BLOCK_R, 1]
-        mean = (tl.sum(total, 1) / OUT)[:, None]
+        mean = mean_of(total, OUT)
         total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
         for chunk in tl.static_range(CHUNKS):
             across, within = tile_columns(chunk * CHUNK, own_live, OUT, CHUNK)

@@ -11,7 +11,15 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._dropout import dropout_scale, keep_tile, sample_factor, threshold
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import as_rows, dense, load_vector, row_config, row_offset, tile_columns
+from d2vkern.kernels._rows import (
+    as_rows,
+    dense,
+    load_vector,
+    mean_near,
+    row_config,
+    row_offset,
+    tile_columns,
+)
 
 
 # What changes from batch to batch compiles nothing anew.
@@ -89,7 +97,7 @@ def residual_norm_bwd_kernel_rows(
             along += dy * normal
             gradients, normals = gradients + (dy,), normals + (normal,)
         # [BLOCK_R, 1]
-        mean_total, mean_along = (tl.sum(total, 1) / D)[:, None], (tl.sum(along, 1) / D)[:, None]
+        mean_total, mean_along = mean_near(total, D), mean_near(along, D)
         for chunk in tl.static_range(CHUNKS):
             column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
             at = row64[:, None] * D + column

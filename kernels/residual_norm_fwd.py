@@ -11,7 +11,15 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._dropout import dropout_scale, keep_tile, sample_factor, threshold
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import as_rows, dense, load_vector, row_config, row_offset, tile_columns
+from d2vkern.kernels._rows import (
+    as_rows,
+    dense,
+    load_vector,
+    mean_of,
+    row_config,
+    row_offset,
+    tile_columns,
+)
 
 
 @triton.jit(do_not_specialize=["rows", "group", "dropout_threshold", "path_threshold"])
@@ -75,7 +83,7 @@ def residual_norm_fwd_kernel(
         zs = zs + (rounded.to(tl.float32),)
         total += zs[chunk]
     # [BLOCK_R, 1]
-    mean = (tl.sum(total, 1) / D)[:, None]
+    mean = mean_of(total, D)
     total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
     for chunk in tl.static_range(CHUNKS):
         column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)

@@ -28,6 +28,8 @@ layer twice.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -66,7 +68,7 @@ def targets_fwd_kernel_tokens(
     d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
     x_ptr += sample * x_stride_b + d[None, :]
     sum_ptr += sample * tokens * width + d[None, :]
-    share = 1.0 / tokens.to(tl.float32)
+    share = tl.div_rn(1.0, tokens.to(tl.float32))
 
     # [BLOCK_T, BLOCK_D], then [BLOCK_D]
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -134,7 +136,7 @@ def targets_fwd_kernel_rows(
     # [BLOCK_R, BLOCK_D]
     x, inside = _rows(x_ptr, r, d, x_stride_b, x_stride_t, tokens, rows, width)
     if NORM:
-        share = 1.0 / width
+        share = tl.div_rn(1.0, tl.cast(width, tl.float32))
         mean = tl.sum(x, 1) * share
         centred = tl.where(inside, x - mean[:, None], 0.0)
         slip = tl.sum(centred, 1) * share
@@ -266,11 +268,13 @@ def _launch(x: Tensor, total: Tensor, norm: str | None, first: bool, layers: int
     """
     samples, tokens, width = x.shape
     rows, strides, eps = samples * tokens, x.stride()[:2], EPS * layers**2
+    # A fused x - sum * share is another mean than the one subtracted next: equal values would not become 0.
+    start = partial(launch, fp_fusion=False)
     if norm == "instance":
         bucket = power_of_two_bucket(B=samples, T=tokens, D=width, item=x.element_size())
         config = choose("targets_fwd_kernel_tokens", bucket, _token_tiles(samples * width))
         grid = (samples * triton.cdiv(width, config["BLOCK_D"]),)
-        launch(targets_fwd_kernel_tokens, grid, x, total, *strides, tokens, width, eps, FIRST=first, **config)
+        start(targets_fwd_kernel_tokens, grid, x, total, *strides, tokens, width, eps, FIRST=first, **config)
     elif norm == "batch":
         config = {"BLOCK_R": 32, "BLOCK_D": 64, "num_warps": 4}
         share = triton.cdiv(triton.cdiv(rows, PARTS), config["BLOCK_R"]) * config["BLOCK_R"]
@@ -278,9 +282,9 @@ def _launch(x: Tensor, total: Tensor, norm: str | None, first: bool, layers: int
         mean, squares = (x.new_empty((parts, width), dtype=torch.float32) for _ in range(2))
         grid = (parts * triton.cdiv(width, config["BLOCK_D"]),)
         sizes = (*strides, tokens, rows, share, width)
-        launch(targets_fwd_kernel_batch_moments, grid, x, mean, squares, *sizes, **config)
+        start(targets_fwd_kernel_batch_moments, grid, x, mean, squares, *sizes, **config)
         flags = {"FIRST": first, "BLOCK_P": PARTS}
-        launch(targets_fwd_kernel_batch, grid, x, total, mean, squares, *sizes, eps, **flags, **config)
+        start(targets_fwd_kernel_batch, grid, x, total, mean, squares, *sizes, eps, **flags, **config)
     else:
         block_d = triton.next_power_of_2(width)
         bucket = power_of_two_bucket(R=rows, D=width, item=x.element_size())
@@ -288,7 +292,7 @@ def _launch(x: Tensor, total: Tensor, norm: str | None, first: bool, layers: int
         grid = (triton.cdiv(rows, config["BLOCK_R"]),)
         sizes = (*strides, tokens, rows, width, eps, layers)
         flags = {"NORM": norm == "layer", "AVERAGE": layers > 1, "FIRST": first, "BLOCK_D": block_d}
-        launch(targets_fwd_kernel_rows, grid, x, total, *sizes, **flags, **config)
+        start(targets_fwd_kernel_rows, grid, x, total, *sizes, **flags, **config)
 
 
 def _token_tiles(channels: int) -> list[Config]:
