@@ -46,8 +46,8 @@ STEMS = (
     "adamw_ema",
 )
 COMMON_BACKENDS = ("eager", "triton", "native")
-UNVERIFIED_STEMS = ("conv_block", "conv_stem")
-"""ops whose Triton kernels run on request only, until a GPU has verified them"""
+LOW_PRECISION_STEMS = ("conv_block", "conv_stem")
+"""ops whose Triton kernels auto chooses in 16 bits only: exact fp32 products have no matrix instructions"""
 NATIVE_STEMS = ("masks", "gather", "ema", "adamw_ema")
 """ops with files in csrc/"""
 ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
@@ -68,12 +68,14 @@ class Implementation:
         why this one cannot take the call (none: it can). It is traced by Dynamo, so of tensors it may look
         at dtypes, devices, shapes and requires_grad only.
     auto: device types on which auto may choose it unmeasured; None: on all.
+    auto_dtypes: dtypes of the first tensor in which auto may choose it unmeasured; None: in all.
     limits: what it never does, whatever the machine, for `python -m d2vkern.info`.
     """
 
     module: str
     unsupported: Callable[..., list[str]] | None = None
     auto: tuple[str, ...] | None = None
+    auto_dtypes: tuple[torch.dtype, ...] | None = None
     limits: str = ""
 
 
@@ -121,13 +123,13 @@ def _table(stem: str) -> dict[str, Implementation]:
     if stem in NATIVE_STEMS:
         table["native"] = Implementation(f"d2vkern.native.{stem}", _native_gaps, auto=("cpu",))
     unsupported = _triton_attention_gaps if stem == "attention" else _triton_gaps
-    auto = () if stem in UNVERIFIED_STEMS else ("cuda",)
-    table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, auto)
+    dtypes = (torch.float16, torch.bfloat16) if stem in LOW_PRECISION_STEMS else None
+    table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, ("cuda",), dtypes)
     table["eager"] = Implementation(f"d2vkern.reference.{stem}")
     if stem == "attention":
         for name in ATTENTION_BACKENDS:
             table[name] = Implementation(
-                f"d2vkern.peers.attention_{name}", getattr(refusals, name), (), refusals.LIMITS[name]
+                f"d2vkern.peers.attention_{name}", getattr(refusals, name), (), None, refusals.LIMITS[name]
             )
     return table
 
@@ -220,8 +222,7 @@ def _request(stem: str, backend: str | None) -> tuple[str | None, str]:
 
 
 def _choose(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> str:
-    device = tensors[0].device.type if tensors else "cpu"
-    names = [name for name, one in REGISTRY[stem].items() if one.auto is None or device in one.auto]
+    names = [name for name, one in REGISTRY[stem].items() if _is_automatic(one, tensors)]
     measured = None if torch.compiler.is_compiling() else _measured.order(stem, tensors, call)
     where, fastest = measured or ("", [])
     for name in fastest:
@@ -231,6 +232,13 @@ def _choose(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> str
             _announce(stem, name, f"measured: {where}" if name in fastest else "not measured")
             return name
     raise AssertionError(f"{stem}: no implementation takes the call, not even eager")
+
+
+def _is_automatic(one: Implementation, tensors: tuple[Tensor, ...]) -> bool:
+    device = tensors[0].device.type if tensors else "cpu"
+    if one.auto is not None and device not in one.auto:
+        return False
+    return one.auto_dtypes is None or not tensors or tensors[0].dtype in one.auto_dtypes
 
 
 def _available(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> list[str]:

@@ -162,11 +162,13 @@ def test_autocast_and_checkpointing_change_nothing(
         assert_bitwise_equal(second, clean)
 
 
-def test_auto_never_picks_what_no_gpu_has_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where Triton could run; on request it does, and the table of backends shows it."""
+def test_auto_picks_it_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp32 runs on request, and the table of backends shows it."""
     monkeypatch.setattr(_backend, "_machine_gaps", lambda backend: ())
-    assert _backend.REGISTRY["conv_block"]["triton"].auto == ()
     with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float16):
+            low = torch.empty(2, 3, 8, device="cuda", dtype=dtype)
+            assert _backend._choose("conv_block", (low,), {}) == "triton"
         x = torch.empty(2, 3, 8, device="cuda")
         assert x.device.type == "cuda"
         assert _backend._choose("conv_block", (x,), {}) == "eager"
@@ -211,7 +213,7 @@ def test_outputs_packed_for_the_presets(width: int, kernel: tuple[int, int], spa
 def test_shares_follow_from_the_shape() -> None:
     config = {"BLOCK_M": 128, "BLOCK_N": 256}
     dense = Taps.of(torch.empty(768, 768, 1, 9, device="meta"), 1)
-    assert shares_of(dense, Places(128, 1, 512), 2, config) == 2
+    assert shares_of(dense, Places(128, 1, 512), 2, config) == 4
     assert shares_of(dense, Places(1, 1, 100), 2, config) == 1
     grouped = Taps.of(torch.empty(768, 48, 3, 3, device="meta"), 16)
     assert shares_of(grouped, Places(256, 14, 14), 2, {"BLOCK_M": 64, "BLOCK_N": 64}) == 9

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -346,16 +347,17 @@ def test_refusals(triton_device: torch.device) -> None:
             op("triton", 2)(x.bfloat16(), *parameters)
 
 
-def test_auto_never_chooses_kernels_that_no_gpu_has_verified(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "conv_stem" in _backend.UNVERIFIED_STEMS
+def test_auto_chooses_eager_in_fp32_and_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *parameters = make_case(PLAIN, torch.device("cpu"))
     monkeypatch.setattr(_backend, "gaps", lambda *args: [])  # as on a GPU that takes everything
     for device in ("cpu", "meta"):
         with backend_spy() as calls:
             conv_stem(x.to(device), parameters[0].to(device), 2, *(p.to(device) for p in parameters[1:]))
         assert calls == [("conv_stem", "eager")]
-    for stem in _backend.UNVERIFIED_STEMS:
-        assert _backend.REGISTRY[stem]["triton"].auto == ()
+    with FakeTensorMode():
+        for dtype, expected in ((torch.float32, "eager"), (torch.bfloat16, "triton")):
+            fake = torch.empty(2, 9, 1, device="cuda", dtype=dtype)
+            assert _backend._choose("conv_stem", (fake,), {}) == expected
     with use_backend("triton"), backend_spy() as calls:
         conv_stem(x, parameters[0], 2, *parameters[1:])
     assert calls == [("conv_stem", "triton")]
