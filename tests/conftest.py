@@ -28,6 +28,12 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's fp32 convolutions round to TF32 unless told otherwise: no reference for anything in fp32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def no_backend_request(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests choose their backends themselves."""
     monkeypatch.delenv("D2VKERN_BACKEND", raising=False)

@@ -36,7 +36,7 @@ BACKWARD = {True: ["attention_bwd_kernel_short"], False: [QUERIES, KEYS]}
 @fast
 @both
 def test_launches(case: Case, triton_device: torch.device) -> None:
-    qkv, scale = case.inputs(triton_device)
+    qkv, scale = case.inputs(triton_device, torch.float16)
     call, short = case.op("triton", triton_device), case is SHORT
     with record_launches() as forward:
         out = call(qkv, scale)
@@ -92,7 +92,7 @@ def test_what_is_kept_for_backward(case: Case, triton_device: torch.device) -> N
         held.append(x)
         return x
 
-    qkv, scale = case.inputs(triton_device)
+    qkv, scale = case.inputs(triton_device, torch.float16)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         out = case.op("triton", triton_device)(qkv, scale)
     n, s, h, _ = case.shape

@@ -33,7 +33,11 @@ def results(
     inputs = {"x": np.concatenate(points).astype(np.float32), "words": words}
     np.savez(folder / "in.npz", **inputs)
     interpret = "1" if request.param == "cpu" else "0"
-    environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": interpret,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+    }
     command = [sys.executable, str(SCRIPT), str(folder / "in.npz"), str(folder / "out.npz"), request.param]
     subprocess.run(command, env=environment, check=True)
     return {**inputs, **np.load(folder / "out.npz")}

@@ -145,6 +145,7 @@ def watched_step(backend: str, device: torch.device) -> tuple[Squares, int]:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """`native` is this module's attention."""
     _lengths.clear()
+    _native.problem()  # loads the extension, whose other ops run too
     monkeypatch.setitem(REGISTRY["attention"], "native", Implementation(__name__))
     monkeypatch.setattr(_native, "problem", lambda: "")
 

@@ -85,11 +85,14 @@ def test_kernels_belong_where_they_were_launched() -> None:
             op("aten::mm", 13, 20, thread=9, id=4),
             op("aten::sum", 20, 28, thread=9, id=5),
             named("d2vkern/attention/bwd/triton", 31, 40, thread=9, id=6),
+            op("d2vkern::loss_bwd", 41, 49, thread=9, id=9),
+            named("d2vkern/loss/bwd/triton", 42, 48, thread=9, id=10),
             op("aten::copy_", 80, 90, id=7),
             op("aten::mm", 200, 210, id=8),
             kernel("gemm", 500, 700, link=4),
             kernel("reduce", 700, 730, link=5),
             kernel("attention_bwd_kernel", 730, 1730, link=6),
+            kernel("loss_bwd_kernel", 700, 705, link=9),
             kernel("copy", 1730, 1740, link=7),
             kernel("later", 1740, 9999, link=8),
             kernel("nobody's", 0, 9999, link=77),
@@ -99,6 +102,7 @@ def test_kernels_belong_where_they_were_launched() -> None:
         "backward linear": {0: 200},
         "backward other": {0: 30},
         "attention/bwd/triton": {0: 1000},
+        "loss/bwd/triton": {0: 5},
     }
     assert trace.rows["attention/bwd/triton"].calls == 1
     assert trace.rows["attention/bwd/triton"].kernels == 1
