@@ -3,7 +3,8 @@
 Time is what operators take on a CPU and what kernels and copies take on a GPU; Python and launch gaps are in
 neither. A piece of it belongs to the outermost op range around it ("attention/bwd/triton"), else to the first
 word of the innermost phase, split into matrix products and the rest ("student linear", "backward other").
-A kernel belongs where the operator that launched it belongs. Autograd's own threads open no phases: what has
+A kernel belongs where the operator that launched it belongs; an operator of d2vkern, whose range opens inside
+it, belongs to that. Autograd's own threads open no phases: what has
 no range there belongs to the phase that is open on the thread of the step.
 """
 
@@ -20,6 +21,8 @@ import torch
 from torch.autograd import DeviceType
 
 OPS, PHASES, STEP = "d2vkern/", "d2v/", "d2v/step"
+OPERATORS = ("d2vkern::", "d2vkern_native::")
+"""what a Triton or CUDA kernel of ours is launched by: no operator of PyTorch stands between"""
 LINEAR = frozenset(
     f"aten::{name}" for name in ("linear", "addmm", "mm", "bmm", "baddbmm", "matmul", "_addmm_activation")
 )
@@ -172,6 +175,8 @@ def _nest(events: Iterable[Event]) -> Iterator[tuple[_Frame, int]]:
             continue
         if parent is not None:
             parent.children += event.end - event.start
+            if parent.event.kind == "op" and parent.event.name.startswith(OPERATORS):
+                parent.op = parent.op or frame.op
         stack.append(frame)
     yield from close(max((frame.event.end for frame in stack), default=0))
 
