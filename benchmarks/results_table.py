@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import scaling
 from benchmarks.downstream import downstream_rows
+from benchmarks.op_goals import op_goals_table
 from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
 from benchmarks.step_table import goals_table, hot_paths_table, plot_steps, step_table
 from d2v.race_report import plot_race, race_rows
@@ -198,6 +199,8 @@ def section(name: str, files: Sequence[Results]) -> str:
         blocks.append([f"On a GPU: {NOT_MEASURED}."])
     if name == "step":
         blocks.append(goals_table(files))
+    if name == "ops":
+        blocks.append(op_goals_table(files))
     text = "\n\n".join("\n".join(block) for block in blocks) or f"{NOT_MEASURED.capitalize()}."
     return f"\n{text}\n\n"
 

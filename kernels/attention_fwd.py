@@ -111,7 +111,7 @@ def short_probabilities(
         distance = distances(place[:, None], place[None, :], real[None, :]) * real[:, None]
         s -= distance * bias_weight(slopes_ptr, alibi_scale_ptr, h)
     p = tl.exp2(s - tl.max(s, 1)[:, None])
-    return p / tl.sum(p, 1)[:, None], distance
+    return p * tl.div_rn(1.0, tl.sum(p, 1))[:, None], distance
 
 
 @triton.jit(do_not_specialize=["tokens", "tiles", "dropout_threshold"])

@@ -35,7 +35,8 @@ Two plans, with numbers for audio_base's layers in bf16 (12 s, B = 5):
    r is fp32 here, one rounding less than eager's.
 
 The shares' number follows from the shape, so the bits do not depend on the GPU (unless tuned.json says so).
-No GPU has run these kernels yet: they are there on request, and auto leaves them alone (_backend.py).
+With and without gradients the forward kernels are compiled apart: on a GPU their results may differ in the
+last bit.
 """
 
 from typing import Any

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import add_ceilings
+from benchmarks.op_goals import GOALS, op_goals_table
+from benchmarks.report import Results, add_ceilings
 from benchmarks.results_table import MARKED, ROOT, load, main, render, section, short
 
 PROVENANCE = {
@@ -213,11 +214,45 @@ def test_without_files_nothing_is_claimed(readme, tmp_path):
     assert update(readme, tmp_path / "nowhere") == 0
     text = readme.read_text()
     assert text.count("On a GPU: not measured.") == 6 and text.count("Not measured.") == 1
-    assert [line for line in text.splitlines() if "|" in line][2:] == [
+    lines = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    assert [line for line in lines if not line.startswith(("| goal on", "| op on"))] == [
         f"| {goal} | not measured | not measured | not measured |"
         for goal in ("at least 50% of the measured matmul rate", "at least 3 times as fast as eager",
                      "at least 1.3 times as fast as torch.compile")
+    ] + [
+        f"| {goal.op}, {goal.case} | {goal.preset} | {goal.direction} | {goal.words} | not measured |  |"
+        for goal in GOALS
     ]  # fmt: skip
+
+
+def test_goals_of_ops_are_judged_on_an_h200_only():
+    def row(direction, us, floor_us, variant="triton", ours=True, **key):
+        case = {"op": "conv_block_2d", "case": "decoder", "preset": "image_base", "dtype": "bfloat16"} | key
+        return case | {"direction": direction, "variant": variant, "ours": ours, "status": "ok", "us": us,
+                       "floor_us": floor_us}  # fmt: skip
+
+    def verdicts(rows, gpu="NVIDIA H200"):
+        found = Results(Path("ops_cuda.json"), {"rows": rows, "provenance": {"gpu": gpu}})
+        cells = [line.split(" | ") for line in op_goals_table([found])[2:]]
+        return [" | ".join(one[2:]) for one in cells if one[0] == "| conv_block_2d, decoder"]
+
+    both = "forward+backward"
+    rows = [row("forward", 212.4, 55.3), row(both, 560.0, 129.3), row("forward", 90.0, 55.3, "eager"),
+            row("forward", 80.0, 55.3, "channels-first", ours=False), row("forward", 300.0, 55.3, "native"),
+            row("forward", 1.0, 0.5, preset="image_large"), row("forward", 1.0, 0.5, dtype="float16"),
+            row("forward", 1.0, 0.5) | {"status": "failed"}]  # fmt: skip
+    # eager, peers, other presets, failures and fp16 do not count; backward is the same variant's difference
+    assert verdicts(rows[:-1]) == ["forward | at most 165 us | 212 us (triton) | not met |",
+                                   "backward | at most 360 us | 348 us (triton) | met |"]  # fmt: skip
+    assert verdicts(rows) == verdicts(rows[:-1])
+    assert verdicts(rows, "NVIDIA H100") == ["forward | at most 165 us | not measured |  |",
+                                             "backward | at most 360 us | not measured |  |"]  # fmt: skip
+    assert verdicts([row("forward", 150.0, 55.3)])[0].endswith("| 150 us (triton) | met |")
+    floors = [row("forward", 31.0, 15.0, op="multimask_attention", case="student"),
+              row("forward", 300.0, 240.0, op="ema_update_", case="fp32", dtype="float32")]  # fmt: skip
+    lines = op_goals_table([Results(Path("ops_cuda.json"), {"rows": floors, "provenance": {"gpu": "H200"}})])
+    assert any(line.endswith("| at most 2 floors | 31 us, 2.1 floors (triton) | not met |") for line in lines)
+    assert any(line.endswith("of the ceiling | 300 us, 80% (triton) | not met |") for line in lines)
 
 
 def test_gpu_results_end_the_not_measured_line(results):
