@@ -43,7 +43,8 @@ wheel: $(INSTALLED)
 	  || { tail -60 build/wheel.log; exit 1; }
 	@sed -n 's/^ *\(d2vkern: built\)/\1/p' build/wheel.log | tail -1; ls -l dist
 
-# The wheel beside several torch versions (CUDA builds: gigabytes each), in environments of their own under build/.
+# The wheel beside several torch versions (CUDA builds: gigabytes each), in environments of their own under build/,
+# and every kernel compiled by the Triton that comes with each.
 MATRIX ?= 2.10.0 2.11.0 newest
 wheel-matrix: wheel
 	@for version in $(MATRIX); do \
@@ -53,6 +54,8 @@ wheel-matrix: wheel
 	  $$folder/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.whl \
 	    || exit 1; \
 	  cp tests/wheel_smoke.py build/matrix/ && $$folder/bin/python build/matrix/wheel_smoke.py || exit 1; \
+	  $$folder/bin/python -m benchmarks.aot --sample --compiles --targets sm_90 --no-eager --no-nvcc \
+	    >$$folder/aot.log || { tail $$folder/aot.log; exit 1; }; tail -1 $$folder/aot.log; \
 	done
 
 # nvcc for every architecture: spills, registers, access widths

@@ -4,6 +4,7 @@
     python -m benchmarks.aot --ops gather loss --presets image_base --targets sm_90 --json report.json
     python -m benchmarks.aot --sample                 every kernel once per target and precision
     python -m benchmarks.aot --candidates --no-eager  also configurations that tuning may choose
+    python -m benchmarks.aot --sample --compiles      with another Triton: whether it takes the kernels at all
 
 The public ops are called on meta tensors, forward and backward, and what they would start is compiled and
 read (benchmarks/aot_build.py, aot_read.py). Exit code 1, with a line each: a build that fails, spills, asks
@@ -30,7 +31,14 @@ from torch import Tensor
 from benchmarks import aot_cuda
 from benchmarks.aot_budgets import BUDGETS
 from benchmarks.aot_build import TARGETS, Build, build_of, compile_all
-from benchmarks.aot_gate import LIMITS, Use, narrow_accesses, problems, programs_per_multiprocessor
+from benchmarks.aot_gate import (
+    DOES_NOT_COMPILE,
+    LIMITS,
+    Use,
+    narrow_accesses,
+    problems,
+    programs_per_multiprocessor,
+)
 from benchmarks.aot_read import Resources
 from benchmarks.aot_record import (
     DTYPES,
@@ -262,6 +270,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     papers = []
     if reference and not args.sample:
         papers = [on_paper(each, built, args.eager) for each in records]
+    if args.compiles:
+        wrong += [f"{row['target']} {row['build']}: {text}" for row in rows for text in row["problems"]
+                  if text.startswith(DOES_NOT_COMPILE)]  # fmt: skip
+        return {"schema": SCHEMA, "builds": rows, "papers": papers, "problems": wrong}
     undeclared = sorted({access for paper in papers for access in paper.undeclared})
     wrong += [f"{access}: no bytes declared in TOUCHED (aot_budgets.py)" for access in undeclared]
     wrong += [
@@ -329,6 +341,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", action="store_true", help="each kernel once per target and precision")
     parser.add_argument(
         "--candidates", action="store_true", help="also every configuration that tuning may choose"
+    )
+    parser.add_argument(
+        "--compiles",
+        action="store_true",
+        help="fail for nothing else: with a Triton that budgets do not know",
     )
     parser.add_argument("--no-eager", dest="eager", action="store_false", help="leave eager's bytes out")
     parser.add_argument("--no-nvcc", dest="nvcc", action="store_false", help="leave csrc/*.cu out")

@@ -17,6 +17,9 @@ from benchmarks.aot_read import Resources
 Use = Literal["preset", "variant", "candidate"]
 """who starts a build: a benchmark's case, one of aot_variants.py, or only a configuration not in use here"""
 
+DOES_NOT_COMPILE = "does not compile"
+"""how that problem begins"""
+
 WIDEST = 16
 """bytes: what one instruction gives a thread at most (256-bit accesses of sm_100 need 32-byte alignment)"""
 
@@ -84,7 +87,7 @@ def problems(
     pointers: the build's floating types. arguments: the build's (`aot_build.Build.arguments`).
     """
     if isinstance(found, str):
-        return [f"does not compile: {found}"]
+        return [f"{DOES_NOT_COMPILE}: {found}"]
     if budget is None:
         return ["no entry in benchmarks/aot_budgets.py"]
     wrong = []

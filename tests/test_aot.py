@@ -338,3 +338,23 @@ def test_command_line_refuses_the_interpreter(
     with pytest.raises(SystemExit, match="2"):
         aot.main(["--ops", "masks"])
     assert "TRITON_INTERPRET must be unset" in capsys.readouterr().err
+
+
+def test_another_triton_is_asked_only_whether_it_compiles() -> None:
+    """--compiles passes what spills, which fails otherwise, and fails what does not compile."""
+    script = """
+import sys
+from benchmarks import aot
+from benchmarks.aot_read import Resources
+answer = Resources(registers=8, warps=8, spilled=8) if sys.argv[1] == "spills" else "CompilationError: no"
+aot.compile_all = lambda builds, processes: dict.fromkeys(builds, answer)
+call = ["--ops", "ema", "--presets", "image_tiny", "--targets", "sm_90", "--sample", "--no-nvcc"]
+sys.exit(aot.main([*call, *sys.argv[2:]]))
+"""
+    for answer, options, code, words in (
+        ("spills", ["--compiles"], 0, "0 problems"),
+        ("spills", [], 1, "spills 8 bytes"),
+        ("fails", ["--compiles"], 1, "does not compile: CompilationError: no"),
+    ):
+        done = _python("-c", script, answer, *options)
+        assert done.returncode == code and words in done.stdout, done.stdout[-500:] + done.stderr[-2000:]

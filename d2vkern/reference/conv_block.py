@@ -133,7 +133,8 @@ class _ConvBlock(torch.autograd.Function):
         h, mean, rstd = torch.native_layer_norm(r, r.shape[-1:], None, None, eps)
         y = F.gelu(h)
         if skip is not None:
-            y = y.add_(skip)
+            # torch 2.11 compiles the addition in place to wrong gradients
+            y = y + skip if torch.compiler.is_compiling() else y.add_(skip)
         ctx.save_for_backward(x, r, mean, rstd, weight, bias, masked, index)
         ctx.settings = (groups, residual, clones, eps)
         return y
@@ -166,7 +167,8 @@ class _ConvBlock(torch.autograd.Function):
             source = x if masked is None else _expand(x[:, 0], masked, clones).unsqueeze(1)
             dx, dw = _conv_backward(dr, source, w, groups, (needs[0], needs[1]))
             if dx is not None and residual:
-                dx = dx.add_(dy) if dx.is_contiguous() else dx + dy
+                in_place = dx.is_contiguous() and not torch.compiler.is_compiling()
+                dx = dx.add_(dy) if in_place else dx + dy
             if dx is not None and masked is not None:
                 n, _, t, c = source.shape
                 dx = dx.reshape(n // clones, clones, t, c)
