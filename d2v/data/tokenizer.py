@@ -83,13 +83,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise DataError(f"data: {path}: not a readable tokenizer: {error}") from None
 
 
-def check_tokenizer(tokenizer: Tokenizer, where: str, front: TextFront) -> Tokenizer:
-    """Refuse a tokenizer whose ids do not fit the model; text that looks like "<s>" stays text."""
+def check_vocabulary(tokenizer: Tokenizer, where: str, front: TextFront) -> None:
+    """Refuse a tokenizer with ids that the model lacks; text that looks like "<s>" stays text."""
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if largest > front.vocab_size:
         raise DataError(
             f"data: tokenizer {where} has {largest} tokens, front.vocab_size is {front.vocab_size}"
         )
+    tokenizer.encode_special_tokens = True
+
+
+def check_tokenizer(tokenizer: Tokenizer, where: str, front: TextFront) -> Tokenizer:
+    """Refuse a tokenizer whose ids do not fit one of our models; else as `check_vocabulary`."""
+    check_vocabulary(tokenizer, where, front)
     for number, name in enumerate(SPECIALS):
         if tokenizer.token_to_id(name) != number:
             raise DataError(
@@ -97,5 +103,4 @@ def check_tokenizer(tokenizer: Tokenizer, where: str, front: TextFront) -> Token
             )
     if front.pad_id != PAD:
         raise DataError(f"data: tokenizer {where} pads with id {PAD}, front.pad_id is {front.pad_id}")
-    tokenizer.encode_special_tokens = True
     return tokenizer

@@ -18,10 +18,10 @@ from ..data.audio import AudioSplit
 from ..data.audio_source import AudioSource
 from ..data.image import ImageSplit
 from ..data.loading import SUBSTITUTE, Loader, Source, generator
-from ..data.tokenizer import check_tokenizer, load_tokenizer
+from ..data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from .config import FineTuneConfig
 from .images import AugmentedImages
-from .sentences import SentencePart, SentenceSource, encode, read_sentences, targets_of
+from .sentences import SentencePart, SentenceSource, Specials, encode, read_sentences, targets_of
 from .transcripts import SpokenPart, Vocabulary, read_spoken
 
 LIMIT, TIME_MASK, CHANNEL_MASK = range(SUBSTITUTE + 1, SUBSTITUTE + 4)
@@ -127,18 +127,25 @@ def _sentences(
     tokenizer_file = _tokenizer(encoder_dir, run_dir)
     front = cfg.model.front
     assert isinstance(front, TextFront)
-    tokenizer = check_tokenizer(load_tokenizer(tokenizer_file), str(tokenizer_file), front)
+    tokenizer = load_tokenizer(tokenizer_file)
+    specials = Specials.of(tokenizer, front.pad_id) if cfg.transformers else None
+    if specials is None:
+        check_tokenizer(tokenizer, str(tokenizer_file), front)
+        specials = Specials()
+    else:
+        check_vocabulary(tokenizer, str(tokenizer_file), front)
     block = min(cfg.data.block, front.max_positions)
-    tokens = {name: encode(some, tokenizer, block) for name, some in found.items()}
+    tokens = {name: encode(some, tokenizer, block, specials) for name, some in found.items()}
     labels = {name: targets.encode(some, f"{path}, {name}") for name, some in found.items()}
     keep = np.arange(len(labels["train"]))
     if cfg.data_limit is not None:
         strata = np.zeros_like(keep) if cfg.head.regression else labels["train"]
         keep = choose(strata, cfg.data_limit, cfg.train.seed)
-    source = SentenceSource(path, [tokens["train"][i] for i in keep], cfg.train.seed, cfg.data.batch)
+    chosen = [tokens["train"][i] for i in keep]
+    source = SentenceSource(path, chosen, cfg.train.seed, cfg.data.batch, specials.pad)
     kept = torch.from_numpy(labels["train"][keep])
     parts: dict[str, Part] = {
-        name: SentencePart(tokens[name], labels[name]) for name in found if name != "train"
+        name: SentencePart(tokens[name], labels[name], specials.pad) for name in found if name != "train"
     }
     return TuneData(
         Loader(source, cfg.data, device),

@@ -1,7 +1,8 @@
 """Labelled sentences and pairs of them: JSON lines, GLUE's own files, or the embedded paragraphs.
 
-A sample is `<s> a </s>`, a pair `<s> a </s> </s> b </s>` (RoBERTa's, and the original's GLUE configs), cut
-to data.block tokens from the end of the longer text. Labels are class names, or numbers for regression.
+A sample is `<s> a </s>`, a pair `<s> a </s> </s> b </s>` (RoBERTa's, and the original's GLUE configs); for a
+model of transformers it is what its tokenizer says, BERT's `[CLS] a [SEP] b [SEP]`. It is cut to data.block
+tokens from the end of the longer text. Labels are class names, or numbers for regression.
 """
 
 from __future__ import annotations
@@ -168,35 +169,58 @@ def targets_of(train: Sequence[Sentence], regression: bool) -> Targets:
     return Targets([] if regression else number_classes([s.label for s in train])[0])
 
 
-def encode(sentences: Sequence[Sentence], tokenizer: Tokenizer, block: int) -> list[np.ndarray]:
+@dataclass(frozen=True)
+class Specials:
+    """The ids around texts, and of padding."""
+
+    begin: int = BOS
+    between: tuple[int, ...] = (EOS, EOS)
+    """of the two texts of a pair"""
+    end: int = EOS
+    pad: int = PAD
+
+    @staticmethod
+    def of(tokenizer: Tokenizer, pad: int) -> Specials | None:
+        """What a tokenizer's post-processor puts around a pair; None without one."""
+        ids = tokenizer.encode("", "").ids
+        if len(ids) < 3:
+            return None
+        begin, *between, end = ids
+        return Specials(begin, tuple(between), end, pad)
+
+
+def encode(
+    sentences: Sequence[Sentence], tokenizer: Tokenizer, block: int, specials: Specials
+) -> list[np.ndarray]:
     """Token ids [t <= block] int64 of each sample."""
     texts = [text for sentence in sentences for text in sentence.texts]
     ids = iter([e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)])
-    return [_join([list(next(ids)) for _ in sentence.texts], block) for sentence in sentences]
+    return [_join([list(next(ids)) for _ in sentence.texts], block, specials) for sentence in sentences]
 
 
-def _join(texts: list[list[int]], block: int) -> np.ndarray:
+def _join(texts: list[list[int]], block: int, specials: Specials) -> np.ndarray:
+    begin, between, end = specials.begin, specials.between, specials.end
     if len(texts) == 1:
-        return np.array([BOS, *texts[0][: block - 2], EOS], dtype=np.int64)
+        return np.array([begin, *texts[0][: block - 2], end], dtype=np.int64)
     a, b = texts
-    while len(a) + len(b) > block - 4:
+    while len(a) + len(b) > block - 2 - len(between):
         (a if len(a) >= len(b) else b).pop()
-    return np.array([BOS, *a, EOS, EOS, *b, EOS], dtype=np.int64)
+    return np.array([begin, *a, *between, *b, end], dtype=np.int64)
 
 
-def pad(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[np.ndarray], value: int) -> tuple[Tensor, Tensor]:
     """Tokens [B,T] int64 padded to the longest, and the padding [B,T]."""
     tensors = [torch.from_numpy(row) for row in rows]
-    source = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=PAD)
-    return source, source == PAD
+    source = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    return source, source == value
 
 
 class SentenceSource(Source):
     """Tokenised samples for training."""
 
-    def __init__(self, path: str, tokens: list[np.ndarray], seed: int, batch: int) -> None:
+    def __init__(self, path: str, tokens: list[np.ndarray], seed: int, batch: int, pad_id: int = PAD) -> None:
         super().__init__(path, seed, batch)
-        self.tokens = tokens
+        self.tokens, self.pad_id = tokens, pad_id
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -208,15 +232,15 @@ class SentenceSource(Source):
         return self.tokens[index]
 
     def collate(self, items: list[np.ndarray], ids: np.ndarray, epoch: int | None) -> Batch:
-        source, padding = pad(items)
+        source, padding = pad(items, self.pad_id)
         return Batch(source, torch.from_numpy(ids), epoch or 0, padding)
 
 
 class SentencePart:
     """A held-out part, in order."""
 
-    def __init__(self, tokens: list[np.ndarray], labels: np.ndarray) -> None:
-        self.tokens, self.labels = tokens, labels
+    def __init__(self, tokens: list[np.ndarray], labels: np.ndarray, pad_id: int = PAD) -> None:
+        self.tokens, self.labels, self.pad_id = tokens, labels, pad_id
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -224,5 +248,5 @@ class SentencePart:
     def batches(self, size: int) -> Iterator[LabelledBatch]:
         """Tokens [B,T], padding [B,T], labels [B] int64 or float32."""
         for i in range(0, len(self), size):
-            source, padding = pad(self.tokens[i : i + size])
+            source, padding = pad(self.tokens[i : i + size], self.pad_id)
             yield source, padding, torch.from_numpy(self.labels[i : i + size])

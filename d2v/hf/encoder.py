@@ -22,6 +22,8 @@ from ..model.frontends import padding_of, token_lengths
 
 INPUTS = {"pixel_values": "image", "input_values": "audio", "input_ids": "text"}
 """what a model of transformers reads -> modality"""
+SEGMENTED = "sep_token_id"
+"""attribute of a config: the token that ends a text, where the model embeds which text a token is of"""
 POSITIONS_OF_ROBERTA = 2
 """places that its position table has before the first token"""
 
@@ -67,6 +69,8 @@ class HuggingFaceEncoder(nn.Module):
         _, lengths = token_lengths(self.cfg.front, source, padding_mask)
         if padding_mask is not None:
             given["attention_mask"] = (~padding_mask).long()
+        if (end := getattr(self.model.config, SEGMENTED, None)) is not None:
+            given["token_type_ids"] = _segments(source, end)
         states = self.model(**given, output_hidden_states=True).hidden_states
         outputs = list(states[-self.cfg.depth :])
         return outputs, padding_of(lengths, outputs[0].shape[1] - self.cfg.front.extra_tokens)
@@ -89,6 +93,8 @@ def open_hf(folder: str, device: torch.device) -> tuple[HuggingFaceEncoder, Conf
     if reads not in INPUTS:
         raise ValueError(f"hf:{folder}: a model that reads {', '.join(INPUTS)} is needed, this reads {reads}")
     front, data = _reading(model, Path(folder), INPUTS[reads])
+    if (end := _separator(model, folder)) is not None:
+        setattr(model.config, SEGMENTED, end)
     encoder = HuggingFaceEncoder(model, front).to(device).eval()
     return encoder, Config(preset=f"hf:{folder}", model=encoder.cfg, data=data), Path(folder)
 
@@ -106,6 +112,23 @@ def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
         raise DataError(f"hf:{folder}: its tokenizer has no tokens for begin, end and padding")
     specials = (begin, tokenizer.pad_token_id, end)
     return open_tokenized(data, tokenizer.backend_tokenizer, cfg.data.block, specials)
+
+
+def _separator(model: Any, folder: str) -> int | None:
+    """What `SEGMENTED` is for a model: BERT and its kin embed two segments, RoBERTa and its kin one."""
+    if getattr(model.config, "type_vocab_size", None) in (None, 0, 1):
+        return None
+    try:
+        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):  # a folder without a tokenizer: there are no texts to read either
+        return None
+    return tokenizer.sep_token_id
+
+
+def _segments(source: Tensor, end: int) -> Tensor:
+    """[B,T] int64: 0 up to the first `end` of a row, 1 after it."""
+    ends = (source == end).long()
+    return (ends.cumsum(1) - ends).clamp(max=1)
 
 
 def import_transformers() -> Any:

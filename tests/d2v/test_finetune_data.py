@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from d2v.data import DataError
 from d2v.data.loading import generator
@@ -23,7 +23,7 @@ from d2v.finetune.decode import beam_search, greedy
 from d2v.finetune.images import erase, mix, rand_augment, soft_cross_entropy
 from d2v.finetune.metrics import GLUE_METRICS, class_scores, is_better, regression_scores, transcript_scores
 from d2v.finetune.recipes import RECIPES, recipe
-from d2v.finetune.sentences import GLUE, Sentence, encode, read_sentences, targets_of
+from d2v.finetune.sentences import GLUE, Sentence, Specials, encode, pad, read_sentences, targets_of
 from d2v.finetune.transcripts import Vocabulary, ctc_loss, normalise, read_spoken
 from d2v.presets import preset
 from tests.d2v.tiny_runs import LINES, tiny
@@ -85,12 +85,29 @@ def tokenizer() -> Tokenizer:
 def test_pairs_are_joined_as_roberta_does_and_cut_at_the_longer_text(tokenizer: Tokenizer) -> None:
     a, b = "the cat sat on the mat", "rain"
     ids = {text: tokenizer.encode(text, add_special_tokens=False).ids for text in (a, b)}
-    whole, single, cut = encode([Sentence((a, b), "0"), Sentence((a,), "0")], tokenizer, 100) + encode(
-        [Sentence((a, b), "0")], tokenizer, 4 + len(ids[b]) + 2
-    )
+    pair, roberta = Sentence((a, b), "0"), Specials()
+    whole, single = encode([pair, Sentence((a,), "0")], tokenizer, 100, roberta)
+    (cut,) = encode([pair], tokenizer, 4 + len(ids[b]) + 2, roberta)
     assert whole.tolist() == [0, *ids[a], 2, 2, *ids[b], 2]
     assert single.tolist() == [0, *ids[a], 2]
     assert cut.tolist() == [0, *ids[a][:2], 2, 2, *ids[b], 2]
+
+
+def test_pairs_are_joined_as_the_tokenizer_says(tokenizer: Tokenizer) -> None:
+    assert Specials.of(tokenizer, 1) is None
+    bert = Tokenizer.from_str(tokenizer.to_str())
+    bert.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 0))
+    specials = Specials.of(bert, 3)
+    assert specials == Specials(0, (2,), 2, 3)
+    texts = ("the cat", "rain, and more rain")
+    rows = encode([Sentence(texts, "0"), Sentence(texts[:1], "0")], bert, 100, specials)
+    assert [row.tolist() for row in rows] == [bert.encode(*texts).ids, bert.encode(texts[0]).ids]
+    for block in (5, 6, 7, 12):  # the library's own way to cut
+        bert.enable_truncation(block, strategy="longest_first")
+        (cut,) = encode([Sentence(texts, "0")], tokenizer, block, specials)
+        assert len(cut) == len(bert.encode(*texts).ids) == block
+    source, padding = pad(rows, 3)
+    assert torch.equal(padding, source == 3) and padding.any()
 
 
 def test_limits_are_balanced_and_seeded() -> None:
