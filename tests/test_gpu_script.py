@@ -144,10 +144,12 @@ def test_a_gpu_gets_base_presets_and_an_installation_where_there_is_none(machine
     installing = calls.index("-m pip install --no-build-isolation -e .[train,dev]")
     assert calls[0].startswith("-c import d2v, d2vkern") and calls[installing + 1] == "-m d2vkern.info"
     base = "--presets image_base audio_base text_base"
-    for call in calls[-6:]:
+    for call in calls[-7:]:
         assert "--smoke" not in call and ("cuda" in call or "pytest" in call)
         assert base in call or " d2v profile " in call or "pytest" in call
-    assert "-m pytest -q -m gpu" in calls
+    several, alone = (call for call in calls if call.startswith("-m pytest"))
+    assert several.startswith("-m pytest -q -m gpu -n ") and "-k not (offsets or" in several
+    assert alone == "-m pytest -q -m gpu -k offsets or elements or ten_thousand"
     assert [call.split("--batch ")[1][:2] for call in calls if " d2v profile " in call] == ["64", "16", "16"]
     assert (machine.results / "step_cuda.json").exists()
     machine.run("--results", str(machine.results), "--again", "build")
