@@ -328,9 +328,16 @@ def _machine_gaps(backend: str) -> tuple[str, ...]:
             reasons.append(f"{backend} is not installed")
         if not torch.cuda.is_available() and not (backend == "triton" and _interpreted()):
             reasons.append("no CUDA device")
+        elif backend == "xformers" and not reasons and not _xformers_loads():
+            reasons.append("its kernels do not load beside this torch: python -m xformers.info")
     if backend == "native" and _native.problem():
         reasons.append(_native.problem())
     return tuple(reasons)
+
+
+def _xformers_loads() -> bool:
+    """A build for another torch can be imported, and then has no kernels."""
+    return bool(getattr(importlib.import_module("xformers"), "_has_cpp_library", True))
 
 
 @_constant_while_tracing

@@ -109,6 +109,17 @@ def test_impossible_context_and_environment_raise(monkeypatch: pytest.MonkeyPatc
         add(X)
 
 
+def test_a_build_for_another_torch_says_that_its_kernels_do_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for loads, found in (
+        (False, ["its kernels do not load beside this torch: python -m xformers.info"]),
+        (True, []),
+    ):
+        monkeypatch.setitem(sys.modules, "xformers", types.SimpleNamespace(_has_cpp_library=loads))
+        assert _backend.gaps("attention", "xformers") == found
+
+
 def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "triton is not installed" in _backend.gaps("mlp", "triton")
