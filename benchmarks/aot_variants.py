@@ -29,6 +29,9 @@ from benchmarks import (
     bench_targets,
 )
 from benchmarks.cases import Case, Inputs, Outputs, tensors
+from d2vkern.kernels._taps import Places, Taps
+from d2vkern.kernels._tuning import forced
+from d2vkern.kernels.conv_block_fwd import OWNER, owner_bucket
 
 _Call = Callable[[Inputs, str | None], Outputs]
 
@@ -130,8 +133,17 @@ def _conv_block(dtype: torch.dtype) -> _Variants:
     def added(inputs: Inputs, backend: str | None) -> Outputs:
         return d2vkern.conv_block_1d(**inputs, residual=True, backend=backend)
 
+    def owned(inputs: Inputs, backend: str | None) -> Outputs:
+        """A program has whole rows, which 16 bits prefer only where that was measured."""
+        x, weight = inputs["x"], inputs["weight"].unsqueeze(2)
+        places = Places(x.shape[0], 1, x.shape[1])
+        bucket = owner_bucket(Taps.of(weight, 16), places, x.element_size())
+        with forced(OWNER, bucket, {"OWNER": 1}):
+            return d2vkern.conv_block_1d(**inputs, groups=16, backend=backend)
+
     return {
         "first layer": (audio, first, True),
+        "whole rows": (audio, owned, True),
         "even kernel, no bias": (replace(audio, leaves=("x", "weight")), even, True),
         "evaluation": (audio, audio.call, False),
         "dense, residual": (text, added, True),

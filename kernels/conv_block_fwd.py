@@ -15,6 +15,8 @@ from d2vkern.kernels._taps import Places, Taps, first_places, grouped, packed_we
 from d2vkern.kernels._taps_tiles import launch_tiles, product_config, store_product
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 
+OWNER = "conv_block_forward"
+"""the choice between the two ways to run the forward of few outputs per group"""
 MOST_OWNED = 128
 """outputs per group up to which one program makes whole rows"""
 
@@ -264,10 +266,15 @@ def _owned(taps: Taps, places: Places, itemsize: int) -> bool:
     Otherwise the groups are programs of their own and the norm is a pass over what they leave in L2: more
     traffic, and `groups` times as many programs to fill the GPU with.
     """
-    bucket = power_of_two_bucket(rows=places.outputs, D=taps.groups * taps.outer)
-    bucket += f" bytes{itemsize} groups{taps.groups} taps{taps.kh * taps.kw}"
     first = int(itemsize == 4)
-    return bool(choose("conv_block_forward", bucket, [{"OWNER": first}, {"OWNER": 1 - first}])["OWNER"])
+    candidates = [{"OWNER": first}, {"OWNER": 1 - first}]
+    return bool(choose(OWNER, owner_bucket(taps, places, itemsize), candidates)["OWNER"])
+
+
+def owner_bucket(taps: Taps, places: Places, itemsize: int) -> str:
+    """The bucket of the choice `OWNER`."""
+    bucket = power_of_two_bucket(rows=places.outputs, D=taps.groups * taps.outer)
+    return f"{bucket} bytes{itemsize} groups{taps.groups} taps{taps.kh * taps.kw}"
 
 
 def _forward_rows(

@@ -227,8 +227,7 @@ def test_layouts(triton_device: torch.device, layout: str) -> None:
 def test_an_overflowing_square_stops_the_element_and_no_more(triton_device: torch.device) -> None:
     state = State(triton_device, [(5,)])
     state.grads[0][2] = 1e25
-    # on the CPU: from the second step on PyTorch's CUDA kernel makes NaN of the infinity
-    twin = state.clone(device=torch.device("cpu"))
+    twin = state.clone(device=torch.device("cpu"))  # PyTorch's CUDA kernel makes NaN of infinity
     for step in (1.0, 2.0):
         state.run(kernel, step, weight_decay=0.0)
         twin.run(eager, step, weight_decay=0.0)
