@@ -21,7 +21,7 @@ import json
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,16 @@ class Users:
     vectors: dict[str, int] = field(default_factory=dict)
 
 
-def users_of(records: Mapping[Use, Iterable[Record]], targets: Iterable[str]) -> dict[Build, Users]:
+def users_of(records: Mapping[Use, Iterable[Record]], targets: Sequence[str]) -> dict[Build, Users]:
     """The distinct builds of all launches; records: the strictest use first."""
     found: dict[Build, Users] = {}
     for use, some in records.items():
         for each in some:
             name = f"{each.case.preset} {each.case.op} ({each.case.name}) {each.direction}"
             for launch in each.launches:
-                for target in targets:
+                for target in each.targets or targets:
+                    if target not in targets:
+                        continue
                     users = found.setdefault(build_of(launch, target), Users(use=use))
                     if name not in users.names:
                         users.names.append(name)

@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +24,8 @@ from d2vkern.kernels._tuning import forced, record_choices
 
 META = torch.device("meta")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+GPUS = {"A100": "sm_80", "H100": "sm_90", "H200": "sm_90", "B200": "sm_100", "MI300": "gfx942"}
+"""word of a GPU's name -> the target that what was measured on it is for"""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Record:
     """of the op's implementation"""
     flops: int
     """of the algorithm, by the same formula"""
+    targets: tuple[str, ...] = ()
+    """where it runs; none: everywhere"""
 
     def arguments(self, launch: Launch) -> dict[str, Any]:
         """`arguments` of one of the launches; with "shapes" of its preset and, where it has a pointer table,
@@ -139,8 +143,9 @@ def record_tuned(stem: str, case: Case) -> list[Record]:
     """`record` with the configurations measured on each GPU of kernels/tuned.json."""
     found = []
     for gpu in _tuning._table():
+        targets = tuple(target for word, target in GPUS.items() if word in gpu)
         with mock.patch.object(_tuning, "_gpu", lambda gpu=gpu: gpu):
-            found += record(stem, case)
+            found += [replace(one, targets=targets) for one in record(stem, case)]
     return found
 
 

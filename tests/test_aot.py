@@ -358,3 +358,19 @@ sys.exit(aot.main([*call, *sys.argv[2:]]))
     ):
         done = _python("-c", script, answer, *options)
         assert done.returncode == code and words in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
+
+
+def test_what_was_measured_on_a_gpu_is_compiled_for_it_alone() -> None:
+    script = """
+from unittest import mock
+from benchmarks import aot, aot_record
+from d2vkern.kernels import _tuning
+stem, case = next(aot_record.cases_of(["ema"], ["image_tiny"], ["bf16"]))
+for gpu, wanted in (("NVIDIA H200", ["sm_90"]), ("NVIDIA A100-SXM4-80GB", ["sm_80"]), ("Some GPU", TARGETS)):
+    with mock.patch.object(_tuning, "_table", lambda: {gpu: {}}):
+        tuned = aot_record.record_tuned(stem, case)
+    assert [build.target for build in aot.users_of({"candidate": tuned}, TARGETS)] == wanted, gpu
+    assert len(aot.users_of({"preset": aot_record.record(stem, case)}, TARGETS)) == len(TARGETS)
+""".replace("TARGETS", repr(list(TARGETS)))
+    done = _python("-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
