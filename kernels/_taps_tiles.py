@@ -1,7 +1,7 @@
 """A product over taps by tiles: one program makes BLOCK_M blocks of places by one tile of a group's columns.
 
-Forward of dense layers, and the gradient of x of all of them (see conv_block.py and _taps.py). Programs that
-share rows follow each other, so that rows come out of L2 after the first.
+Forward, and the gradient of x (see conv_block.py and _taps.py). Programs that share rows follow each other,
+so that rows come out of L2 after the first.
 """
 
 import torch

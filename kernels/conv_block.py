@@ -8,11 +8,12 @@ Products as in _taps.py: rows shifted by taps, K = (tap, channel), weights packe
 Accumulation in fp32; fp32 inputs multiply in fp32 ("ieee"). r is rounded to x's dtype when stored, and both
 directions take mean and rstd from what was stored; the variance is that of the centred values.
 
-Forward (conv_block_fwd.py). Up to 128 outputs a group, a program owns BLOCK_M blocks of SPAN places: it makes
-the outputs of one group after another, writes them to r, and then, behind a barrier, reads its rows of r back
-from cache, eight or so at a time, and writes y. Dense layers have a program per tile of rows and columns
-instead, since owners of rows would read all weights again for every tile of rows, and the norm is a launch of
-its own. Without gradients r is written into y and normalised there.
+Forward (conv_block_fwd.py). A program makes one tile of rows and columns of one group of r, and the norm is a
+launch of its own that reads r back. The other way, for up to 128 outputs a group and the default in fp32: a
+program owns BLOCK_M blocks of SPAN places, makes one group after another, writes them to r, and then, behind
+a barrier, reads its rows of r back from cache, eight or so at a time, and writes y. That moves a pass less,
+but has a sixteenth of the programs in the presets: on an H200 it made image_base's forward and backward 4%
+slower, those of audio_base's decoder 14%. Without gradients r is written into y and normalised there.
 
 Backward (conv_block_bwd.py, _taps_weight.py). One pass makes dr and partial column sums for dbias, with mean
 and rstd made again (the row is in registers anyway). dx is the tiles' product with mirrored taps, dy added in
@@ -25,21 +26,20 @@ rows: forward and dweight do the asked outputs only. dr is written at every plac
 so that dx is the plain product; it multiplies those zeros (2.1 times the useful FLOPs of text's last layer).
 
 Bytes, in passes over [places, channels] in x's dtype (the floor: _costs.conv_block):
-    forward    x read, r and y written: 3, the floor; y in the place of r without gradients: 2;
-               dense: r read again by the norm: 4
+    forward    x read, r and y written, r read again by the norm: 4; where programs own rows 3, the floor
     dr         dy and r read, dr written: 3
     dx         dr read, dx written: 2, with residual dy read: 3
     dweight    x and dr read: 2
                backward together 7, with residual 8; the floor counts 4, as if one program could hold a row,
                its neighbours and all weights
     weights    read in their own dtype, written and read packed, once per direction; dweight written
-    partials   2 fp32 copies of the weights a share, an eighth of the rows' bytes at most
+    partials   2 fp32 copies of the weights a share, an eighth of the rows' bytes at most in groups
 
 r is saved: 1 pass written and 1 read, where making it again is the whole product. mean and rstd are not: 8
 bytes a row each way buy nothing where the row is read as a whole.
 
-At image_base (50,176 places, 768 channels, 3x3, bf16) forward moves 234 MB, backward 647 MB (54 and 150 us at
-4.3 TB/s) beside 33 and 67 GFLOP; at text_base (65,536, dense k=9) 445 and 855 MB beside 0.70 and 1.39 TFLOP.
+At image_base (50,176 places, 768 channels, 3x3, bf16) forward moves 388 MB, backward 647 MB (90 and 150 us at
+4.3 TB/s) beside 33 and 67 GFLOP; at text_base (65,536, dense k=9) 445 and 940 MB beside 0.70 and 1.39 TFLOP.
 """
 
 from typing import Any
