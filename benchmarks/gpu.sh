@@ -4,7 +4,8 @@
 #   benchmarks/gpu.sh [--dry-run] [--limit SECONDS] [--out FOLDER] [--results FOLDER] [--again PART]... \
 #     [--parts A,B] [--presets A,B] [--ops A,B] [--variants A,B] [--tests A,B]
 #
-#   build     installs the package where it is not importable, prints what runs here (d2vkern.info)
+#   build     installs the package where it is not importable, prints what runs here (d2vkern.info), compiles
+#             the kernels of all cases
 #   tests     pytest -m gpu
 #   ops       time, bandwidth and memory of every op in bf16, all backends (benchmarks.run)
 #   step      whole training steps of the base presets: eager, ours, torch.compile, CUDA graph (bench_step)
@@ -78,6 +79,16 @@ option() {
   IFS=, read -ra words <<<"${2:+$1,$2}"
 }
 
+# Compiles the kernels of all cases into Triton's cache, on all cores: one process would do it while measuring.
+warm_up() {
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1)
+  [[ $capability == @(8.0|9.0|10.0) ]] || return 0
+  option --presets "$presets"
+  TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache} "$python" -m benchmarks.aot --compiles --dtypes bf16 \
+    --targets "sm_${capability/./}" --no-eager --no-nvcc --processes "$(nproc)" "${words[@]}"
+}
+
 part_build() {
   if $dry_run; then
     echo "dry run: nothing is installed"
@@ -89,6 +100,7 @@ part_build() {
   if ! $dry_run; then
     nvidia-smi
     "$python" -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "torch sees no GPU")'
+    warm_up
   fi
 }
 
@@ -144,7 +156,7 @@ part_scaling() {
 }
 
 export python device size dry_run presets ops variants tests folder json
-export -f option part_build part_tests part_ops part_step part_profile part_scaling
+export -f option warm_up part_build part_tests part_ops part_step part_profile part_scaling
 
 child=
 stop() {

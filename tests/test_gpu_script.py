@@ -60,7 +60,7 @@ class Machine:
         return path
 
     def add_gpu(self) -> None:
-        self._executable("nvidia-smi", "#!/bin/sh\n")
+        self._executable("nvidia-smi", "#!/bin/sh\necho 9.0\n")
 
     def command(self, *arguments: str) -> list[str]:
         return [str(SCRIPT), "--out", str(self.out), *arguments]
@@ -144,6 +144,9 @@ def test_a_gpu_gets_base_presets_and_an_installation_where_there_is_none(machine
     installing = calls.index("-m pip install --no-build-isolation -e .[train,dev]")
     assert calls[0].startswith("-c import d2v, d2vkern") and calls[installing + 1] == "-m d2vkern.info"
     base = "--presets image_base audio_base text_base"
+    warming = [call for call in calls if "benchmarks.aot" in call]
+    assert len(warming) == 1 and "--compiles --dtypes bf16 --targets sm_90 " in warming[0]
+    assert warming[0].endswith(base)
     for call in calls[-7:]:
         assert "--smoke" not in call and ("cuda" in call or "pytest" in call)
         assert base in call or " d2v profile " in call or "pytest" in call
