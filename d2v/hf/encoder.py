@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from ..config import Config, DataConfig, ModelConfig, TargetConfig
 from ..data import DataError, Labelled
+from ..data.tokenizer import load_tokenizer
 from ..fronts import Front, ImageFront, TextFront, WaveformFront
 from ..model.frontends import padding_of, token_lengths
 
 INPUTS = {"pixel_values": "image", "input_values": "audio", "input_ids": "text"}
 """what a model of transformers reads -> modality"""
-SEGMENTED = "sep_token_id"
-"""attribute of a config: the token that ends a text, where the model embeds which text a token is of"""
 POSITIONS_OF_ROBERTA = 2
 """places that its position table has before the first token"""
 
@@ -69,7 +68,7 @@ class HuggingFaceEncoder(nn.Module):
         _, lengths = token_lengths(self.cfg.front, source, padding_mask)
         if padding_mask is not None:
             given["attention_mask"] = (~padding_mask).long()
-        if (end := getattr(self.model.config, SEGMENTED, None)) is not None:
+        if (end := getattr(self.model.config, "segment_end_id", None)) is not None:
             given["token_type_ids"] = _segments(source, end)
         states = self.model(**given, output_hidden_states=True).hidden_states
         outputs = list(states[-self.cfg.depth :])
@@ -93,8 +92,7 @@ def open_hf(folder: str, device: torch.device) -> tuple[HuggingFaceEncoder, Conf
     if reads not in INPUTS:
         raise ValueError(f"hf:{folder}: a model that reads {', '.join(INPUTS)} is needed, this reads {reads}")
     front, data = _reading(model, Path(folder), INPUTS[reads])
-    if (end := _separator(model, folder)) is not None:
-        setattr(model.config, SEGMENTED, end)
+    _read_segments(model.config, Path(folder))
     encoder = HuggingFaceEncoder(model, front).to(device).eval()
     return encoder, Config(preset=f"hf:{folder}", model=encoder.cfg, data=data), Path(folder)
 
@@ -114,15 +112,15 @@ def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
     return open_tokenized(data, tokenizer.backend_tokenizer, cfg.data.block, specials)
 
 
-def _separator(model: Any, folder: str) -> int | None:
-    """What `SEGMENTED` is for a model: BERT and its kin embed two segments, RoBERTa and its kin one."""
-    if getattr(model.config, "type_vocab_size", None) in (None, 0, 1):
-        return None
-    try:
-        tokenizer = import_transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):  # a folder without a tokenizer: there are no texts to read either
-        return None
-    return tokenizer.sep_token_id
+def _read_segments(config: Any, folder: Path) -> None:
+    """Note in the config which token ends a text, as "segment_end_id", where the model embeds which text of a
+    pair a token is of and the tokenizer tells them apart: BERT's does, RoBERTa's does not."""
+    file = folder / "tokenizer.json"
+    if (getattr(config, "type_vocab_size", None) or 0) < 2 or not file.is_file():
+        return
+    pair = load_tokenizer(file).encode("", "")
+    if 1 in pair.type_ids:
+        config.segment_end_id = pair.ids[-1]
 
 
 def _segments(source: Tensor, end: int) -> Tensor:

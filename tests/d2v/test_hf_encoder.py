@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from d2v.cli import main
 from d2v.extract import open_encoder, open_model, token_features
@@ -59,8 +60,6 @@ def saved(name: str, folder: Path) -> Path:
 
 def _tokenizer(folder: Path, specials: list[str], pad: int) -> None:
     """Words by spaces; the padding token has the id that the model's config says."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
     begin, padding, end, unknown = specials
     order = [padding, begin, end] if pad == 0 else [begin, padding, end]
     words = sorted({word for line in LINES for word in line.split()})
@@ -281,6 +280,23 @@ def test_pairs_reach_bert_as_its_own_tokenizer_makes_them(tmp_path: Path) -> Non
     real = ~padding
     torch.testing.assert_close(ours[real], theirs[real], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(without[real], theirs[real], atol=1e-3)
+
+
+@pytest.mark.parametrize("segments", [1, 2])
+def test_roberta_knows_no_segments_whatever_its_table_holds(segments: int, tmp_path: Path) -> None:
+    folder = saved("RoBERTa", tmp_path)
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_str(file.read_text())
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    file.write_text(tokenizer.to_str())
+    config = transformers.RobertaConfig(**MODELS["RoBERTa"][2], type_vocab_size=segments, sep_token_id=2)
+    model = transformers.RobertaModel(config).eval()
+    model.save_pretrained(folder)
+    encoder, _, _ = open_encoder(f"hf:{folder}")
+    pair = torch.tensor([[0, 4, 2, 2, 5, 2]])
+    with torch.no_grad():
+        ours, theirs = encoder.outputs(pair)[0][-1], model(input_ids=pair).last_hidden_state
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
