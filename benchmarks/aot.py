@@ -77,9 +77,7 @@ def users_of(records: Mapping[Use, Iterable[Record]], targets: Sequence[str]) ->
         for each in some:
             name = f"{each.case.preset} {each.case.op} ({each.case.name}) {each.direction}"
             for launch in each.launches:
-                for target in each.targets or targets:
-                    if target not in targets:
-                        continue
+                for target in (one for one in targets if one in (each.targets or targets)):
                     users = found.setdefault(build_of(launch, target), Users(use=use))
                     if name not in users.names:
                         users.names.append(name)
@@ -264,18 +262,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ]
     results = compile_all(sample(users) if args.sample else users, args.processes)
     rows = findings(results, users)
+    if args.compiles:
+        for row in rows:
+            row["problems"] = [text for text in row["problems"] if text.startswith(DOES_NOT_COMPILE)]
 
     def built(launch: Launch) -> Resources | str:
         return results.get(build_of(launch, reference), "left out")
 
     reference = next((target for target in args.targets if target in LIMITS), "")
     papers = []
-    if reference and not args.sample:
+    if reference and not args.sample and not args.compiles:
         papers = [on_paper(each, built, args.eager) for each in records]
-    if args.compiles:
-        wrong += [f"{row['target']} {row['build']}: {text}" for row in rows for text in row["problems"]
-                  if text.startswith(DOES_NOT_COMPILE)]  # fmt: skip
-        return {"schema": SCHEMA, "builds": rows, "papers": papers, "problems": wrong}
     undeclared = sorted({access for paper in papers for access in paper.undeclared})
     wrong += [f"{access}: no bytes declared in TOUCHED (aot_budgets.py)" for access in undeclared]
     wrong += [

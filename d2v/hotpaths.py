@@ -4,8 +4,8 @@ Time is what operators take on a CPU and what kernels and copies take on a GPU; 
 neither. A piece of it belongs to the outermost op range around it ("attention/bwd/triton"), else to the first
 word of the innermost phase, split into matrix products and the rest ("student linear", "backward other").
 A kernel belongs where the operator that launched it belongs; an operator of d2vkern, whose range opens inside
-it, belongs to that. Autograd's own threads open no phases: what has
-no range there belongs to the phase that is open on the thread of the step.
+it, belongs to that. Autograd's own threads open no phases: what has no range there belongs to the phase that
+is open on the thread of the step.
 """
 
 from __future__ import annotations

@@ -28,6 +28,8 @@ class Launch:
     fp_fusion: bool
 
 
+MULTIPROCESSORS = 132
+"""of an H100 or H200"""
 MOST_STAGES_ON_AMD = 2
 """one buffer of a tile in 64 KB of LDS, and one in registers on its way there"""
 
@@ -43,6 +45,12 @@ def record_launches() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorders.remove(launches)
+
+
+def busy(programs: int) -> float:
+    """Share of the multiprocessors that have work when each runs one program at a time."""
+    rounds = -(-programs // MULTIPROCESSORS)
+    return programs / (rounds * MULTIPROCESSORS)
 
 
 def recording() -> bool:

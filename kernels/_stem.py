@@ -8,13 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2vkern.kernels._launch import MULTIPROCESSORS
 from d2vkern.kernels._moments import add_moments
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
 
 WAVE = 16
 """window values up to which a product is made again rather than kept: one step of a matrix instruction"""
-MULTIPROCESSORS = 132
-"""of an H100 or H200"""
 WIDE_ROWS = 128 * MULTIPROCESSORS
 """rows below which tiles of 128 leave multiprocessors without work"""
 

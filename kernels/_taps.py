@@ -17,6 +17,7 @@ tiles. The gradient of x is the same product with taps mirrored and both channel
 is not masked. It is a table of 4 bytes a row, made once per call, for windows of up to 32 taps.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern.kernels._launch import launch
+from d2vkern.kernels._launch import MULTIPROCESSORS, launch
 from d2vkern.kernels._tuning import Config
 
 MOST_TAPS = 32
@@ -201,7 +202,7 @@ def tap_parts(taps: int, tiles: tuple[int, int, int]) -> int:
     All taps of a weight lie next to each other, so fewer programs read less. But a small weight is a matter
     of latency alone, and its programs should not walk over taps one after another.
     """
-    return min(taps, max(1, 528 // (tiles[0] * tiles[1] * tiles[2])))
+    return min(taps, max(1, 4 * MULTIPROCESSORS // math.prod(tiles)))
 
 
 @triton.jit

@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern.kernels._launch import launch
-from d2vkern.kernels._stem import MULTIPROCESSORS
+from d2vkern.kernels._launch import busy, launch
 from d2vkern.kernels._taps import (
     Places,
     Taps,
@@ -169,9 +168,7 @@ def shares_of(taps: Taps, places: Places, itemsize: int, config: Config) -> int:
     products = 2 * places.outputs * values / _FLOPS
 
     def seconds(shares: int) -> float:
-        programs = tiles * taps.groups * shares
-        rounds = triton.cdiv(programs, MULTIPROCESSORS)
-        return products * rounds * MULTIPROCESSORS / programs + 8 * values * shares / _BYTES
+        return products / busy(tiles * taps.groups * shares) + 8 * values * shares / _BYTES
 
     return min(range(1, min(most, _MOST_SHARES) + 1), key=seconds)
 

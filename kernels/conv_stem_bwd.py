@@ -11,7 +11,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
-from d2vkern.kernels._launch import launch
+from d2vkern.kernels._launch import MULTIPROCESSORS, busy, launch
 from d2vkern.kernels._rows import (
     as_rows,
     dense,
@@ -21,7 +21,7 @@ from d2vkern.kernels._rows import (
     row_offset,
     tile_columns,
 )
-from d2vkern.kernels._stem import MULTIPROCESSORS, WIDE_ROWS, packed, product_config, window_start
+from d2vkern.kernels._stem import WIDE_ROWS, packed, product_config, window_start
 from d2vkern.kernels._stem_wave import wave_backward
 from d2vkern.kernels.residual_norm_bwd import _replaced
 
@@ -372,11 +372,7 @@ def _shares(tiles: int, rows: int, values: int, moved: int) -> int:
     """
     light = max(moved // 8 // (8 * values), MULTIPROCESSORS // tiles)
     most = max(1, min(triton.cdiv(_PROGRAMS, tiles), triton.cdiv(rows, 128), light))
-
-    def busy(shares: int) -> float:
-        return tiles * shares / (triton.cdiv(tiles * shares, MULTIPROCESSORS) * MULTIPROCESSORS)
-
-    return max(range(1, most + 1), key=lambda shares: (busy(shares), -shares))
+    return max(range(1, most + 1), key=lambda shares: (busy(tiles * shares), -shares))
 
 
 def _into_weight(x: Tensor, dr: Tensor, stride: int, dw: Tensor) -> None:

@@ -143,8 +143,8 @@ def test_a_large_mean_costs_no_digits(shape: Shape, dtype: torch.dtype, triton_d
     x, weight, *rest = make_case(shape, triton_device, dtype)
     # all output channels see nearly the same filter: their mean is large beside their spread
     weight = (weight.detach() * 0.1 + 1).requires_grad_()
-    # a factor of 3: on a GPU the wave's moments, made of products, are a little behind sums over outputs
-    assert_matches_eager([x, weight, *rest], shape[-1], factor=3.0)
+    # on a GPU the wave's moments, made of products, are a little behind sums over outputs
+    assert_matches_eager([x, weight, *rest], shape[-1], factor=3.0 if x.is_cuda else 2.0)
 
 
 def test_smooth_waves_lose_no_digits(triton_device: torch.device) -> None:

@@ -45,7 +45,7 @@ def test_seven_layers(dtype: torch.dtype, triton_device: torch.device) -> None:
     assert ours[0].shape == (2, WaveformFront(conv_layers=LAYERS).frames(SAMPLES), WIDTH)
     for actual, same_dtype, reference in zip(ours, eager, exact, strict=True):
         # a layer's allowance is 2; seven in a row spread what two equally good roundings differ by
-        assert_no_worse_than_eager(actual, same_dtype, reference, factor=4)
+        assert_no_worse_than_eager(actual, same_dtype, reference, factor=3)
 
 
 def test_a_model_with_padding(triton_device: torch.device) -> None:
