@@ -40,7 +40,8 @@ class RaceOptions:
     seeds: int = 3
     """races"""
     lr_scales: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """factors on the preset's learning rate, tried for every objective before the races"""
+    """factors on the preset's learning rate, tried for every objective before the races, and further out
+    where the smallest or largest is its best; one: taken as it is"""
     search_minutes: float | None = None
     """training time of each trial; none: a third of --minutes"""
     evaluations: int = 10

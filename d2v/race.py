@@ -4,7 +4,8 @@ Contestants take turns: each trains up to its next probe, then the next one does
 machine disturbs all of them. The clock of a contestant runs while it loads and trains, never while it is
 probed. Its schedules run by that clock, from start to end of the budget, so that all have the same time.
 Every objective gets its learning rate from the same few factors on the preset's, tried for a shorter budget
-and judged on held-out training samples; test samples are read in the races alone.
+and judged on held-out training samples; where the best of them is the smallest or the largest, the next one
+beyond is tried too. Test samples are read in the races alone.
 
 Beside them stand the raw input, the untrained encoder, and the encoder trained on the labels from scratch
 (with a linear head, on the labelled training samples alone).
@@ -15,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -42,6 +43,9 @@ from .supervised import SupervisedTrainer
 from .train import pick_device
 
 Entry = Objective | Literal["supervised"]
+
+WIDER = 4
+"""learning rates that a search tries beyond those it was given, at most, for each entry"""
 
 
 @dataclass
@@ -181,7 +185,7 @@ def run_race(
         probe.data and probe.rows say what is probed: all blocks side by side.
     minutes: training time of each contestant in each race; one race for each of `seeds` seeds.
     lr_scales: factors on the preset's learning rate; several are tried for search_minutes each (none: a third
-        of `minutes`).
+        of `minutes`), and up to WIDER more of an entry whose best is the smallest or the largest.
     evaluations: probes of each contestant after that of the untrained encoder.
     Raises ValueError (DataError) before anything is trained.
     """
@@ -264,24 +268,46 @@ def _search(
     search_minutes: float | None,
 ) -> tuple[dict[Entry, float], dict[str, Any]]:
     """Each entry's learning rate, and what was tried: of `scales`, the best on held-out training samples."""
+    scales = sorted(set(scales))
     if len(scales) == 1:
         return {name: cfg.optim.lr * scales[0] for name, cfg in entries.items()}, {}
     seconds = budget / 3 if search_minutes is None else 60 * search_minutes
     held_out = _validation(labelled)
     scores: dict[Entry, dict[float, float]] = {name: {} for name in entries}
-    for scale in scales:
-        print(f"search: learning rate x {scale:g}", flush=True)
-        tried = {name: _with_lr(cfg, cfg.optim.lr * scale) for name, cfg in entries.items()}
+
+    def attempt(wanted: Mapping[Entry, float]) -> None:
+        print("search: " + ", ".join(f"{name} lr x {scale:g}" for name, scale in wanted.items()), flush=True)
+        tried = {name: _with_lr(entries[name], entries[name].optim.lr * x) for name, x in wanted.items()}
         for track in _race(_seeded(tried, 0), data, held_out, out, seconds, 1):
-            scores[track.entry][scale] = track.points[-1].scores["linear/test"]
+            scores[track.entry][wanted[track.entry]] = track.points[-1].scores["linear/test"]
+
+    for scale in scales:
+        attempt(dict.fromkeys(entries, scale))
+    for _ in range(WIDER):
+        further = {name: beyond(found) for name, found in scores.items()}
+        if wider := {name: scale for name, scale in further.items() if scale is not None}:
+            attempt(wider)
     best = {name: max(found, key=lambda scale: found[scale]) for name, found in scores.items()}
     rates = {name: entries[name].optim.lr * scale for name, scale in best.items()}
     return rates, {
         "seconds": seconds,
-        "scales": list(scales),
-        "scores": {name: [found[scale] for scale in scales] for name, found in scores.items()},
+        "scores": {
+            name: {f"{scale:g}": found[scale] for scale in sorted(found)} for name, found in scores.items()
+        },
         "chosen": best,
     }
+
+
+def beyond(scores: Mapping[float, float]) -> float | None:
+    """The next factor to try, one step past the best one where that is the smallest or the largest.
+
+    scores: of at least two factors. The step is the ratio of the two factors at that end.
+    """
+    tried = sorted(scores)
+    best = max(tried, key=lambda scale: scores[scale])
+    if best == tried[0]:
+        return tried[0] * tried[0] / tried[1]
+    return tried[-1] * tried[-1] / tried[-2] if best == tried[-1] else None
 
 
 def _validation(labelled: Labelled) -> Labelled:

@@ -18,7 +18,7 @@ from d2v.cli import main
 from d2v.config import Config, ProbeConfig
 from d2v.data import open_labelled
 from d2v.objectives import for_objective
-from d2v.race import Contestant, run_race
+from d2v.race import WIDER, Contestant, beyond, run_race
 from d2v.race_report import best_of, race_lines, race_rows, ratios, time_to
 from d2v.train import run
 from tests.d2v.test_online_probe import stripes
@@ -86,6 +86,12 @@ def test_ratios_are_of_the_rivals_best() -> None:
     assert len(race_lines(race)) == 1 + len(rows)
 
 
+def test_a_search_goes_on_past_its_best_end() -> None:
+    assert beyond({0.5: 0.1, 1.0: 0.2, 4.0: 0.3}) == 16.0
+    assert beyond({0.5: 0.3, 1.0: 0.2, 4.0: 0.3}) == 0.25  # of equals the smaller
+    assert beyond({0.5: 0.1, 1.0: 0.3, 4.0: 0.2}) is None
+
+
 def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
     data, out = stripes(tmp_path), tmp_path / "race"
     found = run_race(
@@ -108,8 +114,10 @@ def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
     lr = raced().optim.lr
     for entry in entries:
         chosen = found["search"]["chosen"][entry]
-        scores = dict(zip(found["search"]["scales"], found["search"]["scores"][entry], strict=True))
-        assert scores[chosen] == max(scores.values())
+        scores = {float(scale): score for scale, score in found["search"]["scores"][entry].items()}
+        assert {0.5, 1.0} <= scores.keys() and scores[chosen] == max(scores.values())
+        ends = min(scores), max(scores)
+        assert chosen not in ends or len(scores) == 2 + WIDER
         assert {track["lr"] for track in found["tracks"] if track["entry"] == entry} == {lr * chosen}
     assert 0 < found["raw"]["linear/test"] <= 1
     with pytest.raises(ValueError, match="exists already"):
