@@ -31,7 +31,9 @@ class ConvertOptions:
     step: int | None = None
     """of a run's checkpoint; none: the newest, or a fine-tuned run's best"""
     weights: Literal["student", "teacher"] | None = None
-    """hf: of a pretrained model; none: the student's"""
+    """hf: whose encoder transformers reads of a pretrained model; none: the student's"""
+    encoder_only: bool = False
+    """hf: leave out pretraining.safetensors, without which d2v does not open what was pretrained"""
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -40,5 +42,12 @@ def convert(arguments: Sequence[str]) -> int:
 
     from .convert import run_convert
 
-    run_convert(given.run, given.out, given.to, step=given.step, weights=given.weights)
+    run_convert(
+        given.run,
+        given.out,
+        given.to,
+        step=given.step,
+        weights=given.weights,
+        encoder_only=given.encoder_only,
+    )
     return 0

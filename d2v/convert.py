@@ -47,13 +47,15 @@ def run_convert(
     *,
     step: int | None = None,
     weights: Weights | None = None,
+    encoder_only: bool = False,
 ) -> Path:
     """Write the model at `source` to `out`; see `d2v.load` for what source may be.
 
     safetensors: a folder with model.safetensors, config.json and, for text, the tokenizer.json that lies
     beside the source; of a fine-tuned model with labels.json. original: a `.pt` file.
     hf: a folder for transformers, see `d2v.hf.export`. step: of a run's checkpoint; none: the newest, or the
-    best of a fine-tuned one. weights: hf holds the student's (none) or the teacher's; the others hold both.
+    best of a fine-tuned one. weights: whose encoder transformers reads of hf: the student's (none) or the
+    teacher's. encoder_only: hf without what pretraining alone needs; d2v does not open it again.
     Raises CheckpointError for what cannot be read, ValueError for what the target cannot hold and for an
     `out` that exists.
     """
@@ -64,6 +66,8 @@ def run_convert(
         raise ValueError(f"convert: {out} exists already: choose another name")
     if weights is not None and target != "hf":
         raise ValueError(f"convert: weights are chosen for hf alone, {target} holds both")
+    if encoder_only and target != "hf":
+        raise ValueError(f"convert: encoder_only is for hf alone, got {target}")
     model = load(source, step=step)
     if not isinstance(model, Pretraining) and not isinstance(model.backbone, Network):
         raise ValueError(f"convert: {source} has an encoder of transformers: only ours are converted")
@@ -71,7 +75,7 @@ def run_convert(
         save_original(model, out)
     elif target == "hf":
         with _making(out) as folder:
-            _write_hf(model, folder, source, weights or "student")
+            _write_hf(model, folder, source, weights or "student", encoder_only)
     else:
         save_folder(model, out, _home(source))
     print(f"{out}: {sum(t.numel() for t in model.state_dict().values()):,} values")
@@ -94,9 +98,14 @@ def save_folder(model: Pretraining | FineTuned, out: Path, home: Path | None = N
             config["head"] = to_dict(model.head_cfg)
             names += [LABELS, VOCABULARY]
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        for name in names:
-            if home is not None and (home / name).is_file():
-                shutil.copyfile(home / name, folder / name)
+        _take_along(names, home, folder)
+
+
+def _take_along(names: list[str], home: Path | None, folder: Path) -> None:
+    """Copy those of the files that lie in `home`."""
+    for name in names:
+        if home is not None and (home / name).is_file():
+            shutil.copyfile(home / name, folder / name)
 
 
 @contextmanager
@@ -112,7 +121,9 @@ def _making(out: Path) -> Iterator[Path]:
         shutil.rmtree(making, ignore_errors=True)
 
 
-def _write_hf(model: Pretraining | FineTuned, folder: Path, source: Path, weights: Weights) -> None:
+def _write_hf(
+    model: Pretraining | FineTuned, folder: Path, source: Path, weights: Weights, encoder_only: bool
+) -> None:
     """The folder's files, with what lies beside the source: tokenizer, labels, mean and deviation."""
     from .hf.export import write_folder
 
@@ -123,11 +134,14 @@ def _write_hf(model: Pretraining | FineTuned, folder: Path, source: Path, weight
         model,
         folder,
         weights=weights,
+        encoder_only=encoder_only,
         mean=mean,
         std=std,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None,
     )
+    if not isinstance(model, Pretraining):
+        _take_along([LABELS, VOCABULARY], home, folder)
 
 
 def measured(run: Path) -> dict[str, Any]:
@@ -151,51 +165,74 @@ def is_folder(path: Path) -> bool:
 
 
 def load_folder(path: Path) -> Pretraining | FineTuned:
-    """The model of a folder that `save_folder` wrote, or of a fine-tuned one for transformers.
+    """The model of a folder of `run_convert`, for d2v or for transformers.
 
     Shapes are compared before the model is made. Raises CheckpointError naming the wrong file.
     """
-    file, make = path / CONFIG, _maker(path / CONFIG)
-    try:
-        tensors = safetensors.torch.load_file(path / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / WEIGHTS}: damaged: {error}") from error
+    values, make = _maker(path / CONFIG)
+    tensors = _read(path / WEIGHTS)
     try:
         with torch.device("meta"):
             shapes = make()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise CheckpointError(f"{file}: not a converted model: {error}") from error
-    if not isinstance(shapes, Pretraining) and set(tensors) != set(shapes.state_dict()):
-        from .hf.export import theirs
-
-        ours = {theirs(name): name for name in shapes.state_dict()}  # a folder for transformers
-        tensors = {ours.get(name, name): t for name, t in tensors.items()}
+        raise CheckpointError(f"{path / CONFIG}: not a converted model: {error}") from error
+    if "weights" in values or not isinstance(shapes, Pretraining):
+        tensors = _from_hf(path, values, shapes, tensors)
     check_fits(shapes, tensors, path / WEIGHTS)
     model = make()
     fill_model(model, tensors, path / WEIGHTS)
     return model
 
 
-def _maker(file: Path) -> Callable[[], Pretraining | FineTuned]:
-    """What makes the model that a config.json describes."""
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+
+
+def _from_hf(
+    path: Path, values: dict[str, Any], shapes: Pretraining | FineTuned, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A folder's tensors by the names of the model's state dict; those of our own folders have them."""
+    from .hf.export import PRETRAINING, joined, theirs
+
+    if not isinstance(shapes, Pretraining):
+        names = shapes.state_dict().keys()
+        ours = {} if tensors.keys() == names else {theirs(name): name for name in names}
+        return {ours.get(name, name): t for name, t in tensors.items()}
+    if values["weights"] not in ("student", "teacher"):
+        got = values["weights"]
+        raise CheckpointError(f"{path / CONFIG}: weights must be student or teacher, got {got!r}")
+    if not (path / PRETRAINING).is_file():
+        raise CheckpointError(
+            f"{path / PRETRAINING}: missing: the folder holds an encoder alone, for transformers; d2v opens "
+            "what it was made of"
+        )
+    try:
+        return joined(shapes, values["weights"], tensors, _read(path / PRETRAINING))
+    except ValueError as error:  # a teacher where the objective has none
+        raise CheckpointError(f"{path / CONFIG}: not a converted model: {error}") from error
+
+
+def _maker(file: Path) -> tuple[dict[str, Any], Callable[[], Pretraining | FineTuned]]:
+    """What a config.json says of d2v's model, and what makes it."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         if "d2v" in values:
             values = {"format": FORMAT, **values["d2v"]}
-            if "head" not in values:
-                raise ValueError("it holds an encoder alone, for transformers; d2v opens what it was made of")
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, this version reads {FORMAT!r}")
         cfg = from_dict(ModelConfig, values["model"])
         if "head" not in values:
-            return lambda: build_model(cfg)
+            return values, lambda: build_model(cfg)
         from .finetune.config import HeadConfig
         from .finetune.model import FineTuned
 
         head = from_dict(HeadConfig, values["head"], "head")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file}: not a converted model: {error}") from error
-    return lambda: FineTuned(cfg, head)
+    return values, lambda: FineTuned(cfg, head)
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

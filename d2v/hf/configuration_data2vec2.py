@@ -4,7 +4,10 @@ from transformers import PretrainedConfig
 
 
 class Data2Vec2Config(PretrainedConfig):
-    """modality: "image", "audio" or "text"; the fields named after it are read for that one alone."""
+    """modality: "image", "audio" or "text"; the fields named after it are read for that one alone.
+
+    log_mel: of speech that is read as spectra, without convolutions: mels, window, hop, stack, sample_rate.
+    """
 
     model_type = "data2vec2"
 
@@ -22,6 +25,7 @@ class Data2Vec2Config(PretrainedConfig):
         patch_size=16,
         num_channels=3,
         conv_layers=(),
+        log_mel=None,
         position_kernel=19,
         position_groups=16,
         position_layers=5,
@@ -43,6 +47,7 @@ class Data2Vec2Config(PretrainedConfig):
         self.patch_size = patch_size
         self.num_channels = num_channels
         self.conv_layers = [list(layer) for layer in conv_layers]
+        self.log_mel = None if log_mel is None else dict(log_mel)
         self.position_kernel = position_kernel
         self.position_groups = position_groups
         self.position_layers = position_layers
@@ -50,3 +55,11 @@ class Data2Vec2Config(PretrainedConfig):
         self.vocab_size = vocab_size
         self.max_positions = max_positions
         super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    @property
+    def strides(self):
+        """(kernel, stride) of each step from samples to frames."""
+        if self.log_mel is not None:
+            spectra = self.log_mel
+            return [(spectra["window"], spectra["hop"]), (spectra["stack"], spectra["stack"])]
+        return [(kernel, stride) for _, kernel, stride in self.conv_layers]

@@ -2,15 +2,17 @@
 
     AutoModel.from_pretrained(folder, trust_remote_code=True)
 
-It holds the encoder, of the student or of the teacher, or a fine-tuned model with its head; decoder and
-optimizer stay behind. Weights keep their values in fp32. The config carries the model's own config too, so
-that `d2v.load` opens a fine-tuned folder again.
+Its model.safetensors holds the encoder, of student or teacher, or a fine-tuned model with its head. What else
+was pretrained (decoder, heads, the other one's encoder) lies beside it in pretraining.safetensors, which
+transformers does not read. Weights keep their values in fp32, the optimizer stays behind. The config carries
+the model's own config too, so that `d2v.load` opens the folder again.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from ..extract import Weights
 
 CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
+WEIGHTS, PRETRAINING = "model.safetensors", "pretraining.safetensors"
 HEADS = {
     ("classify", "image"): "ImageClassification",
     ("classify", "audio"): "AudioClassification",
@@ -50,6 +53,7 @@ def write_folder(
     folder: Path,
     *,
     weights: Weights = "student",
+    encoder_only: bool = False,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     tokenizer: Path | None = None,
@@ -57,24 +61,23 @@ def write_folder(
 ) -> None:
     """Write every file into the empty `folder`.
 
+    weights: whose encoder transformers reads. encoder_only: leave out pretraining.safetensors, without which
+    `d2v.load` does not open what was pretrained.
     mean, std: of pictures' channels; none: ImageNet's for three channels, 0.5 otherwise. tokenizer: of text.
     labels: class names, or a CTC vocabulary. Raises ValueError for what a folder cannot hold.
     """
-    cfg = model.cfg
-    if isinstance(cfg.front, LogMelFront):
-        raise ValueError("convert: the Hugging Face format has no log-mel front end")
-    tuned = isinstance(model, FineTuned)
-    if tuned and weights == "teacher":
-        raise ValueError("convert: weights must be student for a fine-tuned model, got teacher")
-    tensors = _renamed(model) if isinstance(model, FineTuned) else encoder_weights(model, weights)
-    safetensors.torch.save_file(
-        {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    values = _config(cfg)
-    name = "Model"
-    if isinstance(model, FineTuned):
+    cfg, values, name = model.cfg, _config(model.cfg), "Model"
+    if not isinstance(model, FineTuned):
+        encoder, rest = split(model, weights)
+        _save(encoder, folder / WEIGHTS)
+        if not encoder_only:
+            _save(rest, folder / PRETRAINING)
+        values["d2v"]["weights"] = weights
+    else:
+        if weights == "teacher" or encoder_only:
+            asked = "weights must be student" if weights == "teacher" else "encoder_only must be left out"
+            raise ValueError(f"convert: {asked} for a fine-tuned model")
+        _save(_renamed(model), folder / WEIGHTS)
         head = HEADS[model.head_cfg.task, cfg.modality]
         name = f"For{head}"
         values["d2v"]["head"] = asdict(model.head_cfg)
@@ -89,13 +92,35 @@ def write_folder(
         shutil.copyfile(Path(__file__).parent / file, folder / file)
     if isinstance(cfg.front, ImageFront):
         _write(folder / "preprocessor_config.json", _pictures(cfg.front, mean, std))
-    elif isinstance(cfg.front, WaveformFront):
+    elif isinstance(cfg.front, (WaveformFront, LogMelFront)):
         _write(folder / "preprocessor_config.json", _waves(cfg.front))
         if isinstance(model, FineTuned) and model.head_cfg.task == "ctc" and labels:
             _write(folder / "vocab.json", {letter: number for number, letter in enumerate(labels)})
             _write(folder / "tokenizer_config.json", _letters())
     elif tokenizer is not None:
         _tokens(tokenizer, folder, cfg.front)
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
+    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    safetensors.torch.save_file(whole, file, metadata={"format": "pt"})
+
+
+def split(model: Pretraining, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the encoder's tensors by the student's names, all others by their own)."""
+    encoder = encoder_weights(model, weights)
+    held = set(map(id, encoder.values()))
+    whole = model.state_dict(keep_vars=True)
+    return encoder, {name: t for name, t in whole.items() if id(t) not in held}
+
+
+def joined(
+    shapes: Pretraining, weights: Weights, encoder: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The inverse of `split`: a state dict. shapes: a model of that config, on the meta device."""
+    names = {id(t): name for name, t in shapes.state_dict(keep_vars=True).items()}
+    own = {name: names[id(t)] for name, t in encoder_weights(shapes, weights).items()}
+    return {**rest, **{own.get(name, name): t for name, t in encoder.items()}}
 
 
 def encoder_weights(model: Pretraining, weights: Weights) -> dict[str, Tensor]:
@@ -157,9 +182,12 @@ def _config(cfg: ModelConfig) -> dict[str, Any]:
     if isinstance(front, TextFront):
         positions = {"max_positions": front.max_positions, "pad_token_id": front.pad_id}
         return values | {"vocab_size": front.vocab_size} | positions
-    assert isinstance(front, WaveformFront)
+    if isinstance(front, LogMelFront):
+        spectra = {name: getattr(front, name) for name in ("mels", "window", "hop", "stack", "sample_rate")}
+        values |= {"log_mel": spectra}
+    else:
+        values |= {"conv_layers": [list(layer) for layer in front.conv_layers]}
     return values | {
-        "conv_layers": [list(layer) for layer in front.conv_layers],
         "position_kernel": front.position_kernel,
         "position_groups": front.position_groups,
         "position_layers": front.position_layers,
@@ -193,7 +221,7 @@ def _pictures(
     }
 
 
-def _waves(front: WaveformFront) -> dict[str, Any]:
+def _waves(front: WaveformFront | LogMelFront) -> dict[str, Any]:
     return {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "feature_size": 1,

@@ -68,7 +68,7 @@ class PatchEmbed(nn.Module):
         self.size = tuple(config.image_size)
         self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
 
-    def forward(self, pixel_values):
+    def forward(self, pixel_values, mask=None):
         if tuple(pixel_values.shape[2:]) != self.size:
             raise ValueError(f"pixel_values must be {self.size} pixels, got {tuple(pixel_values.shape[2:])}")
         return self.proj(pixel_values).flatten(2).transpose(1, 2)
@@ -84,12 +84,54 @@ class WaveformEncoder(nn.Module):
             norm = nn.Sequential(nn.Identity(), nn.LayerNorm(width))
             self.conv_layers.append(nn.ModuleDict({"0": conv, "2": norm}))
             channels = width
+        self.width = channels
 
-    def forward(self, input_values):
+    def forward(self, input_values, mask=None):
         x = input_values.unsqueeze(1)
         for layer in self.conv_layers:
             x = F.gelu(layer["2"](layer["0"](x).transpose(1, 2))).transpose(1, 2)
         return x.transpose(1, 2)
+
+
+class LogMelSpectra(nn.Module):
+    """Log-mel spectra, `stack` of them a frame, each band normalised over what is no padding."""
+
+    floor, eps = 1e-2, 1e-5
+
+    def __init__(self, config):
+        super().__init__()
+        for name, value in config.log_mel.items():
+            setattr(self, name, value)
+        self.width = self.mels * self.stack
+
+    def filters(self, bins, device):
+        """[bins, mels]: triangles on the scale 2595 log10(1 + f / 700), up to half the sample rate."""
+        top = 2595.0 * torch.log10(torch.tensor(1.0 + self.sample_rate / 2 / 700.0, device=device))
+        mel = torch.linspace(0.0, 1.0, self.mels + 2, device=device) * top
+        edge = 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
+        frequency = torch.linspace(0.0, self.sample_rate / 2, bins, device=device)[:, None]
+        rising = (frequency - edge[:-2]) / (edge[1:-1] - edge[:-2])
+        falling = (edge[2:] - frequency) / (edge[2:] - edge[1:-1])
+        return torch.minimum(rising, falling).clamp(min=0.0)
+
+    def forward(self, input_values, mask=None):
+        wave = input_values.float()
+        spectra = ((wave.shape[1] - self.window) // self.hop + 1) // self.stack * self.stack
+        size = 1 << (self.window - 1).bit_length()
+        frames = wave.unfold(1, self.window, self.hop)[:, :spectra]
+        window = torch.hann_window(self.window, device=wave.device)
+        power = torch.fft.rfft(frames * window, n=size).abs().square()
+        mel = (power @ self.filters(size // 2 + 1, wave.device) + self.floor).log()
+        weight = torch.ones_like(mel[..., :1])
+        if mask is not None:
+            frames = ((mask.sum(1) - self.window).div(self.hop, rounding_mode="floor") + 1) // self.stack
+            weight = (torch.arange(spectra, device=wave.device) < (frames * self.stack)[:, None])[..., None]
+            weight = weight.to(mel.dtype)
+        count = weight.sum(1, keepdim=True).clamp(min=1.0)
+        centred = mel - (mel * weight).sum(1, keepdim=True) / count
+        variance = (centred.square() * weight).sum(1, keepdim=True) / count
+        mel = centred * (variance + self.eps).rsqrt() * weight
+        return mel.reshape(len(wave), -1, self.width).to(input_values.dtype)
 
 
 class TextEmbedding(nn.Module):
@@ -101,7 +143,7 @@ class TextEmbedding(nn.Module):
         self.embed_positions = nn.Embedding(rows, config.hidden_size, self.pad)
         self.layernorm_embedding = nn.LayerNorm(config.hidden_size)
 
-    def forward(self, input_ids):
+    def forward(self, input_ids, mask=None):
         real = input_ids.ne(self.pad)
         positions = torch.cumsum(real, 1) * real + self.pad
         return self.layernorm_embedding(self.embed_tokens(input_ids) + self.embed_positions(positions))
@@ -137,8 +179,9 @@ class ModalityEncoder(nn.Module):
         elif config.modality == "text":
             self.local_encoder = TextEmbedding(config)
         else:
-            self.local_encoder = WaveformEncoder(config)
-            features = config.conv_layers[-1][0]
+            spectra = config.log_mel is not None
+            self.local_encoder = LogMelSpectra(config) if spectra else WaveformEncoder(config)
+            features = self.local_encoder.width
             self.project_features = nn.Sequential(
                 nn.Identity(), nn.LayerNorm(features), nn.Linear(features, width)
             )
@@ -152,7 +195,7 @@ class ModalityEncoder(nn.Module):
 
     def forward(self, source, mask):
         """Input of the first block, and the bias of attention."""
-        x = self.local_encoder(source)
+        x = self.local_encoder(source, mask)
         if self.config.modality == "image":
             x = x + self.fixed_positional_encoder.positions
         elif self.config.modality == "audio":
@@ -181,7 +224,7 @@ class ModalityEncoder(nn.Module):
         if mask is None:
             return None
         lengths = mask.sum(1)
-        for _, kernel, stride in self.config.conv_layers:
+        for kernel, stride in self.config.strides:
             lengths = torch.where(lengths < kernel, 0, (lengths - kernel) // stride + 1)
         return torch.arange(frames, device=mask.device) < lengths.unsqueeze(1)
 

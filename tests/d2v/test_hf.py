@@ -20,15 +20,16 @@ from torch import Tensor
 import d2v
 from d2v.checkpoint import CheckpointError
 from d2v.cli import main
-from d2v.convert import save_folder, save_original
+from d2v.convert import run_convert, save_folder, save_original
 from d2v.finetune.config import HeadConfig
 from d2v.finetune.model import FineTuned
+from d2v.fronts import LogMelFront
 from d2v.hf.export import write_folder
 from d2v.model import Data2Vec
 from d2v.objectives import for_objective
 from d2v.train import run
-from tests.d2v.test_convert import FRONT, moved
-from tests.d2v.tiny_models import make_source
+from tests.d2v.test_convert import FRONT, assert_same, moved
+from tests.d2v.tiny_models import make_model, make_source
 from tests.d2v.tiny_runs import make_data, tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,6 +78,46 @@ def test_encoders_give_our_features(modality: str, weights: str, tmp_path: Path)
     assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
     other = model.features(source, padding, teacher=weights != "teacher").x
     assert not torch.allclose(out.last_hidden_state[:, extra:], other, atol=1e-3)
+    assert_same(model, d2v.load(tmp_path / "hf"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+def test_pretrained_folders_come_back_in_every_format(weights: str, tmp_path: Path) -> None:
+    model = moved("text")
+    save_original(model, tmp_path / "a.pt")
+    there = ["convert", str(tmp_path / "a.pt"), str(tmp_path / "hf"), "--to", "hf", "--weights", weights]
+    assert main(there) == 0
+    for target, name in (("original", "b.pt"), ("safetensors", "folder"), ("hf", "again")):
+        assert main(["convert", str(tmp_path / "hf"), str(tmp_path / name), "--to", target]) == 0
+        assert_same(model, d2v.load(tmp_path / name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", ["data2vec1", "mae"])
+def test_rivals_come_back(objective: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = d2v.model.build_model(for_objective(tiny("image"), objective).model).eval()  # type: ignore[attr-defined]
+    write_folder(model, tmp_path)
+    source = make_source("image", 2)
+    with torch.no_grad():
+        out = opened(tmp_path)(pixel_values=source).last_hidden_state[:, model.cfg.front.extra_tokens :]
+        torch.testing.assert_close(out, model.features(source).x, atol=2e-5, rtol=1e-5)
+    assert_same(model, d2v.load(tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stack", [1, 2, 3])
+def test_spectra_are_ours(stack: int, tmp_path: Path) -> None:
+    front = LogMelFront(stack=stack, mels=20, position_groups=2, position_layers=2)
+    model = make_model("audio", front=front).eval()
+    write_folder(model, tmp_path)
+    theirs = opened(tmp_path)
+    for source, padding in (padded("audio"), (make_source("audio", 2)[:, :5000], None)):
+        mask = None if padding is None else (~padding).long()
+        with torch.no_grad():
+            out = theirs(input_values=source, attention_mask=mask).last_hidden_state
+            torch.testing.assert_close(out, model.features(source, padding).x, atol=2e-5, rtol=1e-5)
+    assert_same(model, d2v.load(tmp_path))  # type: ignore[arg-type]
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert extractor.sampling_rate == 16_000
 
 
 @pytest.mark.parametrize("heads", [3, 4])
@@ -139,6 +180,16 @@ def test_fine_tuned_models_give_our_logits_and_come_back(case: str, tmp_path: Pa
     save_folder(back, tmp_path / "folder")
     again = d2v.load(tmp_path / "folder")
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_labels_come_back(tmp_path: Path) -> None:
+    save_folder(tuned("audio", HEADS["ctc"][1]), tmp_path / "a")
+    given = {"labels.json": '["<s>", "<pad>", "</s>", "<unk>", "|", "a", "b"]\n', "vocabulary.json": "{}\n"}
+    for name, text in given.items():
+        (tmp_path / "a" / name).write_text(text)
+    run_convert(tmp_path / "a", tmp_path / "hf", "hf")
+    run_convert(tmp_path / "hf", tmp_path / "b", "safetensors")
+    assert {name: (tmp_path / "b" / name).read_text() for name in given} == given
 
 
 @pytest.mark.parametrize("case", ["pictures", "ctc", "regression"])
@@ -222,7 +273,6 @@ def test_the_folder_runs_without_this_package(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "weights", "message"),
     [
-        (lambda: Data2Vec(tiny("audio").model), "student", "no log-mel front end"),
         (
             lambda: tuned("image", HEADS["pictures"][1]),
             "teacher",
@@ -244,10 +294,29 @@ def test_what_a_folder_cannot_hold(
 
 
 def test_folders_that_d2v_does_not_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "hf").mkdir()
-    write_folder(moved("image"), tmp_path / "hf")
+    model = moved("image")
+    save_original(model, tmp_path / "a.pt")
+    alone = ["convert", str(tmp_path / "a.pt"), str(tmp_path / "alone"), "--to", "hf", "--encoder-only"]
+    assert main(alone) == 0
+    assert opened(tmp_path / "alone").config.modality == "image"
     with pytest.raises(CheckpointError, match="holds an encoder alone, for transformers"):
-        d2v.load(tmp_path / "hf")
+        d2v.load(tmp_path / "alone")
+    write_folder(model, tmp_path / "alone")
+    rest = tmp_path / "alone" / "pretraining.safetensors"
+    whole = rest.read_bytes()
+    rest.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"pretraining.safetensors: damaged"):
+        d2v.load(tmp_path / "alone")
+    rest.write_bytes(whole)
+    config = json.loads((tmp_path / "alone" / "config.json").read_text())
+    config["d2v"]["weights"] = "both"
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="weights must be student or teacher, got 'both'"):
+        d2v.load(tmp_path / "alone")
+    config["d2v"]["weights"] = "teacher"  # names of the student's tensors are then in both files
+    (tmp_path / "alone" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="missing"):
+        d2v.load(tmp_path / "alone")
     (tmp_path / "tuned").mkdir()
     write_folder(tuned("image", HEADS["pictures"][1]), tmp_path / "tuned")
     config = json.loads((tmp_path / "tuned" / "config.json").read_text())
@@ -255,7 +324,6 @@ def test_folders_that_d2v_does_not_open(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="2 wrong shape: head.weight"):
         d2v.load(tmp_path / "tuned")
-    save_original(moved("image"), tmp_path / "a.pt")
     wrong = [
         "convert",
         str(tmp_path / "a.pt"),
@@ -267,3 +335,5 @@ def test_folders_that_d2v_does_not_open(tmp_path: Path, capsys: pytest.CaptureFi
     ]
     assert main(wrong) == 2
     assert "weights are chosen for hf alone" in capsys.readouterr().err
+    assert main([*wrong[:-2], "--encoder-only"]) == 2
+    assert "encoder_only is for hf alone" in capsys.readouterr().err
