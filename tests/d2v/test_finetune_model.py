@@ -15,6 +15,7 @@ from torch import Tensor
 
 import d2v
 from d2v.checkpoint import CheckpointError
+from d2v.convert import run_convert
 from d2v.finetune.config import DropConfig, FineTuneConfig, HeadConfig, TuneConfig
 from d2v.finetune.images import soft_cross_entropy
 from d2v.finetune.model import FineTuned, tuned_model_config
@@ -169,6 +170,46 @@ def test_files_of_the_original_load(goldens: Path, modality: str, tmp_path: Path
     assert isinstance(model, FineTuned) and not model.training
     assert model.head_cfg == HeadConfig(task=TASKS[modality], outputs=5)  # type: ignore[arg-type]
     assert torch.equal(model.logits(source), expected.logits(source))
+
+
+@pytest.mark.parametrize("name", ["audio_base", "audio_padded", "text_base"])
+def test_logits_are_the_head_on_the_originals_features(goldens: Path, name: str, tmp_path: Path) -> None:
+    modality = name.partition("_")[0]
+    model = d2v.load(saved_by_the_original(goldens, modality, tmp_path / "ft.pt")[2])
+    case = load(goldens, name)
+    features, padding = case.tensors["feat.x"].double(), case.tensors.get("in.padding_mask")
+
+    def through(x: Tensor, layer: Any) -> Tensor:
+        return x @ layer.weight.double().T + layer.bias.double()
+
+    assert isinstance(model, FineTuned)
+    if modality == "audio":  # wav2vec2_asr.py: a linear layer; padded frames are blank
+        expected = through(features, model.w2v_encoder["proj"])
+        if padding is not None:
+            blank = torch.full((5,), float("-inf"), dtype=torch.float64)
+            blank[0] = 0
+            expected[case.tensors["feat.padding_mask"].bool()] = blank
+    else:  # data2vec_text_classification.py: the first token through dense, tanh, out_proj
+        head: Any = model.classification_heads["sentence_classification_head"]
+        expected = through(torch.tanh(through(features[:, 0], head["dense"])), head["out_proj"])
+    logits = model.logits(case.tensors["in.source"], padding).double()
+    assert torch.equal(logits.isinf(), expected.isinf()) and logits.shape == expected.shape
+    real = expected.isfinite()
+    assert (logits[real] - expected[real]).norm() <= 1e-5 * expected[real].norm()
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "text"])
+def test_saved_files_have_the_originals_keys(goldens: Path, modality: str, tmp_path: Path) -> None:
+    facts = json.loads((goldens / "finetune.json").read_text())[modality]
+    model, _, path = saved_by_the_original(goldens, modality, tmp_path / "ft.pt")
+    run_convert(path, tmp_path / "back.pt", "original")
+    pretrained = load(goldens, f"{modality}_base").weights
+    encoder = {facts["backbone_prefix"] + key for key in pretrained if is_encoder(key)}
+    dropped = {key for key in pretrained if not is_encoder(key) and not key.startswith("_ema.")}
+    assert dropped == {key for key in facts["dropped"] if key != "_ema"}
+    saved = torch.load(tmp_path / "back.pt")["model"]
+    assert saved.keys() == encoder | facts["new_keys"].keys()
+    assert all(torch.equal(saved[key], t) for key, t in model.state_dict().items())
 
 
 def test_damaged_files_of_the_original_are_named(goldens: Path, tmp_path: Path) -> None:
