@@ -26,7 +26,7 @@ def amount(front: Front, batch: Batch) -> float:
     """Samples of a batch in the unit of `data.batch`: for audio, seconds without padding."""
     if not isinstance(front, (WaveformFront, LogMelFront)):
         return len(batch)
-    samples = batch.source.numel() if batch.unpadded is None else batch.unpadded
+    samples = batch.source.numel() if batch.lengths is None else sum(batch.lengths)
     return samples / front.sample_rate
 
 

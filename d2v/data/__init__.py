@@ -55,11 +55,18 @@ class Batch:
     """[B,samples] or [B,T] bool, True where padded"""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """what `Source.finish` needs besides the source (for images: crop boxes and flips)"""
-    unpadded: int | None = None
-    """audio: samples that are not padding, known without asking the device; None: all"""
+    lengths: list[int] | None = None
+    """audio: samples of each row before its padding; None: all"""
+    kept_ids: Tensor | None = None
+    """the ids in the host's memory, from before `to`"""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    @property
+    def host_ids(self) -> Tensor:
+        """The ids in the host's memory; of a batch that `to` took from there no device is waited for."""
+        return self.ids.cpu() if self.kept_ids is None else self.kept_ids
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         mask = None if self.padding_mask is None else f(self.padding_mask)
@@ -68,11 +75,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`; asynchronous from pinned memory."""
-        return self._map(lambda t: t.to(device, non_blocking=True))
+        moved = self._map(lambda t: t.to(device, non_blocking=True))
+        on_host = self.kept_ids is None and self.ids.device.type == "cpu"
+        return replace(moved, kept_ids=self.ids if on_host else self.kept_ids)
 
     def clone(self) -> Batch:
         """A copy that shares nothing."""
-        return self._map(Tensor.clone)
+        kept = None if self.kept_ids is None else self.kept_ids.clone()
+        return replace(self._map(Tensor.clone), kept_ids=kept)
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader when pinning is on."""

@@ -111,8 +111,8 @@ class AudioSource(Source):
         padding = None
         if min(lengths) < samples:
             padding = torch.arange(samples) >= torch.tensor(lengths)[:, None]
-        unpadded = sum(min(length, samples) for length in lengths)
-        return Batch(source, torch.from_numpy(ids), epoch or 0, padding, unpadded=unpadded)
+        kept = [min(length, samples) for length in lengths]
+        return Batch(source, torch.from_numpy(ids), epoch or 0, padding, lengths=kept)
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:

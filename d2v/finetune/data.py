@@ -91,7 +91,7 @@ def _classes(
     parts: dict[str, Part] = {name: split for name, split in labelled.splits.items() if name != "train"}
     return TuneData(
         Loader(source, cfg.data, device),
-        lambda ids: kept[ids.cpu()].to(device),
+        lambda ids: kept[ids].to(device, non_blocking=True),
         parts,
         len(labelled.classes),
         list(labelled.classes),
@@ -149,7 +149,7 @@ def _sentences(
     }
     return TuneData(
         Loader(source, cfg.data, device),
-        lambda ids: kept[ids.cpu()].to(device),
+        lambda ids: kept[ids].to(device, non_blocking=True),
         parts,
         1 if cfg.head.regression else len(targets.classes),
         targets.classes,

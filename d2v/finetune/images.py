@@ -6,6 +6,7 @@ kornia's mixup draws it uniformly. Randomness comes from torch's global generato
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class AugmentedImages(Source):
         pixels = self.source.normalise(pixels)
         if self.augment.erase:
             pixels = erase(pixels, self.augment.erase)
-        return Batch(pixels, batch.ids, batch.epoch)
+        return replace(batch, source=pixels, extra={})
 
 
 def rand_augment(pixels: Tensor, operations: int, magnitude: int) -> Tensor:

@@ -248,17 +248,17 @@ class SpokenPart:
             yield batch.source, batch.padding_mask, [self.texts[i] for i in batch.ids.tolist()]
 
 
-def ctc_loss(logits: Tensor, padded: Tensor | None, labels: Sequence[np.ndarray]) -> Tensor:
+def ctc_loss(logits: Tensor, frames: np.ndarray, labels: Sequence[np.ndarray]) -> Tensor:
     """0-dim fp32: the CTC loss summed over the utterances, infinite ones counted as 0.
 
-    logits: [B,T,V] fp32. padded: [B,T] bool or None. labels: letters of each utterance.
+    logits: [B,T,V] fp32. frames: [B], how many of each utterance are no padding. labels: its letters.
+    No device is waited for.
     Source: fairseq/criterions/ctc.py with zero_infinity.
     """
-    frames = torch.full((len(labels),), logits.shape[1]) if padded is None else (~padded).sum(1).cpu()
     return F.ctc_loss(
         logits.log_softmax(-1).transpose(0, 1),
-        torch.from_numpy(np.concatenate(labels)).to(logits.device),
-        frames,
+        torch.from_numpy(np.concatenate(labels)).to(logits.device, non_blocking=True),
+        torch.from_numpy(frames),
         torch.tensor([len(label) for label in labels]),
         blank=BLANK,
         reduction="sum",

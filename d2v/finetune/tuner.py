@@ -19,8 +19,8 @@ from .. import rng
 from ..backends import use_backends
 from ..data import Batch
 from ..data.loading import generator
+from ..fronts import LogMelFront, WaveformFront
 from ..learner import Learner
-from ..model.frontends import token_lengths
 from ..optim import is_exempt, learning_rate
 from .config import FineTuneConfig
 from .data import CHANNEL_MASK, TIME_MASK, TuneData, span_mask
@@ -83,11 +83,11 @@ class Tuner(Learner[FineTuned]):
 
     def loss(self, batch: Batch, *, train_encoder: bool = True) -> Tensor:
         """0-dim fp32: the task's loss summed over the samples of a batch."""
-        head, labels = self.cfg.head, self.data.labels(batch.ids)
+        head, labels = self.cfg.head, self.data.labels(batch.host_ids)
         if head.task == "ctc":
             masks = self._span_masks(batch)
-            logits, padded = self.model(batch.source, batch.padding_mask, *masks, train_encoder=train_encoder)
-            return ctc_loss(logits, padded, labels)
+            logits, _ = self.model(batch.source, batch.padding_mask, *masks, train_encoder=train_encoder)
+            return ctc_loss(logits, self._frames(batch), labels)
         source, soft = batch.source, None
         if self.model.modality == "image":
             source, soft = mix(source, labels, head.outputs, self.cfg.augment)
@@ -101,9 +101,7 @@ class Tuner(Learner[FineTuned]):
 
     def _span_masks(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Masks over time [B,T] and channels [B,D], drawn by (seed, epoch, utterance)."""
-        span, ids = self.cfg.span, batch.ids.tolist()
-        front = self.cfg.model.front
-        frames = front.frames(batch.source.shape[1])  # type: ignore[union-attr]
+        span, ids, frames = self.cfg.span, batch.host_ids.tolist(), self._frames(batch)
 
         def draw(
             use: int, lengths: np.ndarray, size: int, prob: float, length: int, least: int
@@ -111,14 +109,24 @@ class Tuner(Learner[FineTuned]):
             if not prob:
                 return None
             rngs = [generator(self.cfg.train.seed, use, batch.epoch, i) for i in ids]
-            return torch.from_numpy(span_mask(lengths, size, prob, length, rngs, least)).to(self.device)
+            mask = torch.from_numpy(span_mask(lengths, size, prob, length, rngs, least))
+            return mask.to(self.device, non_blocking=True)
 
-        _, lengths = token_lengths(front, batch.source, batch.padding_mask)
-        real = np.full(len(ids), frames) if lengths is None else lengths.cpu().numpy()
-        width = self.cfg.model.dim
-        time = draw(TIME_MASK, real, frames, span.time_prob, span.time_length, 1)
+        longest, width = self._front.frames(batch.source.shape[1]), self.cfg.model.dim
+        time = draw(TIME_MASK, frames, longest, span.time_prob, span.time_length, 1)
         channels = np.full(len(ids), width)
         return time, draw(CHANNEL_MASK, channels, width, span.channel_prob, span.channel_length, 0)
+
+    def _frames(self, batch: Batch) -> np.ndarray:
+        """[B] frames of each utterance before its padding, without asking the device."""
+        rows, samples = batch.source.shape
+        return np.array([self._front.frames(n) for n in batch.lengths or [samples] * rows])
+
+    @property
+    def _front(self) -> WaveformFront | LogMelFront:
+        front = self.cfg.model.front
+        assert isinstance(front, (WaveformFront, LogMelFront))
+        return front
 
     def report(self, outcome: Outcome) -> dict[str, Any]:
         """The numbers of a log step, read from the device."""

@@ -16,13 +16,15 @@ import torch
 import d2v
 from d2v.checkpoint import CheckpointError
 from d2v.cli import main
-from d2v.data import DataError
+from d2v.data import DataError, Position
 from d2v.finetune.config import FineTuneConfig
+from d2v.finetune.data import open_tune_data
 from d2v.finetune.evaluate import run_eval
 from d2v.finetune.load import read_tuned_config
 from d2v.finetune.model import FineTuned
 from d2v.finetune.recipes import default_recipe, recipe, with_drops
 from d2v.finetune.run import resume_finetune, run_finetune
+from d2v.finetune.tuner import Tuner
 from d2v.presets import preset
 from d2v.progress import read_metrics
 from d2v.train import run
@@ -96,6 +98,45 @@ def config(encoder: Path, modality: str, **train: Any) -> FineTuneConfig:
         data=dataclasses.replace(cfg.data, batch={"image": 16, "audio": 8, "text": 8}[modality], block=24),
     )
     return with_drops(cfg)
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_a_loss_waits_for_no_device(
+    modality: str,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Meta tensors have no values: reading one, as waiting for a GPU does, is an error."""
+    cfg = config(encoders[modality], modality)
+    found = open_tune_data(
+        data[modality], cfg, device=torch.device("cpu"), encoder_dir=encoders[modality], run_dir=tmp_path
+    )
+    cfg = dataclasses.replace(cfg, head=dataclasses.replace(cfg.head, outputs=found.outputs))
+    meta = torch.device("meta")
+    shape = Tuner(cfg, found, meta)
+    batch = next(found.loader.micro_batches(Position(), 8))[0]
+    labels = found.labels
+
+    def moved(ids: torch.Tensor) -> Any:
+        assert ids.device.type == "cpu"
+        given = labels(ids)
+        return given.to(meta) if isinstance(given, torch.Tensor) else given
+
+    def ctc(log_probs: torch.Tensor, targets: torch.Tensor, *lengths: torch.Tensor, **_: Any) -> torch.Tensor:
+        """PyTorch has none for meta tensors; lengths in the host's memory it takes without waiting."""
+        assert targets.device == meta and all(length.device.type == "cpu" for length in lengths)
+        return log_probs.sum()
+
+    monkeypatch.setattr(torch.nn.functional, "ctc_loss", ctc)
+    shape.data = dataclasses.replace(found, labels=moved)
+    loss = shape.loss(batch.to(meta))
+    loss.backward()
+    assert loss.device == meta and loss.shape == ()
+    assert all(p.grad is not None for p in shape.model.parameters() if p.requires_grad)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()
 
 
 @pytest.mark.parametrize("modality", RECIPES)
