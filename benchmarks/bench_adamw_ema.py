@@ -1,4 +1,5 @@
-"""Optimizer step, moving average and low-precision copies over all parameters, against torch's fused AdamW.
+"""Optimizer step, moving average and low-precision copies over all parameters, against torch's fused AdamW; the
+norm of all gradients, against torch's.
 
 eps_mode is torch's, because no peer has fairseq's; the arithmetic is the same. The clip factor is 1, so that
 gradients, which some backends scale in place, stay what they are however often the step is timed.
@@ -15,13 +16,37 @@ from torch import Tensor
 from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Size, normal, parameter_shapes
 from d2v.presets import preset as load_preset
-from d2vkern import AdamWEMA
+from d2vkern import AdamWEMA, grad_norm
 
 
 def cases(preset: str, size: Size, dtype: torch.dtype) -> list[Case]:
-    """With the teacher; in low precision also with copies of parameters and teacher."""
-    plain = _case(preset, None)
-    return [plain] if dtype == torch.float32 else [plain, _case(preset, dtype)]
+    """The norm; the step with the teacher; in low precision also with copies of parameters and teacher."""
+    plain = [_norm(preset), _case(preset, None)]
+    return plain if dtype == torch.float32 else [*plain, _case(preset, dtype)]
+
+
+def _norm(preset: str) -> Case:
+    sizes = parameter_shapes(preset)
+    count = sum(prod(size) for size in sizes)
+
+    def make(device: torch.device) -> Inputs:
+        return {"grads": [normal(device, *size) for size in sizes]}
+
+    def torchs(inputs: Inputs) -> Tensor:
+        return torch.nn.utils.get_total_norm(inputs["grads"])
+
+    return Case(
+        op="grad_norm",
+        name="fp32",
+        preset=preset,
+        shape=f"{len(sizes)} tensors, {count / 1e6:.1f} M",
+        dtype=torch.float32,
+        make=make,
+        call=lambda inputs, backend: grad_norm(inputs["grads"], backend=backend),
+        plain=torchs,
+        forward=Cost(4 * count, 0),
+        peers={"get_total_norm": torchs},
+    )
 
 
 def _case(preset: str, low: torch.dtype | None) -> Case:

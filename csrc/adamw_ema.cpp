@@ -3,7 +3,8 @@
 // Formulas and scalars: adamw.cuh. Rows and threads: tensors.hpp; parameters, moments and teachers fp32, gradients
 // and copies fp32, fp16 or bf16, and each of the last three is there in some rows and not in others. A span is
 // worked on in blocks that stay in the first cache: 40 bytes per element with teacher and 16-bit copies, the
-// floor. Gradients are only read: the clip factor costs no pass. With found_inf set nothing is written.
+// floor; copies larger than the caches are written past them, since only the next step reads them. Gradients are
+// only read: the clip factor costs no pass. With found_inf set nothing is written.
 #include "adamw.cuh"
 #include "tensors.hpp"
 
@@ -17,22 +18,35 @@ enum { kParam, kGrad, kMoment, kSquare, kTeacher, kCopy, kTeacherCopy, kColumns 
 using Row = Rows<kColumns>::Row;
 
 struct Step {
-  static D2V_INLINE void run(const Row& row, int64_t offset, int64_t count, const AdamWScalars& scalars) {
+  static D2V_INLINE void run(const Row& row, int64_t offset, int64_t count, const AdamWScalars& scalars,
+                             bool past_caches) {
     float buffer[kBlock];
     const AdamWScalars s = scalars;
     for (int64_t first = offset; first < offset + count; first += kBlock) {
       const int64_t block = std::min(kBlock, offset + count - first);
       const auto at = [&](int c) { return row.address[c] + first * item_size(row.dtype[c]); };
-      const float* __restrict g = values(row.dtype[kGrad], at(kGrad), buffer, block);
+      const char *grad = at(kGrad), *teacher = row.address[kTeacher] != nullptr ? at(kTeacher) : nullptr;
+      const float* __restrict g = values(row.dtype[kGrad], grad, buffer, block);
       float* __restrict p = reinterpret_cast<float*>(at(kParam));
       float* __restrict m = reinterpret_cast<float*>(at(kMoment));
       float* __restrict v = reinterpret_cast<float*>(at(kSquare));
-      for (int64_t i = 0; i < block; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
-      if (row.address[kCopy] != nullptr) store(row.dtype[kCopy], p, at(kCopy), block);
-      if (row.address[kTeacher] == nullptr) continue;
+      const int64_t whole = block / kLine * kLine;
+      for (int64_t line = 0; line < whole; line += kLine) {
+        prefetch_ahead(p + line);
+        prefetch_ahead(grad + line * item_size(row.dtype[kGrad]));
+        prefetch_ahead(m + line);
+        prefetch_ahead(v + line);
+        if (teacher != nullptr) prefetch_ahead(teacher + 4 * line);
+        for (int64_t i = line; i < line + kLine; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
+      }
+      for (int64_t i = whole; i < block; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
+      if (row.address[kCopy] != nullptr) store(row.dtype[kCopy], p, at(kCopy), block, past_caches);
+      if (teacher == nullptr) continue;
       float* __restrict t = reinterpret_cast<float*>(at(kTeacher));
       for (int64_t i = 0; i < block; ++i) t[i] = lerp(t[i], p[i], s.weight);
-      if (row.address[kTeacherCopy] != nullptr) store(row.dtype[kTeacherCopy], t, at(kTeacherCopy), block);
+      if (row.address[kTeacherCopy] != nullptr) {
+        store(row.dtype[kTeacherCopy], t, at(kTeacherCopy), block, past_caches);
+      }
     }
   }
 };
@@ -60,7 +74,11 @@ void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
       read_number(op, "clip_factor", clip_tensor, clip), read_number(op, "ema_decay", decay_tensor, decay),
       read_number(op, "step", step_tensor, step), read_number(op, "lr", lr_tensor, lr), beta1, beta2, eps,
       weight_decay, fairseq);
-  rows.run([&](const Row& row, int64_t offset, int64_t count) { dispatch<Step>(row, offset, count, scalars); });
+  const bool past_caches = 2 * rows.elements() >= kPastCaches;
+  rows.run([&](const Row& row, int64_t offset, int64_t count) {
+    dispatch<Step>(row, offset, count, scalars, past_caches);
+    fence(past_caches);
+  });
 }
 
 }  // namespace

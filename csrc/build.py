@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-CPU_SOURCES = ("ops.cpp", "ema.cpp", "adamw_ema.cpp", "masks.cpp", "gather.cpp")
+CPU_SOURCES = ("ops.cpp", "ema.cpp", "adamw_ema.cpp", "grad_norm.cpp", "masks.cpp", "gather.cpp")
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 OLDEST_TORCH = (2, 10)
 OLDEST_CUDA = (12, 8)

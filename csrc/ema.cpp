@@ -16,14 +16,21 @@ constexpr int64_t kBlock = 1024;
 
 struct Average {
   static D2V_INLINE void run(float* teacher, const char* student, Dtype student_dtype, char* copy, Dtype copy_dtype,
-                             float weight, int64_t count) {
+                             float weight, int64_t count, bool past_caches) {
     float buffer[kBlock];
     for (int64_t first = 0; first < count; first += kBlock) {
       const int64_t block = std::min(kBlock, count - first);
-      const float* __restrict s = values(student_dtype, student + first * item_size(student_dtype), buffer, block);
+      const char* source = student + first * item_size(student_dtype);
+      const float* __restrict s = values(student_dtype, source, buffer, block);
       float* __restrict t = teacher + first;
-      for (int64_t i = 0; i < block; ++i) t[i] = lerp(t[i], s[i], weight);
-      if (copy != nullptr) store(copy_dtype, t, copy + first * item_size(copy_dtype), block);
+      const int64_t whole = block / kLine * kLine;
+      for (int64_t line = 0; line < whole; line += kLine) {
+        prefetch_ahead(t + line);
+        prefetch_ahead(source + line * item_size(student_dtype));
+        for (int64_t i = line; i < line + kLine; ++i) t[i] = lerp(t[i], s[i], weight);
+      }
+      for (int64_t i = whole; i < block; ++i) t[i] = lerp(t[i], s[i], weight);
+      if (copy != nullptr) store(copy_dtype, t, copy + first * item_size(copy_dtype), block, past_caches);
     }
   }
 };
@@ -34,9 +41,12 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, std::
   Rows<3> rows("ema", {{{"teacher", teacher, nullptr, true, true},
                         {"student", student, nullptr, false, false},
                         {"copies", copies, &copied, true, false}}});
+  const bool past_caches = 2 * rows.elements() >= kPastCaches;
   rows.run([&](const Rows<3>::Row& row, int64_t offset, int64_t count) {
     const auto at = [&](int c) { return row.address[c] ? row.address[c] + offset * item_size(row.dtype[c]) : nullptr; };
-    dispatch<Average>(reinterpret_cast<float*>(at(0)), at(1), row.dtype[1], at(2), row.dtype[2], weight, count);
+    dispatch<Average>(reinterpret_cast<float*>(at(0)), at(1), row.dtype[1], at(2), row.dtype[2], weight, count,
+                      past_caches);
+    fence(past_caches);
   });
 }
 

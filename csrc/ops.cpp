@@ -95,6 +95,7 @@ STABLE_TORCH_LIBRARY(d2vkern_native, m) {
       "int[] teacher_copied, Tensor? found_inf, Tensor? clip_tensor, Tensor? decay_tensor, Tensor? step_tensor, "
       "Tensor? lr_tensor, float clip, float decay, float step, float lr, float beta1, float beta2, float eps, "
       "float weight_decay, bool fairseq) -> ()");
+  m.def("l2_norm(Tensor[] tensors) -> Tensor");
   m.def(
       "ema_update_chunks_(Tensor table, int programs, int chunk, int[] kinds, float decay, Tensor? decay_tensor) "
       "-> ()");

@@ -12,6 +12,24 @@
 
 namespace d2v {
 
+constexpr int64_t kGrain = 16384;  // elements from which on a second thread helps
+
+// Whether the elements fill a block of memory, in whatever order.
+inline bool is_dense(const Tensor& x) {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    if (x.size(i) == 0) return true;
+    if (x.size(i) > 1) dims.emplace_back(x.stride(i), x.size(i));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
 struct Column {
   const char* name;
   const std::vector<Tensor>& tensors;
@@ -45,6 +63,9 @@ class Rows {
     }
   }
 
+  // Elements of all rows together.
+  int64_t elements() const { return starts_.back(); }
+
   // body(row, offset, count) for spans that cover every element once; writes what was staged back.
   template <class Function>
   void run(const Function& body) {
@@ -62,8 +83,6 @@ class Rows {
   }
 
  private:
-  static constexpr int64_t kGrain = 16384;
-
   void place(const Column& column, int c, std::vector<std::array<const Tensor*, kColumns>>& tensors) const {
     const int64_t count = static_cast<int64_t>(column.tensors.size()), all = static_cast<int64_t>(tensors.size());
     const int64_t expected = column.rows ? static_cast<int64_t>(column.rows->size()) : all;
@@ -99,22 +118,6 @@ class Rows {
     const auto x = a.strides(), y = b.strides(), sizes = a.sizes();
     for (size_t i = 0; i < sizes.size(); ++i) {
       if (sizes[i] > 1 && x[i] != y[i]) return false;
-    }
-    return true;
-  }
-
-  // Whether the elements fill a block of memory, in whatever order.
-  static bool is_dense(const Tensor& x) {
-    std::vector<std::pair<int64_t, int64_t>> dims;
-    for (int64_t i = 0; i < x.dim(); ++i) {
-      if (x.size(i) == 0) return true;
-      if (x.size(i) > 1) dims.emplace_back(x.stride(i), x.size(i));
-    }
-    std::sort(dims.begin(), dims.end());
-    int64_t expected = 1;
-    for (const auto& [stride, size] : dims) {
-      if (stride != expected) return false;
-      expected *= size;
     }
     return true;
   }

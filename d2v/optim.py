@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config import Config, EMAConfig, OptimConfig
-from d2vkern.ops.adamw_ema import AdamWEMA
+from d2vkern.ops.adamw_ema import AdamWEMA, grad_norm
 from d2vkern.ops.ema import annealed_decay
 
 
@@ -60,7 +60,7 @@ def clip_factor(
     gradients, and scale * min(1, max_norm / norm); max_norm None is no clipping. A NaN or inf gradient shows
     in the norm.
     """
-    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) * scale
+    norm = grad_norm([p.grad for p in params if p.grad is not None]) * scale
     factor = torch.ones_like(norm) * scale
     if max_norm is not None:
         factor = factor * (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)

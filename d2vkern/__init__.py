@@ -5,7 +5,7 @@ Backends: ``backend=`` argument, ``use_backend(...)``, environment ``D2VKERN_BAC
 """
 
 from d2vkern._backend import BackendError, use_backend
-from d2vkern.ops.adamw_ema import AdamWEMA
+from d2vkern.ops.adamw_ema import AdamWEMA, grad_norm
 from d2vkern.ops.attention import multimask_attention
 from d2vkern.ops.conv_block import conv_block_1d, conv_block_2d
 from d2vkern.ops.conv_stem import conv_stem
@@ -32,6 +32,7 @@ __all__ = [
     "ema_update_",
     "gather_tokens",
     "gelu_mlp",
+    "grad_norm",
     "inverse_block_mask",
     "layer_targets",
     "masked_regression_loss",

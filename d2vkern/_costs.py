@@ -223,6 +223,10 @@ def adamw_ema(
     return Cost(bucket(tensors=len(params), values=sum(p.numel() for p in params)), moved)
 
 
+def grad_norm(grads: list[Tensor]) -> Cost:
+    return Cost(bucket(tensors=len(grads), values=sum(g.numel() for g in grads)), _nbytes(*grads))
+
+
 def _rows(table: Tensor | None) -> int:
     return 0 if table is None else table.shape[0]
 

@@ -32,6 +32,7 @@ OPS = (
     "ema_update_chunks_",
     "gather_bwd",
     "gather_fwd",
+    "l2_norm",
     "masks_fwd",
     "scatter_bwd",
     "scatter_fwd",

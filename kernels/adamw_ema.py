@@ -34,6 +34,7 @@ from d2vkern.kernels._chunks import NONE, address_of, find_chunk, lerp, pointer
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._table import Column, table_of
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
+from d2vkern.reference.adamw_ema import grad_norm as grad_norm  # PyTorch's is a launch or a few
 
 
 @triton.jit

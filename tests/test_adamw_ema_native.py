@@ -191,6 +191,21 @@ def test_threads_and_instruction_sets_change_no_bit() -> None:
         assert_same_bits(results[0], other)
 
 
+@pytest.mark.parametrize("low", DTYPES, ids=str)
+def test_copies_that_are_written_past_the_caches(low: torch.dtype) -> None:
+    """32 MB and more of them, in rows that begin and end between vectors."""
+    count = 2**24 + 37
+    state = State([(count,), (3,), (1,)])
+    state.copies = [torch.empty(count, dtype=low), torch.empty(4, dtype=low)[1:], None]
+    state.teachers = [torch.randn(count), torch.randn(3), torch.randn(1)]
+    state.teacher_copies = [torch.empty(count + 1, dtype=low)[1:], None, torch.empty(1, dtype=low)]
+    state.run(kernel, 3.0)
+    for written, source in ((state.copies, state.params), (state.teacher_copies, state.teachers)):
+        for copied, x in zip(written, source, strict=True):
+            if copied is not None and x is not None:
+                assert_bitwise_equal(copied, x.to(low))
+
+
 def test_layouts() -> None:
     """Dense ones are walked in memory order; rows of several are copied there and back."""
     state = State([(12, 10), (12, 10), (12, 10)])

@@ -1,5 +1,7 @@
 """AdamW, teacher and copies in one pass by the compiled extension: csrc/adamw_ema.cpp and csrc/adamw_ema.cu.
 
+The norm of gradients is csrc/grad_norm.cpp's on CPUs and PyTorch's on CUDA, where it is a launch or a few.
+
 On CUDA the addresses wait in a table on the device, made here (kernels/_table.py) when one of them is new.
 """
 
@@ -13,6 +15,7 @@ from d2vkern import _costs, _native
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._table import Column, table_of
 from d2vkern.native.ema import changed, present
+from d2vkern.reference import adamw_ema as eager
 
 CHUNK = 8192
 """elements that a block of threads does"""
@@ -47,6 +50,7 @@ def _run_cuda(
 
 _step = _native.op("adamw_ema_", lambda *arguments: None)
 _native.implement_cuda("adamw_ema_", _run_cuda)
+_norm = _native.op("l2_norm", lambda tensors: tensors[0].new_empty((), dtype=torch.float32))
 
 
 @op_range("adamw_ema/fwd/native", _costs.adamw_ema)
@@ -102,3 +106,13 @@ def adamw_ema_(
         eps_mode == "fairseq",
     )
     changed(device, params, exp_avgs, exp_avg_sqs, taught, low, taught_low)
+
+
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """Arguments as d2vkern.reference.adamw_ema's."""
+    return _cpu_norm(grads) if all(g.device.type == "cpu" for g in grads) else eager.grad_norm(grads)
+
+
+@op_range("grad_norm/fwd/native", _costs.grad_norm)
+def _cpu_norm(grads: list[Tensor]) -> Tensor:
+    return _norm(grads)

@@ -14,13 +14,37 @@ from torch import Tensor
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_choice, check_dtype, check_range, check_shape
-from d2vkern._shards import check_same_shards, local, replicated
+from d2vkern._shards import check_same_shards, is_sharded, local, replicated
 from d2vkern.ops.ema import check_lists, ema_update_
 from d2vkern.reference.adamw_ema import decay_unless
 
 _MASTER_DTYPES = (torch.float32, torch.float64)
 _Attached = Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
 _T = TypeVar("_T")
+
+
+@torch.no_grad()
+def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """L2 norm of all gradients together: what clipping compares with its limit.
+
+    grads: any floating dtypes, shapes and layouts; on several devices, too.
+    Returns a 0-dim tensor on the first one's device, fp32 (fp64 where one of them is fp64), not read on the
+    host; a NaN or inf shows in it. No gradients have norm 0. Of DTensors it is a DTensor, whose parts
+    `AdamWEMA.step` adds up.
+    Source: torch.nn.utils.get_total_norm, whose CPU kernel works on one thread and adds up in fp32 (five
+    digits of a base model's gradients are right); backend "native" takes all threads and keeps all digits.
+
+    Raises TypeError for tensors that are not floating.
+    """
+    grads = list(grads)
+    if not grads:
+        return torch.zeros(())
+    for i, g in enumerate(grads):
+        if g.dtype not in FLOATS:
+            check_dtype("grad_norm", f"grads[{i}]", g)
+    if any(map(is_sharded, grads)):
+        return torch.nn.utils.get_total_norm(grads)
+    return select("adamw_ema", backend, *grads).grad_norm(grads)
 
 
 class _History(NamedTuple):

@@ -10,6 +10,7 @@ alone) and every split into chunks of 64 Ki to 2 Mi elements, which might keep p
 more (78 to 98 ms).
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -199,3 +200,14 @@ def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) 
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype)
     return torch.full((), value, dtype=dtype, device=device)
+
+
+@op_range("grad_norm/fwd/eager", _costs.grad_norm)
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """0-dim, on the first gradient's device: fp32, or fp64 where one of them is."""
+    wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    groups: defaultdict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for g in grads:
+        groups[g.dtype, g.device].append(g.detach())
+    norms = [norm for group in groups.values() for norm in torch._foreach_norm(group, 2.0, wide)]
+    return torch.linalg.vector_norm(torch.stack([norm.to(grads[0].device) for norm in norms]))

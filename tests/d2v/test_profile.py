@@ -184,7 +184,7 @@ def test_a_compiled_model_keeps_the_phases_around_it() -> None:
     trace = max(traces, key=lambda trace: trace.coverage)
     assert trace.coverage >= 0.98
     ops = {name for name in trace.rows if "/" in name}
-    assert ops == {"masks/fwd/eager", "adamw_ema/fwd/eager"}
+    assert ops == {"masks/fwd/eager", "grad_norm/fwd/eager", "adamw_ema/fwd/eager"}
     phases = {name.split()[0] for name in trace.rows} - ops
     assert phases == {"masks", "forward", "backward", "loss", "optimizer"}
 
