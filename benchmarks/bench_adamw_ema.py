@@ -1,5 +1,6 @@
-"""Optimizer step, moving average and low-precision copies over all parameters, against torch's fused AdamW; the
-norm of all gradients, against torch's.
+"""Optimizer step, moving average and low-precision copies over all parameters, against torch's fused AdamW.
+
+And the norm of all gradients, against torch's.
 
 eps_mode is torch's, because no peer has fairseq's; the arithmetic is the same. The clip factor is 1, so that
 gradients, which some backends scale in place, stay what they are however often the step is timed.

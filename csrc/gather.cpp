@@ -133,6 +133,20 @@ void check_index(const char* op, const Tensor& x, const char* name) {
 
 int64_t rows_in_grain(int64_t bytes) { return 1 + 65536 / std::max<int64_t>(1, bytes); }
 
+// x + positions, each sum once: clones read the same ones. Worth it where the conversions cost more than memory.
+Tensor positioned(const Tensor& x, const Tensor& positions, Dtype dtype) {
+  const int64_t item = item_size(dtype), tokens = x.size(1), width = x.size(2), bytes = width * item;
+  Tensor sum = new_empty(x, {x.size(0), tokens, width});
+  const Table from(x, item), place(positions, item);
+  auto* into = static_cast<char*>(sum.data_ptr());
+  in_threads(x.size(0) * tokens, rows_in_grain(bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      add_rows(dtype, into + i * bytes, from.row(i / tokens, i % tokens), place.row(0, i % tokens), nullptr, width);
+    }
+  });
+  return sum;
+}
+
 // out [N, E + K, D], as in the header; without `extra` the first `extras` rows of each n become 0.
 void pick(const char* op, Tensor& out, const Tensor& x, const Tensor& ids_keep, int64_t clones, int64_t extras,
           const Optional& extra, const Optional& positions, const Optional& per_mask) {
@@ -140,6 +154,9 @@ void pick(const char* op, Tensor& out, const Tensor& x, const Tensor& ids_keep, 
   const int64_t item = item_size(dtype), rows = out.size(0), seen = out.size(1), width = out.size(2);
   const int64_t kept = ids_keep.size(1), tokens = x.size(1), bytes = width * item;
   if (out.numel() == 0) return;
+  if (dtype != kFloat32 && positions.has_value() && ids_keep.numel() > x.size(0) * tokens) {
+    return pick(op, out, positioned(x, *positions, dtype), ids_keep, clones, extras, extra, std::nullopt, per_mask);
+  }
   const Tensor keep = dense(ids_keep);
   const auto* ids = static_cast<const int32_t*>(keep.data_ptr());
   const Table from(x, item);
@@ -167,6 +184,7 @@ void pick(const char* op, Tensor& out, const Tensor& x, const Tensor& ids_keep, 
       if (place.data == nullptr && own.data == nullptr) {
         dispatch<CopyRow>(target, source, bytes, past_caches);
       } else {
+        prefetch_for_writing(target, bytes);
         add_rows(dtype, target, source, place.data ? place.row(0, t) : nullptr, own.data ? own.row(n, t) : nullptr,
                  width);
       }
@@ -225,18 +243,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_bwd(Tensor dout, Tensor slot, 
   auto *into_rows = static_cast<char*>(dper_mask.data_ptr()), *into_extra = static_cast<char*>(dextra.data_ptr());
   std::atomic<bool> outside{false};
 
+  // What arrives at token t of version n; null: it is masked.
+  const auto row_of = [&](int64_t n, int64_t t) -> const char* {
+    const int64_t place = places[n * tokens + t];
+    if (place >= kept) outside = true;
+    return place >= 0 && place < kept ? from.row(n, extras + place) : nullptr;
+  };
   // Token t of samples first .. last - 1; their sum goes to `total`, if any.
   const auto tokens_of = [&](int64_t t, int64_t first, int64_t last, std::vector<float>& sum, double* total,
                              const std::vector<char>& zeros) {
     for (int64_t b = first; b < last; ++b) {
       std::fill(sum.begin(), sum.end(), 0.0f);
-      for (int64_t n = b * clones; n < (b + 1) * clones; ++n) {
-        const int64_t place = places[n * tokens + t];
-        if (place >= kept) outside = true;
-        const bool seen = place >= 0 && place < kept;
-        const char* row = seen ? from.row(n, extras + place) : zeros.data();
-        if (seen && (need_x || total != nullptr)) dispatch<Accumulate>(sum.data(), row, dtype, width);
-        if (need_rows) dispatch<CopyRow>(into_rows + (n * tokens + t) * bytes, row, bytes, false);
+      const int64_t end = (b + 1) * clones;
+      const char* row = row_of(b * clones, t);
+      for (int64_t n = b * clones; n < end; ++n) {
+        const char* next = n + 1 < end ? row_of(n + 1, t) : nullptr;  // far from this one: asked for by hand
+        if (next != nullptr) prefetch(next, bytes);
+        if (row != nullptr && (need_x || total != nullptr)) dispatch<Accumulate>(sum.data(), row, dtype, width);
+        if (need_rows) {
+          dispatch<CopyRow>(into_rows + (n * tokens + t) * bytes, row != nullptr ? row : zeros.data(), bytes, false);
+        }
+        row = next;
       }
       if (need_x) dispatch<Store>(into_x + (b * tokens + t) * bytes, sum.data(), dtype, width);
       if (total != nullptr) dispatch<AccumulateWide>(total, reinterpret_cast<const char*>(sum.data()), kFloat32, width);
