@@ -30,16 +30,17 @@ struct Step {
       float* __restrict p = reinterpret_cast<float*>(at(kParam));
       float* __restrict m = reinterpret_cast<float*>(at(kMoment));
       float* __restrict v = reinterpret_cast<float*>(at(kSquare));
-      const int64_t whole = block / kLine * kLine;
-      for (int64_t line = 0; line < whole; line += kLine) {
-        prefetch_ahead(p + line);
-        prefetch_ahead(grad + line * item_size(row.dtype[kGrad]));
-        prefetch_ahead(m + line);
-        prefetch_ahead(v + line);
-        if (teacher != nullptr) prefetch_ahead(teacher + 4 * line);
-        for (int64_t i = line; i < line + kLine; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
+      for (int64_t part = 0; part < block; part += kPart) {
+        for (int64_t line = part; line < part + kPart; line += kLine) {
+          prefetch_ahead(p + line);
+          prefetch_ahead(grad + line * item_size(row.dtype[kGrad]));
+          prefetch_ahead(m + line);
+          prefetch_ahead(v + line);
+          if (teacher != nullptr) prefetch_ahead(teacher + 4 * line);
+        }
+        const int64_t end = std::min(block, part + kPart);
+        for (int64_t i = part; i < end; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
       }
-      for (int64_t i = whole; i < block; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
       if (row.address[kCopy] != nullptr) store(row.dtype[kCopy], p, at(kCopy), block, past_caches);
       if (teacher == nullptr) continue;
       float* __restrict t = reinterpret_cast<float*>(at(kTeacher));

@@ -124,6 +124,7 @@ D2V_INLINE void store(Dtype dtype, const float* from, void* into, int64_t count)
 // or much is written. These ask for what comes kAhead bytes later; beyond the end of an array that does nothing.
 constexpr int64_t kAhead = 2048;
 constexpr int64_t kLine = 16;  // fp32 values of a cache line
+constexpr int64_t kPart = 64;  // values that a loop does between asking: one of kLine alone is not vectorised
 
 D2V_INLINE void prefetch_ahead(const void* address) { __builtin_prefetch(static_cast<const char*>(address) + kAhead); }
 
@@ -157,10 +158,10 @@ D2V_INLINE void copy_row(void* into, const void* from, int64_t bytes, bool past_
 // `store`, past the caches where the whole output is larger than they are.
 D2V_INLINE void store(Dtype dtype, const float* from, void* into, int64_t count, bool past_caches) {
   if (!past_caches) return store(dtype, from, into, count);
-  constexpr int64_t kPart = 512;
-  alignas(16) uint16_t narrowed[kPart];
-  for (int64_t first = 0; first < count; first += kPart) {
-    const int64_t part = std::min(kPart, count - first), bytes = part * item_size(dtype);
+  constexpr int64_t kNarrowed = 512;
+  alignas(16) uint16_t narrowed[kNarrowed];
+  for (int64_t first = 0; first < count; first += kNarrowed) {
+    const int64_t part = std::min(kNarrowed, count - first), bytes = part * item_size(dtype);
     const void* source = from + first;
     if (dtype != kFloat32) {
       store(dtype, from + first, narrowed, part);

@@ -23,13 +23,14 @@ struct Average {
       const char* source = student + first * item_size(student_dtype);
       const float* __restrict s = values(student_dtype, source, buffer, block);
       float* __restrict t = teacher + first;
-      const int64_t whole = block / kLine * kLine;
-      for (int64_t line = 0; line < whole; line += kLine) {
-        prefetch_ahead(t + line);
-        prefetch_ahead(source + line * item_size(student_dtype));
-        for (int64_t i = line; i < line + kLine; ++i) t[i] = lerp(t[i], s[i], weight);
+      for (int64_t part = 0; part < block; part += kPart) {
+        for (int64_t line = part; line < part + kPart; line += kLine) {
+          prefetch_ahead(t + line);
+          prefetch_ahead(source + line * item_size(student_dtype));
+        }
+        const int64_t end = std::min(block, part + kPart);
+        for (int64_t i = part; i < end; ++i) t[i] = lerp(t[i], s[i], weight);
       }
-      for (int64_t i = whole; i < block; ++i) t[i] = lerp(t[i], s[i], weight);
       if (copy != nullptr) store(copy_dtype, t, copy + first * item_size(copy_dtype), block, past_caches);
     }
   }

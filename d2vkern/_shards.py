@@ -4,7 +4,7 @@ No process waits for another in these functions but `replicated`.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,13 +14,21 @@ _Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 
 def is_sharded(value: object) -> bool:
     """Whether a value is a DTensor; torch.distributed.tensor is not imported for the question."""
+    return any_sharded((value,))
+
+
+def any_sharded(values: Iterable[object]) -> bool:
+    """Whether one of them is; hundreds of tensors a step are asked, so the question is short."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
+    if module is None:
+        return False
+    kind = module.DTensor
+    return any(isinstance(value, kind) for value in values)
 
 
 def local(tensors: Sequence[_Maybe]) -> list[_Maybe]:
     """The part of each tensor that this process holds; of plain tensors all."""
-    if "torch.distributed.tensor" not in sys.modules:  # the usual case: no question per tensor
+    if not any_sharded(tensors):
         return list(tensors)
     return [_local(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
 

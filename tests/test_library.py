@@ -143,7 +143,7 @@ CASES = {
     "grad_norm": Case(
         "adamw_ema",
         lambda *grads: (d2vkern.grad_norm(grads),),
-        lambda t: (torch.randn(t, 3), torch.randn(t, dtype=torch.bfloat16)),
+        lambda t: (torch.randn(t, 3), torch.randn(t, dtype=torch.float16)),
     ),
 }
 # Objects that hold modules or optimizer state: compiled as a step below.

@@ -22,7 +22,11 @@ from d2vkern._nvtx import Tally, force_ranges, op_range, phase, requested, tally
 CPU = torch.device("cpu")
 # Ops whose backward nobody differentiates, and ops that are there twice under one stem.
 FORWARD_ONLY = {"masks", "targets", "ema", "adamw_ema"}
-RANGES = {stem: (stem, "scatter") if stem == "gather" else (stem,) for stem in STEMS}
+RANGES: dict[str, tuple[str, ...]] = {
+    **{stem: (stem,) for stem in STEMS},
+    "gather": ("gather", "scatter"),
+    "adamw_ema": ("adamw_ema", "grad_norm"),
+}
 
 
 class Domain:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_choice, check_dtype, check_range, check_shape
-from d2vkern._shards import check_same_shards, is_sharded, local, replicated
+from d2vkern._shards import any_sharded, check_same_shards, local, replicated
 from d2vkern.ops.ema import check_lists, ema_update_
 from d2vkern.reference.adamw_ema import decay_unless
 
@@ -42,7 +42,7 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     for i, g in enumerate(grads):
         if g.dtype not in FLOATS:
             check_dtype("grad_norm", f"grads[{i}]", g)
-    if any(map(is_sharded, grads)):
+    if any_sharded(grads):
         return torch.nn.utils.get_total_norm(grads)
     return select("adamw_ema", backend, *grads).grad_norm(grads)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_dtype, check_range, check_same_device, check_shape
-from d2vkern._shards import check_same_shards, is_sharded, local
+from d2vkern._shards import any_sharded, check_same_shards, local
 from d2vkern.ops._averages import TorchRule, annealed_decay, make_rule, unwrapped
 
 __all__ = ["EMA", "annealed_decay", "check_lists", "ema_update_"]
@@ -211,9 +211,11 @@ class EMA(nn.Module):
                     f"ema: student must have the {kind} of the averaged module, got a difference at {odd}"
                 )
             for name, tensor in theirs.items():
-                check_shape("ema", name, tensor, tuple(ours[name].shape), like="the averaged module's")
-                pair = ours[name], tensor.to(ours[name].device)
-                (averaged if self.rule.averages(tensor, kind == "buffers") else copied).append(pair)
+                mine = ours[name]
+                if tensor.shape != mine.shape:
+                    check_shape("ema", name, tensor, tuple(mine.shape), like="the averaged module's")
+                there = tensor if tensor.device == mine.device else tensor.to(mine.device)
+                (averaged if self.rule.averages(tensor, kind == "buffers") else copied).append((mine, there))
         return averaged, copied
 
 
@@ -226,6 +228,7 @@ def check_lists(
             raise ValueError(
                 f"{op}: {name} must have {len(teacher)} tensors like teacher, got {len(tensors)}"
             )
+    sharded = any_sharded(teacher) or any_sharded(student) or any_sharded(copies)
     for index, (t, s, low) in enumerate(zip(teacher, student, copies, strict=True)):
         if t.dtype not in _TEACHER_DTYPES:
             raise ValueError(
@@ -241,5 +244,5 @@ def check_lists(
                 check_shape(op, name, tensor, tuple(t.shape), like=f"teacher[{index}]")
                 check_dtype(op, name, tensor)
                 check_same_device(op, **{f"teacher[{index}]": t, name: tensor})
-            if is_sharded(t) or is_sharded(tensor):
+            if sharded:
                 check_same_shards(op, f"{kind}[{index}]", tensor, f"teacher[{index}]", t)
