@@ -77,7 +77,7 @@ void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
       weight_decay, fairseq);
   const bool past_caches = 2 * rows.elements() >= kPastCaches;
   rows.run([&](const Row& row, int64_t offset, int64_t count) {
-    dispatch<Step>(row, offset, count, scalars, past_caches);
+    dispatch_wide<Step>(row, offset, count, scalars, past_caches);
     fence(past_caches);
   });
 }

@@ -1,10 +1,10 @@
 // How the CPU kernels are run: instruction sets chosen while running, threads, conversions of 16-bit floats.
 //
 // One library serves every x86-64: what a kernel does to a span of memory is a struct with an always-inlined
-// `run`, compiled once for the baseline and once for AVX2, and `dispatch` takes the better one. The compiler
-// vectorises; contraction to fused multiply-adds is off, so all versions give the same bits. Loops over memory
-// are bound by memory, and the philox rounds by the multiplier's 256 bits, so there is no version for AVX-512.
-// Elsewhere (arm64) the baseline is all there is.
+// `run`, compiled once for the baseline and once for AVX2, and `dispatch` takes the better one; `dispatch_wide`
+// knows AVX-512, too, for what makes more than a load and a store of each value. The compiler vectorises;
+// contraction to fused multiply-adds is off, so all versions give the same bits. Copies are bound by memory, and
+// the philox rounds by the multiplier's 256 bits. Elsewhere (arm64) the baseline is all there is.
 #pragma once
 
 #include "checks.hpp"
@@ -22,7 +22,8 @@
 
 namespace d2v {
 
-// 0 baseline, 1 AVX2; what the processor has, unless the op `cpu_level` has lowered it.
+// 0 baseline, 1 AVX2, 2 AVX-512 of processors that do not slow down for it (those with its bf16 instructions); what
+// the processor has, unless the op `cpu_level` has lowered it.
 int32_t cpu_level();
 
 template <class Body, class... Arguments>
@@ -37,12 +38,28 @@ __attribute__((noinline, target("avx2,fma,f16c,bmi2"))) void run_avx2(const Argu
 }
 #endif
 
+#if defined(__x86_64__)
+template <class Body, class... Arguments>
+__attribute__((noinline, target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) void
+run_avx512(const Arguments&... arguments) {
+  Body::run(arguments...);
+}
+#endif
+
 template <class Body, class... Arguments>
 void dispatch(const Arguments&... arguments) {
 #if defined(__x86_64__)
   if (cpu_level() > 0) return run_avx2<Body>(arguments...);
 #endif
   run_baseline<Body>(arguments...);
+}
+
+template <class Body, class... Arguments>
+void dispatch_wide(const Arguments&... arguments) {
+#if defined(__x86_64__)
+  if (cpu_level() > 1) return run_avx512<Body>(arguments...);
+#endif
+  dispatch<Body>(arguments...);
 }
 
 // Storage of each dtype, and branch-free conversions that vectorise. Rounding is to nearest even.

@@ -45,7 +45,7 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, std::
   const bool past_caches = 2 * rows.elements() >= kPastCaches;
   rows.run([&](const Rows<3>::Row& row, int64_t offset, int64_t count) {
     const auto at = [&](int c) { return row.address[c] ? row.address[c] + offset * item_size(row.dtype[c]) : nullptr; };
-    dispatch<Average>(reinterpret_cast<float*>(at(0)), at(1), row.dtype[1], at(2), row.dtype[2], weight, count,
+    dispatch_wide<Average>(reinterpret_cast<float*>(at(0)), at(1), row.dtype[1], at(2), row.dtype[2], weight, count,
                       past_caches);
     fence(past_caches);
   });

@@ -79,7 +79,7 @@ Tensor l2_norm(std::vector<Tensor> tensors) {
   std::vector<double> sums(count);
   in_threads(count, 1 + count * kGrain / std::max<int64_t>(1, elements), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      dispatch<SquareSum>(&sums[i], chunks[i].data, chunks[i].dtype, chunks[i].count);
+      dispatch_wide<SquareSum>(&sums[i], chunks[i].data, chunks[i].dtype, chunks[i].count);
     }
   });
   double total = 0.0;

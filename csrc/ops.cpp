@@ -26,7 +26,10 @@ int32_t best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  return has && __builtin_cpu_supports("f16c") ? 1 : 0;
+  if (!has || !__builtin_cpu_supports("f16c")) return 0;
+  const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return wide && __builtin_cpu_supports("avx512bf16") ? 2 : 1;
 #else
   return 0;
 #endif
