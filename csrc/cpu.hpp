@@ -20,6 +20,13 @@
 
 #define D2V_INLINE inline __attribute__((always_inline))
 
+// Older compilers know neither the name of its bf16 instructions nor how to ask for whole vectors.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 10
+#define D2V_HAS_AVX512 1
+#else
+#define D2V_HAS_AVX512 0
+#endif
+
 namespace d2v {
 
 // 0 baseline, 1 AVX2, 2 AVX-512 of processors that do not slow down for it (those with its bf16 instructions); what
@@ -38,7 +45,7 @@ __attribute__((noinline, target("avx2,fma,f16c,bmi2"))) void run_avx2(const Argu
 }
 #endif
 
-#if defined(__x86_64__)
+#if D2V_HAS_AVX512
 template <class Body, class... Arguments>
 __attribute__((noinline, target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512"))) void
 run_avx512(const Arguments&... arguments) {
@@ -56,7 +63,7 @@ void dispatch(const Arguments&... arguments) {
 
 template <class Body, class... Arguments>
 void dispatch_wide(const Arguments&... arguments) {
-#if defined(__x86_64__)
+#if D2V_HAS_AVX512
   if (cpu_level() > 1) return run_avx512<Body>(arguments...);
 #endif
   dispatch<Body>(arguments...);

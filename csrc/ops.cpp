@@ -27,9 +27,12 @@ int32_t best_level() {
   __builtin_cpu_init();
   const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   if (!has || !__builtin_cpu_supports("f16c")) return 0;
+#if D2V_HAS_AVX512
   const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return wide && __builtin_cpu_supports("avx512bf16") ? 2 : 1;
+  if (wide && __builtin_cpu_supports("avx512bf16")) return 2;
+#endif
+  return 1;
 #else
   return 0;
 #endif
