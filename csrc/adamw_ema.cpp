@@ -13,7 +13,7 @@
 namespace d2v {
 namespace {
 
-constexpr int64_t kBlock = 512;
+constexpr int64_t kBlock = 128;
 enum { kParam, kGrad, kMoment, kSquare, kTeacher, kCopy, kTeacherCopy, kColumns };
 using Row = Rows<kColumns>::Row;
 

@@ -20,7 +20,7 @@ from .native_common import DTYPES, LEVELS, cpu_level, threads
 
 from d2vkern.native.adamw_ema import adamw_ema_ as kernel  # isort: skip
 
-BLOCK, GRAIN = 512, 16384
+BLOCK, GRAIN = 128, 16384
 """elements that csrc/adamw_ema.cpp works on at a time, and from which on it takes a second thread"""
 SIZES = {
     "scalar": (),
