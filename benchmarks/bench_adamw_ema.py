@@ -33,9 +33,6 @@ def _norm(preset: str) -> Case:
     def make(device: torch.device) -> Inputs:
         return {"grads": [normal(device, *size) for size in sizes]}
 
-    def torchs(inputs: Inputs) -> Tensor:
-        return torch.nn.utils.get_total_norm(inputs["grads"])
-
     return Case(
         op="grad_norm",
         name="fp32",
@@ -44,9 +41,8 @@ def _norm(preset: str) -> Case:
         dtype=torch.float32,
         make=make,
         call=lambda inputs, backend: grad_norm(inputs["grads"], backend=backend),
-        plain=torchs,
+        plain=lambda inputs: torch.nn.utils.get_total_norm(inputs["grads"]),
         forward=Cost(4 * count, 0),
-        peers={"get_total_norm": torchs},
     )
 
 

@@ -75,7 +75,7 @@ void adamw_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vect
       read_number(op, "clip_factor", clip_tensor, clip), read_number(op, "ema_decay", decay_tensor, decay),
       read_number(op, "step", step_tensor, step), read_number(op, "lr", lr_tensor, lr), beta1, beta2, eps,
       weight_decay, fairseq);
-  const bool past_caches = 2 * rows.elements() >= kPastCaches;
+  const bool past_caches = rows.past_caches();
   rows.run([&](const Row& row, int64_t offset, int64_t count) {
     dispatch_wide<Step>(row, offset, count, scalars, past_caches);
     fence(past_caches);

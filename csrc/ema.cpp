@@ -3,8 +3,8 @@
 //     teacher += (1 - decay) (student - teacher);  copy = round(teacher)
 //
 // Rows and threads: tensors.hpp; teacher fp32, student and copy fp32, fp16 or bf16, per row. A span is worked on in
-// blocks that stay in the first cache, so that 16-bit students and copies cost no pass over memory. All
-// arithmetic is fp32; 1 - decay is made in fp64. Bytes per element as at the floor: 12 with an fp32 student, 10
+// blocks that stay in the first cache, so that 16-bit students and copies cost no pass over memory; copies larger
+// than the caches are written past them. All arithmetic is fp32; 1 - decay is made in fp64. Bytes per element as at the floor: 12 with an fp32 student, 10
 // with a 16-bit one, 2 more for a 16-bit copy.
 #include "ema.cuh"
 #include "tensors.hpp"
@@ -42,11 +42,11 @@ void ema_update_(std::vector<Tensor> teacher, std::vector<Tensor> student, std::
   Rows<3> rows("ema", {{{"teacher", teacher, nullptr, true, true},
                         {"student", student, nullptr, false, false},
                         {"copies", copies, &copied, true, false}}});
-  const bool past_caches = 2 * rows.elements() >= kPastCaches;
+  const bool past_caches = rows.past_caches();
   rows.run([&](const Rows<3>::Row& row, int64_t offset, int64_t count) {
     const auto at = [&](int c) { return row.address[c] ? row.address[c] + offset * item_size(row.dtype[c]) : nullptr; };
     dispatch_wide<Average>(reinterpret_cast<float*>(at(0)), at(1), row.dtype[1], at(2), row.dtype[2], weight, count,
-                      past_caches);
+                           past_caches);
     fence(past_caches);
   });
 }

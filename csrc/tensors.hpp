@@ -63,8 +63,8 @@ class Rows {
     }
   }
 
-  // Elements of all rows together.
-  int64_t elements() const { return starts_.back(); }
+  // Whether 16-bit copies of all rows are larger than the caches.
+  bool past_caches() const { return 2 * starts_.back() >= kPastCaches; }
 
   // body(row, offset, count) for spans that cover every element once; writes what was staged back.
   template <class Function>

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from .atomic import replacing
 from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, read_settings
@@ -91,7 +91,7 @@ def _home(source: Path) -> Path:
 def save_folder(model: Pretraining | FineTuned, out: Path, home: Path | None = None) -> None:
     """A folder that `d2v.load` opens, whole or not at all. home: folder of the tokenizer and the labels."""
     with _making(out) as folder:
-        safetensors.torch.save_file(_tensors(model), folder / WEIGHTS)
+        safetensors.torch.save_file(for_file(model.state_dict()), folder / WEIGHTS)
         config: dict[str, Any] = {"format": FORMAT, "model": to_dict(model.cfg)}
         names = [TOKENIZER] if isinstance(model.cfg.front, TextFront) else []
         if not isinstance(model, Pretraining):
@@ -235,8 +235,9 @@ def _maker(file: Path) -> tuple[dict[str, Any], Callable[[], Pretraining | FineT
     return values, lambda: FineTuned(cfg, head)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().cpu().contiguous().clone() for name, t in model.state_dict().items()}
+def for_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory, in the host's: what a file can hold."""
+    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
 
 TUNED = {
@@ -253,7 +254,7 @@ def save_original(model: Pretraining | FineTuned, out: Path) -> None:
     Of a fine-tuned model the encoder's config stands inside its own, as there, with what `d2v.load` reads of
     it; settings of training are left out. Raises ValueError naming what the original has no words for.
     """
-    tensors = _tensors(model)
+    tensors = for_file(model.state_dict())
     if not isinstance(model, Pretraining):
         head = model.head_cfg
         if (head.task, model.modality) not in TUNED:

@@ -145,6 +145,19 @@ def test_conversions_of_every_kind_of_number(dtype: torch.dtype, level: int) -> 
     assert copy[~number].isnan().all()
 
 
+@pytest.mark.parametrize("low", DTYPES, ids=str)
+def test_copies_that_are_written_past_the_caches(low: torch.dtype) -> None:
+    """32 MB and more of them, from a vector's start and from between two."""
+    count = 2**24 + 37
+    teacher, student = [torch.randn(count), torch.randn(5)], [torch.randn(count), torch.randn(5)]
+    expected = [torch.lerp(t, s, 0.25) for t, s in zip(teacher, student, strict=True)]
+    copies = [torch.empty(count, dtype=low), torch.empty(6, dtype=low)[1:]]
+    native(teacher, student, 0.75, copies)
+    for t, copied, should in zip(teacher, copies, expected, strict=True):
+        torch.testing.assert_close(t, should)
+        assert_bitwise_equal(copied, t.to(low))
+
+
 def test_layouts() -> None:
     """Dense ones are walked in memory order; others are copied there and back."""
     other = torch.randn(6, 4)

@@ -85,9 +85,10 @@ class Tuner(Learner[FineTuned]):
         """0-dim fp32: the task's loss summed over the samples of a batch."""
         head, labels = self.cfg.head, self.data.labels(batch.host_ids)
         if head.task == "ctc":
-            masks = self._span_masks(batch)
+            frames = self._frames(batch)
+            masks = self._span_masks(batch, frames)
             logits, _ = self.model(batch.source, batch.padding_mask, *masks, train_encoder=train_encoder)
-            return ctc_loss(logits, self._frames(batch), labels)
+            return ctc_loss(logits, frames, labels)
         source, soft = batch.source, None
         if self.model.modality == "image":
             source, soft = mix(source, labels, head.outputs, self.cfg.augment)
@@ -99,9 +100,9 @@ class Tuner(Learner[FineTuned]):
         smoothing = self.cfg.augment.label_smoothing
         return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
 
-    def _span_masks(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+    def _span_masks(self, batch: Batch, frames: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
         """Masks over time [B,T] and channels [B,D], drawn by (seed, epoch, utterance)."""
-        span, ids, frames = self.cfg.span, batch.host_ids.tolist(), self._frames(batch)
+        span, ids = self.cfg.span, batch.host_ids.tolist()
 
         def draw(
             use: int, lengths: np.ndarray, size: int, prob: float, length: int, least: int

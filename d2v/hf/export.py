@@ -23,6 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
+from ..convert import WEIGHTS, for_file
 from ..finetune.model import FineTuned
 from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..model import Pretraining
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ..extract import Weights
 
 CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
-WEIGHTS, PRETRAINING = "model.safetensors", "pretraining.safetensors"
+PRETRAINING = "pretraining.safetensors"
 HEADS = {
     ("classify", "image"): "ImageClassification",
     ("classify", "audio"): "AudioClassification",
@@ -102,8 +103,7 @@ def write_folder(
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
-    whole = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    safetensors.torch.save_file(whole, file, metadata={"format": "pt"})
+    safetensors.torch.save_file(for_file(tensors), file, metadata={"format": "pt"})
 
 
 def split(model: Pretraining, weights: Weights) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
