@@ -1,4 +1,7 @@
-"""The student block's MLP, and the text decoder's projection, against two linear layers with GELU between."""
+"""The student block's MLP, and the text decoder's projection, against two linear layers with GELU between.
+
+Beside them the projection to queries, keys and values, as a linear layer alone.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from benchmarks.shapes import Shapes, Size, normal, shapes
 
 
 def cases(preset: str, size: Size, dtype: torch.dtype) -> list[Case]:
-    """The block's; the projection's where it has two layers."""
+    """The block's; the projection's where it has two layers; the linear layer."""
     s = shapes(preset, size)
     dec, dim = s.cfg.decoder, s.cfg.dim
     found = [_case(s, "student", s.rows * s.seen, (dim, int(dim * s.cfg.mlp_ratio), dim), dtype)]
     if dec.projection_layers == 2:
         widths = (dec.dim, int(dec.dim * dec.projection_ratio), dim)
         found.append(_case(s, "projection", s.rows * s.masked, widths, dtype))
-    return found
+    return [*found, _linear(s, "queries, keys, values", s.rows * s.seen, dim, 3 * dim, dtype)]
 
 
 def _case(s: Shapes, name: str, rows: int, widths: tuple[int, int, int], dtype: torch.dtype) -> Case:
@@ -58,4 +61,33 @@ def _case(s: Shapes, name: str, rows: int, widths: tuple[int, int, int], dtype: 
         # the activation passes from one product to the next, the pre-activation is kept for backward
         forward=Cost(rows * (d + 3 * f + o) * e + weights, flops),
         backward=Cost(rows * (2 * d + 4 * f + 2 * o) * e + 2 * weights, 2 * flops),
+    )
+
+
+def _linear(s: Shapes, name: str, rows: int, d: int, o: int, dtype: torch.dtype) -> Case:
+    def make(device: torch.device) -> Inputs:
+        return {
+            "x": normal(device, rows, d, dtype=dtype),
+            "weight": normal(device, o, d, std=d**-0.5),
+            "bias": normal(device, o, std=0.1),
+        }
+
+    def plain(inputs: Inputs) -> Tensor:
+        x = inputs["x"]
+        return F.linear(x, inputs["weight"].to(x.dtype), inputs["bias"].to(x.dtype))
+
+    weights = 4 * (o * d + o)
+    flops = 2 * rows * d * o
+    return Case(
+        op="linear",
+        name=name,
+        preset=s.preset,
+        shape=f"{rows} x {d}-{o}",
+        dtype=dtype,
+        make=make,
+        call=lambda inputs, backend: d2vkern.linear(**inputs, backend=backend),
+        plain=plain,
+        leaves=("x", "weight", "bias"),
+        forward=Cost(rows * (d + o) * dtype.itemsize + weights, flops),
+        backward=Cost(rows * (2 * d + 2 * o) * dtype.itemsize + 2 * weights, 2 * flops),
     )

@@ -36,7 +36,7 @@ from benchmarks.cases import (
 from benchmarks.gate import Gate
 from benchmarks.machine import last_level_cache
 from d2v.machine import synchronize
-from d2vkern._backend import ATTENTION_BACKENDS, REGISTRY, BackendError, gaps
+from d2vkern._backend import PEERS, REGISTRY, BackendError, gaps
 from d2vkern.testing import peak_memory
 
 
@@ -67,7 +67,7 @@ def variants_of(stem: str, case: Case, settings: Settings, given: list[Tensor]) 
     for name in REGISTRY[stem]:
         if name != "eager":
             reasons = gaps(stem, name, *given)
-            others = name in ATTENTION_BACKENDS
+            others = name in PEERS.get(stem, ())
             run = None if reasons else on(name)
             found.append(Variant(name, not others, run, "; ".join(reasons), optional=others))
     found.append(Variant("pytorch", False, case.plain))

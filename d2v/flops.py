@@ -9,8 +9,6 @@ count nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from .config import ImageFront, ModelConfig, TextFront, WaveformFront
 
 
@@ -70,60 +68,6 @@ def step_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
     student = blocks * block_flops(cfg, rows, seen) + decoder_flops(cfg, rows, tokens) + per_version
     teacher = blocks * block_flops(cfg, batch, tokens + front.extra_tokens) + per_sample + teacher_front
     return 3 * student + teacher + local_step
-
-
-@dataclass(frozen=True)
-class Linear:
-    """`count` linear layers outside of d2vkern's ops: `rows` vectors from `width` to `out` each."""
-
-    phase: str
-    """where they run: student, teacher or decoder"""
-    count: int
-    rows: int
-    width: int
-    out: int
-    gradients: int
-    """matrix products of the backward: 0, 1 (weight only) or 2"""
-
-    @property
-    def flops(self) -> tuple[int, int]:
-        """Forward and backward."""
-        forward = 2 * self.count * self.rows * self.width * self.out
-        return forward, self.gradients * forward
-
-    def bytes(self, itemsize: int) -> tuple[int, int]:
-        """Forward and backward: activations of `itemsize`, fp32 weights, everything once."""
-        read, written, weight = self.rows * self.width, self.rows * self.out, 4 * self.width * self.out
-        forward = self.count * ((read + written) * itemsize + weight)
-        backward = self.count * ((read * self.gradients + written) * itemsize + weight * self.gradients)
-        return forward, backward if self.gradients else 0
-
-
-def linears(cfg: ModelConfig, shape: tuple[int, ...]) -> list[Linear]:
-    """All of a step on a source of `shape`; a projection of two layers is an op, and not among them."""
-    front, dim, batch = cfg.front, cfg.dim, shape[0]
-    tokens, kept = token_counts(cfg, shape)
-    blocks = cfg.prenet_depth + cfg.depth
-    student = batch * cfg.mask.clones * (kept + front.extra_tokens)
-    teacher = batch * (tokens + front.extra_tokens)
-    found = [
-        Linear("student", blocks, student, dim, 3 * dim, 2),
-        Linear("student", blocks, student, dim, dim, 2),
-        Linear("teacher", blocks, teacher, dim, 3 * dim, 0),
-        Linear("teacher", blocks, teacher, dim, dim, 0),
-    ]
-    if isinstance(front, ImageFront):
-        pixels = front.patch**2 * front.channels
-        found.append(Linear("student", 1, batch * tokens, pixels, dim, 1))
-        found.append(Linear("teacher", 1, batch * tokens, pixels, dim, 0))
-    elif not isinstance(front, TextFront):
-        learned = isinstance(front, WaveformFront)
-        found.append(Linear("student", 1, batch * tokens, front.width, dim, 1 + learned))
-    widths = _projection(cfg)
-    if len(widths) != 3:
-        masked = batch * cfg.mask.clones * (tokens - kept)
-        found += [Linear("decoder", 1, masked, a, b, 2) for a, b in zip(widths, widths[1:], strict=False)]
-    return found
 
 
 def spared_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:

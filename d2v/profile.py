@@ -30,7 +30,7 @@ from .checkpoint import write_environment
 from .config import Config, ImageFront, TextFront
 from .cpu import tune_allocator
 from .data import Batch, Position, open_data
-from .flops import linears, step_flops
+from .flops import step_flops
 from .hotpaths import Trace, fold, read_events
 from .machine import rates, synchronize
 from .step import Trainer
@@ -281,17 +281,7 @@ class _Runner:
             self.work[name].add(tally.bytes, tally.flops)
         first = batches[0].source.shape
         self.shape = (sum(map(len, batches)), *first[1:])
-        for batch in batches:
-            self._count(tuple(batch.source.shape))
-
-    def _count(self, shape: tuple[int, ...]) -> None:
-        """The work of a micro-batch that no op tells of."""
-        model = self.cfg.model
-        self.model_flops += step_flops(model, shape)
-        for layer in linears(model, shape):
-            forward, backward = zip(layer.bytes(_dtype(self.cfg).itemsize), layer.flops, strict=True)
-            self.work[f"{layer.phase} linear"].add(*forward)
-            self.work["backward linear"].add(*backward)
+        self.model_flops += sum(step_flops(self.cfg.model, tuple(batch.source.shape)) for batch in batches)
 
     def memory_step(self) -> None:
         """Traced with every allocation, which takes time."""

@@ -13,7 +13,7 @@ from d2vkern.ops.ema import EMA, ema_update_
 from d2vkern.ops.gather import gather_tokens, scatter_tokens
 from d2vkern.ops.loss import LossOutput, masked_regression_loss
 from d2vkern.ops.masks import MaskPlan, inverse_block_mask, random_mask, span_mask
-from d2vkern.ops.mlp import gelu_mlp
+from d2vkern.ops.mlp import gelu_mlp, linear
 from d2vkern.ops.residual_norm import residual_norm
 from d2vkern.ops.targets import LayerTargets, layer_targets
 
@@ -35,6 +35,7 @@ __all__ = [
     "grad_norm",
     "inverse_block_mask",
     "layer_targets",
+    "linear",
     "masked_regression_loss",
     "multimask_attention",
     "random_mask",

@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from d2vkern import _check_mode, _measured, _native
+from d2vkern import _check_mode, _cpu, _measured, _native
 from d2vkern.peers import refusals
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -50,7 +50,8 @@ LOW_PRECISION_STEMS = ("conv_block", "conv_stem")
 """ops whose Triton kernels auto chooses in 16 bits only: exact fp32 products have no matrix instructions"""
 NATIVE_STEMS = ("masks", "gather", "ema", "adamw_ema")
 """ops with files in csrc/"""
-ATTENTION_BACKENDS = ("sdpa", "flex", "xformers")
+PEERS = {"attention": ("sdpa", "flex", "xformers"), "mlp": ("onednn",)}
+"""op -> backends that are other people's kernels"""
 
 _logger = logging.getLogger("d2vkern")
 
@@ -69,6 +70,7 @@ class Implementation:
         at dtypes, devices, shapes and requires_grad only.
     auto: device types on which auto may choose it unmeasured; None: on all.
     auto_dtypes: dtypes of the first tensor in which auto may choose it unmeasured; None: in all.
+    auto_where: whether auto may choose it unmeasured on this machine; None: on all.
     limits: what it never does, whatever the machine, for `python -m d2vkern.info`.
     """
 
@@ -76,7 +78,12 @@ class Implementation:
     unsupported: Callable[..., list[str]] | None = None
     auto: tuple[str, ...] | None = None
     auto_dtypes: tuple[torch.dtype, ...] | None = None
+    auto_where: Callable[[], bool] | None = None
     limits: str = ""
+
+
+def _mkl_keeps_to_avx2() -> bool:
+    return _cpu.mkl_keeps_to_avx2()
 
 
 def _triton_gaps(*tensors: Tensor, **_: Any) -> list[str]:
@@ -126,16 +133,19 @@ def _table(stem: str) -> dict[str, Implementation]:
     unsupported = _triton_attention_gaps if stem == "attention" else _triton_gaps
     dtypes = (torch.float16, torch.bfloat16) if stem in LOW_PRECISION_STEMS else None
     table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, ("cuda",), dtypes)
+    if stem == "mlp":
+        table["onednn"] = _peer(stem, "onednn", auto=("cpu",), auto_where=_mkl_keeps_to_avx2)
     table["eager"] = Implementation(f"d2vkern.reference.{stem}")
-    if stem == "attention":
-        for name in ATTENTION_BACKENDS:
-            table[name] = Implementation(
-                f"d2vkern.peers.attention_{name}",
-                getattr(refusals, name),
-                auto=(),
-                limits=refusals.LIMITS[name],
-            )
+    for name in PEERS.get(stem, ()):
+        if name not in table:
+            table[name] = _peer(stem, name, auto=())
     return table
+
+
+def _peer(stem: str, name: str, **auto: Any) -> Implementation:
+    return Implementation(
+        f"d2vkern.peers.{stem}_{name}", getattr(refusals, name), limits=refusals.LIMITS[name], **auto
+    )
 
 
 REGISTRY: dict[str, dict[str, Implementation]] = {stem: _table(stem) for stem in STEMS}
@@ -156,7 +166,7 @@ _announced: set[str] = set()
 
 def backend_names(stem: str) -> tuple[str, ...]:
     """The backend names that may be requested for an op, built or not."""
-    return COMMON_BACKENDS + ATTENTION_BACKENDS if stem == "attention" else COMMON_BACKENDS
+    return COMMON_BACKENDS + PEERS.get(stem, ())
 
 
 def select(stem: str, backend: str | None, *tensors: Tensor, **call: Any) -> ModuleType:
@@ -242,6 +252,8 @@ def _is_automatic(one: Implementation, tensors: tuple[Tensor, ...]) -> bool:
     device = tensors[0].device.type if tensors else "cpu"
     if one.auto is not None and device not in one.auto:
         return False
+    if one.auto_where is not None and not one.auto_where():
+        return False
     return one.auto_dtypes is None or not tensors or tensors[0].dtype in one.auto_dtypes
 
 
@@ -253,10 +265,11 @@ def _expand(default: str | None, per_op: dict[str, str], origin: str) -> dict[st
     """Turn 'this for all, that for one' into stem -> backend."""
     requested = {}
     if default is not None:
-        if default in ATTENTION_BACKENDS:
-            raise BackendError(
-                f"{origin}: {default!r} is a backend of attention only, write attention={default}"
-            )
+        for stem, names in PEERS.items():
+            if default in names:
+                raise BackendError(
+                    f"{origin}: {default!r} is a backend of {stem} only, write {stem}={default}"
+                )
         for stem in STEMS:
             _check_backend(stem, default, origin)
             requested[stem] = default
@@ -334,6 +347,8 @@ def _machine_gaps(backend: str) -> tuple[str, ...]:
             reasons.append("no CUDA device")
         elif backend == "xformers" and not reasons and not _xformers_loads():
             reasons.append("its kernels do not load beside this torch: python -m xformers.info")
+    if backend == "onednn" and not torch.backends.mkldnn.is_available():
+        reasons.append("this torch is built without oneDNN")
     if backend == "native" and _native.problem():
         reasons.append(_native.problem())
     return tuple(reasons)
@@ -366,11 +381,10 @@ def _announce(stem: str, name: str, why: str) -> None:
 @_constant_while_tracing
 def _import(path: str, tracing: bool = False) -> None:
     """tracing: import what any op could ask for, since Dynamo looks at sys.modules once per trace."""
-    if path in sys.modules:
-        return
-    importlib.import_module(path)
+    if path not in sys.modules:
+        importlib.import_module(path)
     if tracing:
         for table in REGISTRY.values():
             for name, implementation in table.items():
-                if not _machine_gaps(name):
+                if implementation.module not in sys.modules and not _machine_gaps(name):
                     importlib.import_module(implementation.module)

@@ -169,6 +169,18 @@ def mlp(
     )
 
 
+def linear(x: Tensor, w: Tensor, b: Tensor | None, *_: Any, grad: Needs) -> Cost:
+    (out, width), item = w.shape, x.element_size()
+    rows, weights = x.numel() // max(1, width), _nbytes(w, b)
+    flops = 2 * rows * w.numel()
+    return Cost(
+        bucket(rows=rows, D=width, O=out),
+        rows * (width + out) * item + weights,
+        flops,
+        (rows * (2 * width + 2 * out) * item + 2 * weights, flops * (grad[0] + grad[1])),
+    )
+
+
 def dropout(shape: tuple[int, ...], *_: Any) -> Cost:
     """A byte per decision."""
     return Cost(bucket(values=math.prod(shape)), math.prod(shape))

@@ -17,7 +17,7 @@ bits of the bias gradients do not depend on the GPU (unless its entry in tuned.j
 each at least, and 768 programs in all, six to each of 132 SMs at once.
 
 Roundings are eager's, but act and dpre are rounded once, when stored. GELU and its derivative share an
-exponential (_common.py).
+exponential (_common.py). `linear` is eager's: the library's product, and nothing beside it to fuse.
 
 Elementwise bytes, in passes over [rows, F] in x's dtype:
     forward    pre read, act written: 2; with the products' write and read 4, where _costs.mlp has 3 (in a
@@ -46,6 +46,7 @@ from d2vkern.kernels._common import _normal_tail, gelu
 from d2vkern.kernels._dropout import draw_seed, dropout_scale, keep_span, keep_tile, threshold
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
+from d2vkern.reference.mlp import linear as linear
 
 _PROGRAMS = 768
 

@@ -313,10 +313,13 @@ def test_missing_xformers_is_a_reason() -> None:
 
 
 def test_limits_are_told_for_every_peer() -> None:
-    assert set(LIMITS) == set(_backend.ATTENTION_BACKENDS)
-    table = _backend.REGISTRY["attention"]
-    assert {name: one.limits for name, one in table.items() if one.limits} == LIMITS
-    assert all(table[name].auto == () for name in LIMITS), "auto takes a peer by measurement only"
+    assert set(LIMITS) == {name for names in _backend.PEERS.values() for name in names}
+    for stem, names in _backend.PEERS.items():
+        table = _backend.REGISTRY[stem]
+        limits = {name: one.limits for name, one in table.items() if one.limits}
+        assert limits == {name: LIMITS[name] for name in names}
+    attention = [_backend.REGISTRY["attention"][name] for name in _backend.PEERS["attention"]]
+    assert all(one.auto == () for one in attention), "auto takes a peer of attention by measurement only"
 
 
 @pytest.mark.parametrize("name", ["audio_base", "audio_padded"])

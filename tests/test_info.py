@@ -41,14 +41,15 @@ def test_json_reports_versions_and_every_op() -> None:
     assert tuple(report["ops"]) == STEMS
     assert all(backends["eager"] == [] for backends in report["ops"].values())
     assert set(report["ops"]["attention"]) == {"eager", "triton", "native", "sdpa", "flex", "xformers"}
+    assert set(report["ops"]["mlp"]) == {"eager", "triton", "native", "onednn"}
     assert report["ops"]["mlp"]["native"] == ["not built yet in this version"]
 
 
 def test_text_has_a_row_per_op_and_explains_gaps() -> None:
     run = subprocess.run([sys.executable, "-m", "d2vkern.info"], check=True, capture_output=True, text=True)
     rows = {line.split()[0]: line.split()[1:] for line in run.stdout.splitlines() if line.split()[:1]}
-    assert rows["op"] == ["eager", "triton", "native", "sdpa", "flex", "xformers"]
-    assert rows["mlp"] == ["yes", "-", "-"]
+    assert rows["op"] == ["eager", "triton", "native", "sdpa", "flex", "xformers", "onednn"]
+    assert rows["mlp"] == ["yes", "-", "-", "yes" if torch.backends.mkldnn.is_available() else "-"]
     (gap,) = (line for line in run.stdout.splitlines() if "native: not built yet in this version" in line)
     assert "mlp" in gap and "ema" not in gap
     assert "\nnative   " in run.stdout

@@ -17,7 +17,7 @@ PUBLIC = {
     "conv_block": ("conv_block_1d", "conv_block_2d"),
     "conv_stem": ("conv_stem",),
     "residual_norm": ("residual_norm",),
-    "mlp": ("gelu_mlp",),
+    "mlp": ("gelu_mlp", "linear"),
     "targets": ("LayerTargets", "layer_targets"),
     "loss": ("masked_regression_loss",),
     "ema": ("ema_update_", "EMA"),

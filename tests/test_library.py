@@ -120,6 +120,11 @@ CASES = {
         lambda x, w1, b1, w2, b2: (d2vkern.gelu_mlp(x, w1, b1, w2, b2),),
         lambda t: (_rand(2, t, 8), _rand(16, 8), _rand(16), _rand(8, 16), _rand(8)),
     ),
+    "linear": Case(
+        "mlp",
+        lambda x, weight, bias: (d2vkern.linear(x, weight, bias),),
+        lambda t: (_rand(2, t, 8), _rand(16, 8), _rand(16)),
+    ),
     "layer_targets": Case(
         "targets",
         lambda *layers: (d2vkern.layer_targets(layers, "instance", "layer"),),
@@ -157,6 +162,7 @@ DIFFERENTIABLE = [
     "conv_stem",
     "residual_norm",
     "gelu_mlp",
+    "linear",
     "masked_regression_loss",
 ]
 

@@ -25,6 +25,7 @@ FORWARD_ONLY = {"masks", "targets", "ema", "adamw_ema"}
 RANGES: dict[str, tuple[str, ...]] = {
     **{stem: (stem,) for stem in STEMS},
     "gather": ("gather", "scatter"),
+    "mlp": ("mlp", "linear"),
     "adamw_ema": ("adamw_ema", "grad_norm"),
 }
 

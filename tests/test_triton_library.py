@@ -39,7 +39,7 @@ NAMESPACE = "d2vkern::"
 REGISTERED = sorted(
     name.removeprefix(NAMESPACE)
     for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith(NAMESPACE)
+    if name.startswith(NAMESPACE) and "onednn" not in name
 )
 Run = Callable[..., tuple[Tensor, ...]]
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -80,8 +80,8 @@ INSTEAD = {
     ),
     "AdamWEMA": Case("adamw_ema", _adamw_ema, lambda t: (torch.randn(t), torch.randn(t))),
 }
-WITHOUT = ("MaskPlan", "grad_norm")
-"""no kernel of ours: a plan is indexing, and PyTorch's norm is a launch or a few"""
+WITHOUT = ("MaskPlan", "grad_norm", "linear")
+"""no kernel of ours: a plan is indexing, PyTorch's norm is a launch or a few, and its product is one"""
 ALL = {name: case for name, case in (CASES | INSTEAD).items() if case.stem in STEMS and name not in WITHOUT}
 FURTHER = {
     "loss, graph kept": Case("loss", _loss_kept, lambda t: (*_parts(_plan(t)), _rand(6, t, 8))),

@@ -34,7 +34,7 @@ class AttentionContext(NamedTuple):
 
 def linear(x: Tensor, layer: nn.Linear) -> Tensor:
     """The layer in x's dtype."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    return d2vkern.linear(x, layer.weight, layer.bias)
 
 
 def layer_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:

@@ -52,9 +52,7 @@ class PatchEmbed(nn.Module):
         (rows, columns), p = front.grid, front.patch
         patches = source.reshape(-1, front.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(source.shape[0], rows * columns, -1)
-        weight = self.proj.weight.flatten(1).to(source.dtype)
-        bias = None if self.proj.bias is None else self.proj.bias.to(source.dtype)
-        return F.linear(patches, weight, bias)
+        return d2vkern.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class WaveformEncoder(nn.Module):

@@ -209,8 +209,7 @@ class MaskedLM(Pretraining):
     def _logits(self, hidden: Tensor) -> Tensor:
         embedding = self.encoder.local_encoder
         assert isinstance(embedding, TextEmbedding)
-        weight = embedding.embed_tokens.weight.to(hidden.dtype)
-        return F.linear(hidden, weight, self.lm_bias.to(hidden.dtype))
+        return d2vkern.linear(hidden, embedding.embed_tokens.weight, self.lm_bias)
 
 
 def _corrupted(ids: Tensor, mask: Tensor, front: TextFront) -> Tensor:

@@ -1,4 +1,7 @@
-"""The transformer block's MLP with exact GELU, keeping only the pre-activation for backward."""
+"""The transformer block's matrix products: its MLP with exact GELU, and a linear layer.
+
+The MLP keeps only the pre-activation for backward.
+"""
 
 import torch
 from torch import Tensor
@@ -41,3 +44,26 @@ def gelu_mlp(
     check_same_device(op, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
     return select("mlp", backend, x).gelu_mlp(x, w1, b1, w2, b2, dropout_p, seed)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """x weight' + bias, as torch.nn.functional.linear: for whoever computes on a CPU that is not Intel's.
+
+    x: (..., D) fp32, bf16, fp16 or fp64 (eager only).
+    weight: (O, D), bias: (O,) or None: x's dtype, or fp32 masters, which are cast; the bias's gradient is
+        summed in the bias's dtype.
+    Returns (..., O) in x's dtype.
+    Backends: "eager" is PyTorch's product, and so is "triton"; "onednn" takes oneDNN's for fp32 on a CPU,
+        about twice as fast on processors with AVX-512 that MKL does not use it on, and auto's choice there.
+    Source: data2vec 2.0, models/modalities/modules.py, AltAttention's projections.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    """
+    op = "linear"
+    check_dtype(op, "x", x)
+    check_shape(op, "weight", weight, ("O", x.shape[-1]), like="x")
+    check_dtype(op, "weight", weight, (x.dtype, torch.float32))
+    if bias is not None:
+        check_shape(op, "bias", bias, (weight.shape[0],), like="weight")
+        check_dtype(op, "bias", bias, (x.dtype, torch.float32))
+    check_same_device(op, x=x, weight=weight, bias=bias)
+    return select("mlp", backend, x).linear(x, weight, bias)

@@ -1,8 +1,8 @@
-"""Which calls of `multimask_attention` the backends made by others refuse, and why.
+"""Which calls the backends made by others refuse, and why: of `multimask_attention`, and of the mlp ops.
 
-A function per backend: the call's qkv, then its other arguments by name -> reasons (none: it takes the call).
-Dynamo traces them: they look at dtypes, devices, sizes, whether a gradient is wanted and what is None, never
-at values. They stand apart from the backends' modules so that nobody imports those for the asking.
+A function per backend: the call's first tensor, then its other arguments by name -> reasons (none: it takes
+the call). Dynamo traces them: they look at dtypes, devices, sizes, whether a gradient is wanted and what is
+None, never at values. They stand apart from the backends' modules: nobody imports those for the asking.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ LIMITS = {
     "sdpa": "builds the bias [N,H,S,S]; unseeded dropout only; on a GPU its backward may differ in last bits",
     "flex": "no dropout, no gradient of alibi_scale, on a CPU no gradient at all",
     "xformers": "builds the bias [N,H,S,S]; unseeded dropout only; backward may differ in last bits",
+    "onednn": "fp32 on a CPU only",
 }
 """what holds for every machine, in a line"""
 
@@ -69,6 +70,18 @@ def xformers(
         reasons.append("it gives the bias no gradient unless qkv wants one too")
     if lengths is not None and slopes is None and _host_must_not_read(qkv):
         reasons.append("its block-diagonal mask reads lengths on the host, which a recorded graph cannot")
+    return reasons
+
+
+def onednn(x: Tensor, **_: Any) -> list[str]:
+    """oneDNN's matrix products."""
+    reasons = []
+    if x.device.type != "cpu":
+        reasons.append(f"it runs on CPU tensors, not on {x.device.type}")
+    if x.dtype == torch.float64:
+        reasons.append("fp64 tensors run on eager only")
+    elif x.dtype != torch.float32:
+        reasons.append("in 16 bits PyTorch's own products, eager's, are oneDNN's already")
     return reasons
 
 
