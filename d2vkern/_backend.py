@@ -50,7 +50,7 @@ LOW_PRECISION_STEMS = ("conv_block", "conv_stem")
 """ops whose Triton kernels auto chooses in 16 bits only: exact fp32 products have no matrix instructions"""
 NATIVE_STEMS = ("masks", "gather", "ema", "adamw_ema")
 """ops with files in csrc/"""
-PEERS = {"attention": ("sdpa", "flex", "xformers"), "mlp": ("onednn",)}
+PEERS = {"attention": ("sdpa", "flex", "xformers"), "mlp": ("onednn",), "conv_stem": ("onednn",)}
 """op -> backends that are other people's kernels"""
 
 _logger = logging.getLogger("d2vkern")
@@ -133,7 +133,7 @@ def _table(stem: str) -> dict[str, Implementation]:
     unsupported = _triton_attention_gaps if stem == "attention" else _triton_gaps
     dtypes = (torch.float16, torch.bfloat16) if stem in LOW_PRECISION_STEMS else None
     table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, ("cuda",), dtypes)
-    if stem == "mlp":
+    if "onednn" in PEERS.get(stem, ()):
         table["onednn"] = _peer(stem, "onednn", auto=("cpu",), auto_where=_mkl_keeps_to_avx2)
     table["eager"] = Implementation(f"d2vkern.reference.{stem}")
     for name in PEERS.get(stem, ()):
@@ -265,11 +265,12 @@ def _expand(default: str | None, per_op: dict[str, str], origin: str) -> dict[st
     """Turn 'this for all, that for one' into stem -> backend."""
     requested = {}
     if default is not None:
-        for stem, names in PEERS.items():
-            if default in names:
-                raise BackendError(
-                    f"{origin}: {default!r} is a backend of {stem} only, write {stem}={default}"
-                )
+        owners = [stem for stem, names in PEERS.items() if default in names]
+        if owners:
+            raise BackendError(
+                f"{origin}: {default!r} is a backend of {' and '.join(owners)} only, "
+                f"write {owners[0]}={default}"
+            )
         for stem in STEMS:
             _check_backend(stem, default, origin)
             requested[stem] = default

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from d2vkern import conv_stem
 from d2vkern.reference import conv_stem as reference
-from d2vkern.testing import live_memory
+from d2vkern.testing import assert_bitwise_equal, assert_no_worse_than_eager, live_memory
 
 from .op_checks import (
     assert_equals_plain,
@@ -34,6 +34,12 @@ SHAPES = {
     "stride 1": (2, 9, 64, 3, 3, 1),
 }
 Shape = tuple[int, int, int, int, int, int]
+WIDE: dict[str, Shape] = {
+    "waveform": (2, 12003, 1, 200, 10, 5),
+    "kernel 3, stride 2": (2, 405, 150, 140, 3, 2),
+    "kernel 2, stride 2": (2, 404, 150, 140, 2, 2),
+}
+"""every product is large enough for oneDNN"""
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
@@ -60,6 +66,26 @@ def plain(stride: int, eps: float = 1e-5) -> Any:
 @shapes
 def test_matches_torch(shape: Shape) -> None:
     assert_equals_plain(op(shape[-1]), plain(shape[-1]), make_case(shape), 1e-10)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
+@pytest.mark.parametrize(
+    "shape", [*SHAPES.values(), *WIDE.values()], ids=[*SHAPES, *(f"{name}, wide" for name in WIDE)]
+)
+def test_onednn_is_as_exact_as_eager(shape: Shape) -> None:
+    stride = shape[-1]
+    inputs = make_case(shape, torch.float32)
+    exact = values_and_gradients(plain(stride), [x.detach().double().requires_grad_() for x in inputs])
+
+    def run(backend: str) -> list[Tensor]:
+        return values_and_gradients(
+            lambda x, weight, nw, nb: conv_stem(x, weight, stride, nw, nb, backend=backend), inputs
+        )
+
+    for ours, eager, truth in zip(run("onednn"), run("eager"), exact, strict=True):
+        assert_no_worse_than_eager(ours, eager, truth)
+    for first, second in zip(run("onednn"), run("onednn"), strict=True):
+        assert_bitwise_equal(first, second)
 
 
 def test_both_ways_of_windowing_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Which calls the backends made by others refuse, and why: of `multimask_attention`, and of the mlp ops.
+"""Which calls the backends made by others refuse, and why.
 
 A function per backend: the call's first tensor, then its other arguments by name -> reasons (none: it takes
 the call). Dynamo traces them: they look at dtypes, devices, sizes, whether a gradient is wanted and what is

@@ -9,6 +9,7 @@ Saved for backward: x, the convolution's output, mean and rstd; LayerNorm and GE
 all of it runs block by block of frames, so that only x, the convolution's output and y pass through memory.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
 
+ProductInto = Callable[[Tensor, Tensor, Tensor, bool], None]
+"""out [m, n], a [m, k], b [k, n], add: out = a b, or out += a b"""
 _BLOCK_BYTES = 1 << 23
 """of the convolution's output worked on at a time on a CPU, so that norm and GELU find it in the cache"""
 _NARROW = 64
@@ -58,70 +61,86 @@ def _blocks(x: Tensor, frames: int, width: int) -> list[tuple[int, int, int]]:
     return [(i, start, min(start + rows, frames)) for i in range(x.shape[0]) for start in starts]
 
 
-class _ConvStem(torch.autograd.Function):
-    @staticmethod
-    @op_range("conv_stem/fwd/eager", _costs.conv_stem)
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, stride: int, norm_weight: Tensor, norm_bias: Tensor, eps: float
-    ) -> Tensor:
-        (b, t, c), (cout, _, k) = x.shape, weight.shape
-        frames = (t - k) // stride + 1
-        w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
-        products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
-        r, y = x.new_empty((b, frames, cout)), x.new_empty((b, frames, cout))
-        moments = []
-        for i, start, end in _blocks(x, frames, cout):
-            rows = r[i, start:end]
-            for n, (first, taps, matrix) in enumerate(products):
-                window = _window(x[i], start * stride + first, taps, end - start, stride)
-                if n == 0:
-                    torch.mm(window, matrix, out=rows)
-                else:
-                    rows.addmm_(window, matrix)
-            h, mean, rstd = torch.native_layer_norm(rows, (cout,), nw, nb, eps)
-            y[i, start:end] = F.gelu(h)
-            moments += [mean, rstd]
-        ctx.save_for_backward(x, r, weight, norm_weight, norm_bias, *moments)
-        ctx.settings = (stride, eps)
-        return y
+def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tensor]:
+    """conv_stem whose matrix products are these; `backend` names its ranges."""
 
-    @staticmethod
-    @once_differentiable
+    class _ConvStem(torch.autograd.Function):
+        @staticmethod
+        @op_range(f"conv_stem/fwd/{backend}", _costs.conv_stem)
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            weight: Tensor,
+            stride: int,
+            norm_weight: Tensor,
+            norm_bias: Tensor,
+            eps: float,
+        ) -> Tensor:
+            (b, t, c), (cout, _, k) = x.shape, weight.shape
+            frames = (t - k) // stride + 1
+            w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+            products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
+            r, y = x.new_empty((b, frames, cout)), x.new_empty((b, frames, cout))
+            moments = []
+            for i, start, end in _blocks(x, frames, cout):
+                rows = r[i, start:end]
+                for n, (first, taps, matrix) in enumerate(products):
+                    window = _window(x[i], start * stride + first, taps, end - start, stride)
+                    product_into(rows, window, matrix, n > 0)
+                h, mean, rstd = torch.native_layer_norm(rows, (cout,), nw, nb, eps)
+                y[i, start:end] = F.gelu(h)
+                moments += [mean, rstd]
+            ctx.save_for_backward(x, r, weight, norm_weight, norm_bias, *moments)
+            ctx.settings = (stride, eps)
+            return y
+
+        @staticmethod
+        @once_differentiable
+        @without_autocast
+        @op_range(f"conv_stem/bwd/{backend}")
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            x, r, weight, norm_weight, norm_bias, *moments = ctx.saved_tensors
+            stride, eps = ctx.settings
+            needs = ctx.needs_input_grad
+            c, (cout, _, k) = x.shape[2], weight.shape
+            w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
+            products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
+            parts = [x.new_zeros((taps * c, cout)) for _, taps, _ in products]
+            dx = torch.zeros_like(x) if needs[0] else None
+            dnw, dnb = torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)
+            for n, (i, start, end) in enumerate(_blocks(x, r.shape[1], cout)):
+                rows, (mean, rstd) = r[i, start:end], moments[2 * n : 2 * n + 2]
+                h = F.layer_norm(rows, (cout,), nw, nb, eps)
+                dh = torch.ops.aten.gelu_backward(dy[i, start:end].contiguous(), h)
+                dr, some_nw, some_nb = torch.ops.aten.native_layer_norm_backward(
+                    dh, rows, (cout,), mean, rstd, nw, nb, [True, True, True]
+                )
+                dnw += some_nw
+                dnb += some_nb
+                for part, (first, taps, matrix) in zip(parts, products, strict=True):
+                    at = start * stride + first
+                    if needs[1]:
+                        product_into(part, _window(x[i], at, taps, end - start, stride).t(), dr, True)
+                    # as_strided views of what is written cannot be traced
+                    if dx is not None and taps <= stride and not torch.compiler.is_compiling():
+                        product_into(_window(dx[i], at, taps, end - start, stride), dr, matrix.t(), True)
+                    elif dx is not None:
+                        dwindow = dr.new_empty(dr.shape[0], matrix.shape[0])
+                        product_into(dwindow, dr, matrix.t(), False)
+                        _add_windows(dx[i], dwindow, at, taps, stride)
+            dw = None
+            if needs[1]:
+                taps_IO = [part.view(-1, c, cout) for part in parts]
+                dw = torch.cat(taps_IO).permute(2, 1, 0).to(weight.dtype)
+            return dx, dw, None, dnw, dnb, None
+
     @without_autocast
-    @op_range("conv_stem/bwd/eager")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, r, weight, norm_weight, norm_bias, *moments = ctx.saved_tensors
-        stride, eps = ctx.settings
-        needs = ctx.needs_input_grad
-        c, (cout, _, k) = x.shape[2], weight.shape
-        w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
-        products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
-        parts = [x.new_zeros((taps * c, cout)) for _, taps, _ in products]
-        dx = torch.zeros_like(x) if needs[0] else None
-        dnw, dnb = torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)
-        for n, (i, start, end) in enumerate(_blocks(x, r.shape[1], cout)):
-            rows, (mean, rstd) = r[i, start:end], moments[2 * n : 2 * n + 2]
-            h = F.layer_norm(rows, (cout,), nw, nb, eps)
-            dh = torch.ops.aten.gelu_backward(dy[i, start:end].contiguous(), h)
-            dr, some_nw, some_nb = torch.ops.aten.native_layer_norm_backward(
-                dh, rows, (cout,), mean, rstd, nw, nb, [True, True, True]
-            )
-            dnw += some_nw
-            dnb += some_nb
-            for part, (first, taps, matrix) in zip(parts, products, strict=True):
-                at = start * stride + first
-                if needs[1]:
-                    part.addmm_(_window(x[i], at, taps, end - start, stride).t(), dr)
-                # as_strided views of what is written cannot be traced
-                if dx is not None and taps <= stride and not torch.compiler.is_compiling():
-                    _window(dx[i], at, taps, end - start, stride).addmm_(dr, matrix.t())
-                elif dx is not None:
-                    _add_windows(dx[i], dr @ matrix.t(), at, taps, stride)
-        dw = None
-        if needs[1]:
-            taps_IO = [part.view(-1, c, cout) for part in parts]
-            dw = torch.cat(taps_IO).permute(2, 1, 0).to(weight.dtype)
-        return dx, dw, None, dnw, dnb, None
+    def conv_stem(
+        x: Tensor, weight: Tensor, stride: int, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
+    ) -> Tensor:
+        return _ConvStem.apply(x.contiguous(), weight, stride, norm_weight, norm_bias, eps)
+
+    return conv_stem
 
 
 def _add_windows(dx_TC: Tensor, dwindow: Tensor, first: int, taps: int, stride: int) -> None:
@@ -132,8 +151,11 @@ def _add_windows(dx_TC: Tensor, dwindow: Tensor, first: int, taps: int, stride: 
         dx_TC[start : start + (frames - 1) * stride + 1 : stride].add_(dwindow[:, tap * c : (tap + 1) * c])
 
 
-@without_autocast
-def conv_stem(
-    x: Tensor, weight: Tensor, stride: int, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
-) -> Tensor:
-    return _ConvStem.apply(x.contiguous(), weight, stride, norm_weight, norm_bias, eps)
+def _product_into(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+conv_stem = with_products("eager", _product_into)
