@@ -82,6 +82,17 @@ class Implementation:
     limits: str = ""
 
 
+def _constant_while_tracing(function: Function) -> Function:
+    """For what Dynamo cannot trace: it calls the function and takes the result as a constant.
+
+    The mark is all that torch.compiler.assume_constant_result sets; calling that would import Dynamo, which
+    takes seconds and imports triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_while_tracing
 def _mkl_keeps_to_avx2() -> bool:
     return _cpu.mkl_keeps_to_avx2()
 
@@ -311,16 +322,6 @@ def _parse_environment(value: str) -> dict[str, str]:
 
 
 _environments: dict[str, dict[str, str]] = {"": {}}
-
-
-def _constant_while_tracing(function: Function) -> Function:
-    """For what Dynamo cannot trace: it calls the function and takes the result as a constant.
-
-    The mark is all that torch.compiler.assume_constant_result sets; calling that would import Dynamo, which
-    takes seconds and imports triton.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 @_constant_while_tracing

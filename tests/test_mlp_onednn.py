@@ -210,6 +210,15 @@ def test_onednn_under_compile(name: str) -> None:
         assert_bitwise_equal(actual, wanted)
 
 
+def test_the_choice_is_traced() -> None:
+    x, weight = torch.randn(2, 3), torch.randn(4, 3)
+    with backend_spy() as calls:
+        expected = d2vkern.linear(x, weight)
+        actual = torch.compile(d2vkern.linear, fullgraph=True, backend="aot_eager")(x, weight)
+    assert_bitwise_equal(actual, expected)
+    assert calls[0] == calls[1]
+
+
 def test_onednn_beside_eager() -> None:
     inputs = make_case(SHAPES["block"], torch.float32)
     with force_checks(True), d2vkern.use_backend(mlp="onednn"):
@@ -291,7 +300,7 @@ def test_vendor_is_what_the_kernel_says(tmp_path: Path) -> None:
 def test_when_mkl_keeps_to_avx2(
     vendor: str, capability: str, mkl: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cpu, "vendor", lambda: vendor)
+    monkeypatch.setattr(_cpu, "_vendor_here", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     assert _cpu.mkl_keeps_to_avx2() is expected

@@ -30,11 +30,22 @@ def test_oracle_takes_twice_eagers_error_and_no_more() -> None:
 
 
 def test_oracle_allows_one_rounding_where_eager_is_exact() -> None:
-    reference = torch.tensor([1.0 + 2**-9], dtype=torch.float64)
+    reference = torch.full((FEW,), 1.0 + 2**-9, dtype=torch.float64)
     actual = reference.bfloat16()
     assert_no_worse_than_eager(actual, actual, reference)
+    away = torch.full((FEW,), 1.0 + 2**-6).bfloat16()  # two ulps of bf16
     with pytest.raises(AssertionError, match="maximum error"):
-        assert_no_worse_than_eager(torch.tensor([1.0 + 2**-6]).bfloat16(), actual, reference)
+        assert_no_worse_than_eager(away, actual, reference)
+
+
+def test_oracle_allows_four_roundings_where_eager_gets_few_values_right_by_chance() -> None:
+    one = torch.ones(FEW - 1)
+    assert_no_worse_than_eager(one + 2 * 2**-23, one, one.double())
+    with pytest.raises(AssertionError, match="maximum error"):
+        assert_no_worse_than_eager(one + 3 * 2**-23, one, one.double())
+    many = torch.ones(FEW)
+    with pytest.raises(AssertionError, match="maximum error"):
+        assert_no_worse_than_eager(many + 2 * 2**-23, many, many.double())
 
 
 def test_oracle_sees_nan_infinity_and_shape() -> None:
