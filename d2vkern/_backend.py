@@ -349,8 +349,10 @@ def _machine_gaps(backend: str) -> tuple[str, ...]:
             reasons.append("no CUDA device")
         elif backend == "xformers" and not reasons and not _xformers_loads():
             reasons.append("its kernels do not load beside this torch: python -m xformers.info")
-    if backend == "onednn" and not torch.backends.mkldnn.is_available():
-        reasons.append("this torch is built without oneDNN")
+    if backend == "onednn" and not (
+        torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        reasons.append("this torch is built without oneDNN's linear layer")
     if backend == "native" and _native.problem():
         reasons.append(_native.problem())
     return tuple(reasons)
