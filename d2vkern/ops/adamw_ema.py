@@ -31,8 +31,8 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     Returns a 0-dim tensor on the first one's device, fp32 (fp64 where one of them is fp64), not read on the
     host; a NaN or inf shows in it. No gradients have norm 0. Of DTensors it is a DTensor, whose parts
     `AdamWEMA.step` adds up.
-    Source: torch.nn.utils.get_total_norm, whose CPU kernel works on one thread and adds up in fp32 (five
-    digits of a base model's gradients are right); backend "native" takes all threads and keeps all digits.
+    Source: torch.nn.utils.get_total_norm, whose CPU kernel adds a whole tensor up in fp32 (of an embedding of
+    50,000 tokens it loses 4e-4); all backends here keep all digits, and "native" takes all threads.
 
     Raises TypeError for tensors that are not floating.
     """
