@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from d2vkern import BackendError, _backend, conv_stem, use_backend  # noqa: E402
+from d2vkern import BackendError, _backend, _cpu, conv_stem, use_backend  # noqa: E402
 from d2vkern._nvtx import force_ranges, tally_costs  # noqa: E402
 from d2vkern.kernels._launch import record_launches  # noqa: E402
 from d2vkern.kernels._tuning import forced, record_choices  # noqa: E402
@@ -363,6 +363,7 @@ def test_refusals(triton_device: torch.device) -> None:
 def test_auto_chooses_eager_in_fp32_and_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *parameters = make_case(PLAIN, torch.device("cpu"))
     monkeypatch.setattr(_backend, "gaps", lambda *args: [])  # as on a GPU that takes everything
+    monkeypatch.setattr(_cpu, "mkl_keeps_to_avx2", lambda: False)
     for device in ("cpu", "meta"):
         with backend_spy() as calls:
             conv_stem(x.to(device), parameters[0].to(device), 2, *(p.to(device) for p in parameters[1:]))
