@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 
-CPUINFO = Path("/proc/cpuinfo")
 
-
-def vendor(path: Path = CPUINFO) -> str:
+@cache
+def vendor(path: Path = Path("/proc/cpuinfo")) -> str:
     """The x86 vendor as Linux names it ("GenuineIntel", "AuthenticAMD"), empty where it does not say."""
     try:
         with path.open(encoding="utf-8", errors="replace") as lines:
@@ -18,12 +17,7 @@ def vendor(path: Path = CPUINFO) -> str:
         return ""
 
 
-@cache
-def _vendor_here() -> str:
-    return vendor()
-
-
 def mkl_keeps_to_avx2() -> bool:
     """Whether PyTorch's fp32 products are MKL's and leave AVX-512 units idle: MKL asks for Intel's name."""
     wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkl.is_available() and _vendor_here() not in ("", "GenuineIntel")
+    return wide and torch.backends.mkl.is_available() and vendor() not in ("", "GenuineIntel")

@@ -211,8 +211,12 @@ def test_three_layers_of_projection_are_counted(tmp_path: Path) -> None:
     cfg = tiny("image")
     decoder = dataclasses.replace(cfg.model.decoder, projection_layers=3)
     cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, decoder=decoder))
-    result = run_profile(cfg, tmp_path, steps=1, batch=2, quick=True)
+    result = run_profile(cfg, tmp_path, steps=1, batch=2, quick=True, backend="eager")
     assert_work_is_all_there(cfg, result)
+    calls = {row.name: row.calls for row in result.reports[0].rows}
+    blocks = cfg.model.prenet_depth + cfg.model.depth
+    # queries to values and the projection, of student and teacher; patches of both; the decoder's three
+    assert calls["linear/fwd/eager"] == 2 * 2 * blocks + 2 + 3
 
 
 def test_rows_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
