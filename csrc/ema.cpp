@@ -4,8 +4,8 @@
 //
 // Rows and threads: tensors.hpp; teacher fp32, student and copy fp32, fp16 or bf16, per row. A span is worked on in
 // blocks that stay in the first cache, so that 16-bit students and copies cost no pass over memory; copies larger
-// than the caches are written past them. All arithmetic is fp32; 1 - decay is made in fp64. Bytes per element as at the floor: 12 with an fp32 student, 10
-// with a 16-bit one, 2 more for a 16-bit copy.
+// than the caches are written past them. All arithmetic is fp32; 1 - decay is made in fp64. Bytes per element as at
+// the floor: 12 with an fp32 student, 10 with a 16-bit one, 2 more for a 16-bit copy.
 #include "ema.cuh"
 #include "tensors.hpp"
 

@@ -10,9 +10,9 @@
 //     backward   a gather from one version per sample, with 0 for the extra tokens
 //
 // Threads share the rows of the output, each of which is written once and by one thread: no atomics, nothing is
-// cleared first, and the bits do not depend on the number of threads. Where the output is larger than the caches it
-// is written past them. The noise is made 32 counters at a time in vectors (normals.cuh). fp32, fp16 or bf16; last
-// dimensions contiguous and any other strides (what has not is copied first).
+// cleared first, and the bits do not depend on the number of threads. Rows that are copied as they are go past the
+// caches where the output is larger than these (cpu.hpp). The noise is made 32 counters at a time in vectors
+// (normals.cuh). fp32, fp16 or bf16; last dimensions contiguous and any other strides (what has not is copied first).
 #include "cpu.hpp"
 #include "normals.cuh"
 
@@ -54,7 +54,6 @@ struct AddRows {
   }
 };
 
-// The same for values that are added in their own precision and then written past the caches.
 struct Accumulate {
   // total += values of a row
   static D2V_INLINE void run(float* __restrict total, const char* row, Dtype dtype, int64_t width) {
