@@ -1,9 +1,10 @@
 """Measured times of an op's backends: where there are some, auto goes by them.
 
 measured.json: machine -> "ops" -> op -> bucket -> backend -> median microseconds of a call, and beside "ops"
-what the machine was. Machine is the GPU's name, or "cpu" and its vector width. `python -m benchmarks.choose`
-measures on the machine at hand and rewrites its part. Calls that torch.compile traces do not look: the times
-are those of calls that run as they stand, and a bucket would tie the compiled code to its sizes.
+what the machine was. Machine is the GPU's name, or "cpu", its vector width and its vendor: AMD's processors and
+Intel's run other code for the same product. `python -m benchmarks.choose` measures on the machine at hand and
+rewrites its part. Calls that torch.compile traces do not look: the times are those of calls that run as they
+stand, and a bucket would tie the compiled code to its sizes.
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from d2vkern import _cpu
 from d2vkern._costs import bucket
 
 TABLE = Path(__file__).with_name("measured.json")
@@ -65,7 +67,9 @@ def machine(device: str) -> str:
     """The name that measurements on this device have in the table."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device == "cpu" else device
+    if device == "cpu":
+        return f"cpu {torch.backends.cpu.get_cpu_capability()} {_cpu.vendor()}".rstrip()
+    return device
 
 
 def times_of(where: str) -> dict[str, dict[str, Times]]:

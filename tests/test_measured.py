@@ -153,6 +153,25 @@ def test_the_shipped_table_is_sound() -> None:
             assert len(times) > 1 and set(times) <= names
 
 
+def test_processors_of_another_vendor_are_other_machines(
+    table: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table({BUCKET: {"sdpa": 123.4, "eager": 200.0}})
+    here = _measured.machine("cpu")
+    assert here.split()[1:2] == [torch.backends.cpu.get_cpu_capability().split()[0]]
+    assert _measured.times_of(here)
+    _measured.machine.cache_clear()
+    try:
+        monkeypatch.setattr(_measured._cpu, "vendor", lambda: "CentaurHauls")
+        elsewhere = _measured.machine("cpu")
+        assert elsewhere.endswith(" CentaurHauls") and not _measured.times_of(elsewhere)
+        _measured.machine.cache_clear()
+        monkeypatch.setattr(_measured._cpu, "vendor", lambda: "")
+        assert _measured.machine("cpu") == f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    finally:
+        _measured.machine.cache_clear()
+
+
 def test_info_shows_what_was_measured(table: Write) -> None:
     table({BUCKET: {"sdpa": 123.4, "eager": 200.0}})
     report = info.collect()
