@@ -93,8 +93,8 @@ def _constant_while_tracing(function: Function) -> Function:
 
 
 @_constant_while_tracing
-def _mkl_keeps_to_avx2() -> bool:
-    return _cpu.mkl_keeps_to_avx2()
+def _mkl_leaves_units_idle() -> bool:
+    return _cpu.mkl_leaves_units_idle()
 
 
 def _triton_gaps(*tensors: Tensor, **_: Any) -> list[str]:
@@ -145,7 +145,7 @@ def _table(stem: str) -> dict[str, Implementation]:
     dtypes = (torch.float16, torch.bfloat16) if stem in LOW_PRECISION_STEMS else None
     table["triton"] = Implementation(f"d2vkern.kernels.{stem}", unsupported, ("cuda",), dtypes)
     if "onednn" in PEERS.get(stem, ()):
-        table["onednn"] = _peer(stem, "onednn", auto=("cpu",), auto_where=_mkl_keeps_to_avx2)
+        table["onednn"] = _peer(stem, "onednn", auto=("cpu",), auto_where=_mkl_leaves_units_idle)
     table["eager"] = Implementation(f"d2vkern.reference.{stem}")
     for name in PEERS.get(stem, ()):
         if name not in table:

@@ -2,22 +2,42 @@
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+_ZEN_5 = 26
+"""family of the first AMD processors whose AVX-512 units are 512 bits wide"""
+
+
+class Processor(NamedTuple):
+    """An x86 processor as Linux names it; empty and 0 where it does not say."""
+
+    vendor: str = ""
+    """GenuineIntel, AuthenticAMD"""
+    family: int = 0
+
 
 @cache
-def vendor(path: Path = Path("/proc/cpuinfo")) -> str:
-    """The x86 vendor as Linux names it ("GenuineIntel", "AuthenticAMD"), empty where it does not say."""
+def processor(path: Path = Path("/proc/cpuinfo")) -> Processor:
+    """The first processor of the list."""
     try:
-        with path.open(encoding="utf-8", errors="replace") as lines:
-            named = (line.partition(":") for line in lines if line.startswith("vendor_id"))
-            return next((value.strip() for _, _, value in named), "")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
+        return Processor()
+    named = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
+    facts = {name.strip(): value.strip() for name, _, value in named}
+    family = facts.get("cpu family", "")
+    return Processor(facts.get("vendor_id", ""), int(family) if family.isdigit() else 0)
 
 
-def mkl_keeps_to_avx2() -> bool:
-    """Whether PyTorch's fp32 products are MKL's and leave AVX-512 units idle: MKL asks for Intel's name."""
-    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return wide and torch.backends.mkl.is_available() and vendor() not in ("", "GenuineIntel")
+def mkl_leaves_units_idle() -> bool:
+    """Whether PyTorch's fp32 products are MKL's and use half of AVX-512 units of full width.
+
+    MKL keeps its AVX-512 kernels to Intel's processors. Before Zen 5, AMD's have AVX-512 on units of 256
+    bits, and MKL's AVX2 kernels are level with oneDNN's.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    vendor, family = processor()
+    return vendor == "AuthenticAMD" and family >= _ZEN_5

@@ -1,10 +1,10 @@
 """Measured times of an op's backends: where there are some, auto goes by them.
 
 measured.json: machine -> "ops" -> op -> bucket -> backend -> median microseconds of a call, and beside "ops"
-what the machine was. Machine is the GPU's name, or "cpu", its vector width and its vendor: AMD's processors
-and Intel's run other code for the same product. `python -m benchmarks.choose` measures on the machine at
-hand and rewrites its part. Calls that torch.compile traces do not look: the times are those of calls that
-run as they stand, and a bucket would tie the compiled code to its sizes.
+what the machine was. Machine is the GPU's name, or "cpu", its vector width, vendor and family: AMD's
+processors and Intel's run other code for the same product. `python -m benchmarks.choose` measures on the
+machine at hand and rewrites its part. Calls that torch.compile traces do not look: the times are those of
+calls that run as they stand, and a bucket would tie the compiled code to its sizes.
 """
 
 import json
@@ -68,7 +68,9 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     if device == "cpu":
-        return f"cpu {torch.backends.cpu.get_cpu_capability()} {_cpu.vendor()}".rstrip()
+        vendor, family = _cpu.processor()
+        words = ["cpu", torch.backends.cpu.get_cpu_capability()]
+        return " ".join(words + [vendor, str(family)] if vendor else words)
     return device
 
 

@@ -363,7 +363,7 @@ def test_refusals(triton_device: torch.device) -> None:
 def test_auto_chooses_eager_in_fp32_and_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     x, *parameters = make_case(PLAIN, torch.device("cpu"))
     monkeypatch.setattr(_backend, "gaps", lambda *args: [])  # as on a GPU that takes everything
-    monkeypatch.setattr(_cpu, "mkl_keeps_to_avx2", lambda: False)
+    monkeypatch.setattr(_cpu, "mkl_leaves_units_idle", lambda: False)
     for device in ("cpu", "meta"):
         with backend_spy() as calls:
             conv_stem(x.to(device), parameters[0].to(device), 2, *(p.to(device) for p in parameters[1:]))

@@ -251,7 +251,7 @@ def test_onednn_is_no_backend_of_all_ops() -> None:
 
 @pytest.mark.parametrize("idle", [False, True], ids=["MKL uses AVX-512", "MKL keeps to AVX2"])
 def test_auto_goes_by_the_processor(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu, "mkl_keeps_to_avx2", lambda: idle)
+    monkeypatch.setattr(_cpu, "mkl_leaves_units_idle", lambda: idle)
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
     with backend_spy() as calls:
         d2vkern.linear(x, weight)
@@ -278,30 +278,31 @@ def test_one_import_serves_a_whole_trace(monkeypatch: pytest.MonkeyPatch) -> Non
         torch.testing.assert_close(actual, two(x, weight))
 
 
-def test_vendor_is_what_the_kernel_says(tmp_path: Path) -> None:
+def test_processor_is_what_the_kernel_says(tmp_path: Path) -> None:
     info, arm = tmp_path / "cpuinfo", tmp_path / "arm"
-    info.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: x\n\nvendor_id\t: Other\n")
-    assert _cpu.vendor(info) == "AuthenticAMD"
-    arm.write_text("processor\t: 0\nCPU implementer\t: 0x41\n")
-    assert _cpu.vendor(arm) == ""
-    assert _cpu.vendor(tmp_path / "missing") == ""
+    first = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel name\t: x\nflags\t\t: a b\n"
+    info.write_text(first + "\nprocessor\t: 1\nvendor_id\t: Other\ncpu family\t: 6\n")
+    assert _cpu.processor(info) == ("AuthenticAMD", 25)
+    arm.write_text("processor\t: 0\nCPU implementer\t: 0x41\ncpu family\t: ?\n")
+    assert _cpu.processor(arm) == _cpu.processor(tmp_path / "missing") == ("", 0)
 
 
 @pytest.mark.parametrize(
-    ("vendor", "capability", "mkl", "expected"),
+    ("vendor", "family", "capability", "mkl", "expected"),
     [
-        ("AuthenticAMD", "AVX512", True, True),
-        ("HygonGenuine", "AVX512", True, True),
-        ("GenuineIntel", "AVX512", True, False),
-        ("AuthenticAMD", "AVX2", True, False),
-        ("AuthenticAMD", "AVX512", False, False),
-        ("", "AVX512", True, False),
+        ("AuthenticAMD", 26, "AVX512", True, True),
+        ("AuthenticAMD", 25, "AVX512", True, False),
+        ("HygonGenuine", 26, "AVX512", True, False),
+        ("GenuineIntel", 26, "AVX512", True, False),
+        ("AuthenticAMD", 26, "AVX2", True, False),
+        ("AuthenticAMD", 26, "AVX512", False, False),
+        ("", 0, "AVX512", True, False),
     ],
 )
-def test_when_mkl_keeps_to_avx2(
-    vendor: str, capability: str, mkl: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+def test_when_mkl_leaves_units_idle(
+    vendor: str, family: int, capability: str, mkl: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_cpu, "vendor", lambda: vendor)
+    monkeypatch.setattr(_cpu, "processor", lambda: _cpu.Processor(vendor, family))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
-    assert _cpu.mkl_keeps_to_avx2() is expected
+    assert _cpu.mkl_leaves_units_idle() is expected

@@ -1,10 +1,10 @@
 """fp32 matrix products by oneDNN on a CPU, and where they are worth it.
 
 PyTorch's fp32 products are MKL's, whose AVX-512 kernels are for Intel's processors: on others it keeps to
-AVX2, and oneDNN, which goes by what the processor can do, is about twice as fast where that has full AVX-512
-units. oneDNN sums the inner dimension in long chains, so at 3072 its rounding error is 2.3 times MKL's; in
-pieces of `PIECE` it is 1.6 times, for every length. Transposed operands, as backward passes have them, are
-also faster in pieces.
+AVX2, and oneDNN, which goes by what the processor can do, is about twice as fast where AVX-512 units are
+512 bits wide (AMD's from Zen 5 on; level on Zen 4). oneDNN sums the inner dimension in long chains, so at
+3072 its rounding error is 2.3 times MKL's; in pieces of `PIECE` it is 1.6 times, for every length.
+Transposed operands, as backward passes have them, are also faster in pieces.
 """
 
 import torch
