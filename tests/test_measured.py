@@ -153,9 +153,7 @@ def test_the_shipped_table_is_sound() -> None:
             assert len(times) > 1 and set(times) <= names
 
 
-def test_processors_of_another_make_are_other_machines(
-    table: Write, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processors_of_another_make_are_other_machines(table: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     table({BUCKET: {"sdpa": 123.4, "eager": 200.0}})
     here = _measured.machine("cpu")
     assert here.split()[1:2] == [torch.backends.cpu.get_cpu_capability().split()[0]]
