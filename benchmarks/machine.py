@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from d2vkern._cpu import processor
+
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -26,7 +28,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     """Hardware, driver, versions, commit, date, threads."""
     return {
         "device": device.type,
-        "cpu": _cpu_name(),
+        "cpu": processor().name or platform.processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
@@ -40,13 +42,6 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "uncommitted_changes": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor()
 
 
 def _version(package: str) -> str | None:

@@ -28,6 +28,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from d2vkern._cpu import processor
+
 from .config import Config, from_dict, to_dict
 
 if sys.version_info >= (3, 11):
@@ -375,7 +377,7 @@ def write_environment(run_dir: str | Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor().name or platform.processor() or platform.machine(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
@@ -398,12 +400,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _write_text(path: Path, text: str) -> None:

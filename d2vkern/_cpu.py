@@ -1,6 +1,7 @@
 """What the processor is, as far as a choice between CPU backends depends on it."""
 
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,24 +12,26 @@ _ZEN_5 = 26
 
 
 class Processor(NamedTuple):
-    """An x86 processor as Linux names it; empty and 0 where it does not say."""
+    """A processor as Linux names it; empty and 0 where it does not say, as for other makes than x86."""
 
     vendor: str = ""
     """GenuineIntel, AuthenticAMD"""
     family: int = 0
+    name: str = ""
 
 
 @cache
 def processor(path: Path = Path("/proc/cpuinfo")) -> Processor:
-    """The first processor of the list."""
+    """The first of the list, which is read no further: Linux makes it while it is read, core by core."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            named = [line.partition(":") for line in takewhile(str.strip, lines)]
     except OSError:
         return Processor()
-    named = [line.partition(":") for line in text.partition("\n\n")[0].splitlines()]
     facts = {name.strip(): value.strip() for name, _, value in named}
     family = facts.get("cpu family", "")
-    return Processor(facts.get("vendor_id", ""), int(family) if family.isdigit() else 0)
+    number = int(family) if family.isdigit() else 0
+    return Processor(facts.get("vendor_id", ""), number, facts.get("model name", ""))
 
 
 def mkl_leaves_units_idle() -> bool:
@@ -39,5 +42,4 @@ def mkl_leaves_units_idle() -> bool:
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
-    vendor, family = processor()
-    return vendor == "AuthenticAMD" and family >= _ZEN_5
+    return processor().vendor == "AuthenticAMD" and processor().family >= _ZEN_5

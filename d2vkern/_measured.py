@@ -68,9 +68,9 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     if device == "cpu":
-        vendor, family = _cpu.processor()
-        words = ["cpu", torch.backends.cpu.get_cpu_capability()]
-        return " ".join(words + [vendor, str(family)] if vendor else words)
+        make = _cpu.processor()
+        known = f" {make.vendor} {make.family}" if make.vendor else ""
+        return f"cpu {torch.backends.cpu.get_cpu_capability()}{known}"
     return device
 
 

@@ -249,7 +249,7 @@ def test_onednn_is_no_backend_of_all_ops() -> None:
         pass
 
 
-@pytest.mark.parametrize("idle", [False, True], ids=["MKL uses AVX-512", "MKL keeps to AVX2"])
+@pytest.mark.parametrize("idle", [False, True], ids=["MKL uses all units", "MKL leaves units idle"])
 def test_auto_goes_by_the_processor(idle: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "mkl_leaves_units_idle", lambda: idle)
     x, weight = torch.randn(2, 3), torch.randn(4, 3)
@@ -282,9 +282,9 @@ def test_processor_is_what_the_kernel_says(tmp_path: Path) -> None:
     info, arm = tmp_path / "cpuinfo", tmp_path / "arm"
     first = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel name\t: x\nflags\t\t: a b\n"
     info.write_text(first + "\nprocessor\t: 1\nvendor_id\t: Other\ncpu family\t: 6\n")
-    assert _cpu.processor(info) == ("AuthenticAMD", 25)
+    assert _cpu.processor(info) == ("AuthenticAMD", 25, "x")
     arm.write_text("processor\t: 0\nCPU implementer\t: 0x41\ncpu family\t: ?\n")
-    assert _cpu.processor(arm) == _cpu.processor(tmp_path / "missing") == ("", 0)
+    assert _cpu.processor(arm) == _cpu.processor(tmp_path / "missing") == ("", 0, "")
 
 
 @pytest.mark.parametrize(
