@@ -9,11 +9,11 @@ n = b * M + m; slot [N, T] is all that is read of a plan. pred and target may ha
 contiguous along D; others cost a copy. The gradient is contiguous, in pred's dtype.
 
 Forward: two launches (loss_fwd.py). Backward scales the saved gradient in place by the incoming scalar, read
-on the device, in one launch; kept places are 0 and are passed over. When the graph is kept for another
-backward the product goes to new memory instead. A program of `loss_bwd_kernel` owns [BLOCK_R, BLOCK_D].
+on the device, and by the powers of two that the forward left out (`split_factor`), in one launch; kept places
+are 0 and are passed over. When the graph is kept for another backward the product goes to new memory instead.
+A program of `loss_bwd_kernel` owns [BLOCK_R, BLOCK_D].
 
-fp32 throughout but for pred and its gradient. The gradient is bit for bit eager's; in backward eager may
-round the scalar to pred's dtype first, this does not.
+fp32 throughout but for pred and its gradient. The gradient is bit for bit eager's.
 
 Bytes: pred at masked places, its gradient and the target once, which is the floor; plus 16 B T D / BLOCK_T of
 moments, written and read, 1 to 5% at the presets' shapes. Backward: masked places of the gradient, twice.
@@ -36,7 +36,7 @@ from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 from d2vkern.kernels.loss_fwd import forward, outputs
 from d2vkern.ops.masks import MaskPlan
-from d2vkern.reference.loss import graph_is_kept
+from d2vkern.reference.loss import graph_is_kept, split_factor
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -45,6 +45,7 @@ def loss_bwd_kernel(
     dpred_ptr,  # [R, D], contiguous; grad_ptr itself when IN_PLACE
     dloss_ptr,  # []
     slot_ptr,  # [R] int32, negative where masked; None: every row is
+    rest,  # what the saved gradient lacks
     rows,
     width,
     IN_PLACE: tl.constexpr,
@@ -62,7 +63,8 @@ def loss_bwd_kernel(
     at = r.to(tl.int64)[:, None] * width + d[None, :]
     wanted = live[:, None] & (d < width)[None, :]
     grad = tl.load(grad_ptr + at, mask=wanted, other=0.0).to(tl.float32)
-    scaled = tl.where(wanted, grad * tl.load(dloss_ptr).to(tl.float32), 0.0)
+    factor = tl.load(dloss_ptr).to(tl.float32) * tl.full((), rest, tl.float32)
+    scaled = tl.where(wanted, grad * factor, 0.0)
     written = wanted if IN_PLACE else (r < rows)[:, None] & (d < width)[None, :]
     tl.store(dpred_ptr + at, scaled.to(dpred_ptr.dtype.element_ty), mask=written)
 
@@ -93,7 +95,7 @@ class _MaskedRegression(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, pred_var, target_var, grad = _fwd(pred, target, slot, masked, clones, beta, scale, needs_grad)
         ctx.save_for_backward(grad, slot)
-        ctx.masked = masked
+        ctx.settings = (masked, beta, scale)
         ctx.mark_non_differentiable(pred_var, target_var)
         ctx.set_materialize_grads(False)  # no zeros for the variances
         return loss, pred_var, target_var
@@ -105,30 +107,32 @@ class _MaskedRegression(torch.autograd.Function):
             return (None,) * 8
         grad, slot = ctx.saved_tensors
         if graph_is_kept():
-            dpred = _bwd(grad, dloss, slot, ctx.masked)
+            dpred = _bwd(grad, dloss, slot, *ctx.settings)
         else:
-            _bwd_(grad, dloss, slot, ctx.masked)
+            _bwd_(grad, dloss, slot, *ctx.settings)
             dpred = grad
         return dpred, None, None, None, None, None, None, None
 
 
-def _cost(grad: Tensor, dloss: Tensor, slot: Tensor, masked: int) -> _costs.Cost:
+def _cost(grad: Tensor, dloss: Tensor, slot: Tensor, masked: int, beta: float, scale: float) -> _costs.Cost:
     return _costs.Cost(_costs.bucket(N=slot.shape[0], masked=masked, D=grad.shape[-1])).of_backward()
 
 
 @op_range("loss/bwd/triton", _cost)
-def _scaled(grad: Tensor, dloss: Tensor, slot: Tensor, masked: int) -> Tensor:
+def _scaled(grad: Tensor, dloss: Tensor, slot: Tensor, masked: int, beta: float, scale: float) -> Tensor:
     dpred = grad.new_empty(grad.shape)
-    _scale(grad, dpred, dloss, slot, masked)
+    _scale(grad, dpred, dloss, slot, masked, split_factor(beta, scale)[1])
     return dpred
 
 
 @op_range("loss/bwd/triton", _cost)
-def _scaled_in_place(grad: Tensor, dloss: Tensor, slot: Tensor, masked: int) -> None:
-    _scale(grad, grad, dloss, slot, masked)
+def _scaled_in_place(
+    grad: Tensor, dloss: Tensor, slot: Tensor, masked: int, beta: float, scale: float
+) -> None:
+    _scale(grad, grad, dloss, slot, masked, split_factor(beta, scale)[1])
 
 
-def _scale(grad: Tensor, dpred: Tensor, dloss: Tensor, slot: Tensor, masked: int) -> None:
+def _scale(grad: Tensor, dpred: Tensor, dloss: Tensor, slot: Tensor, masked: int, rest: float) -> None:
     rows, width = grad.shape[0] * grad.shape[1], grad.shape[2]
     candidates = [
         {"BLOCK_R": 16, "BLOCK_D": 256, "num_warps": 4},
@@ -144,6 +148,7 @@ def _scale(grad: Tensor, dpred: Tensor, dloss: Tensor, slot: Tensor, masked: int
         dpred,
         dloss,
         slot.contiguous() if grad.shape[1] != masked else None,
+        rest,
         rows,
         width,
         IN_PLACE=dpred is grad,
@@ -158,12 +163,12 @@ _fwd = define(
     outputs,
 )
 _bwd = define(
-    "loss_bwd(Tensor grad, Tensor dloss, Tensor slot, SymInt masked) -> Tensor",
+    "loss_bwd(Tensor grad, Tensor dloss, Tensor slot, SymInt masked, float beta, float scale) -> Tensor",
     _scaled,
-    lambda grad, dloss, slot, masked: grad.new_empty(grad.shape),
+    lambda grad, *_: grad.new_empty(grad.shape),
 )
 _bwd_ = define(
-    "loss_bwd_(Tensor(a!) grad, Tensor dloss, Tensor slot, SymInt masked) -> ()",
+    "loss_bwd_(Tensor(a!) grad, Tensor dloss, Tensor slot, SymInt masked, float beta, float scale) -> ()",
     _scaled_in_place,
-    lambda grad, dloss, slot, masked: None,
+    lambda *_: None,
 )

@@ -27,6 +27,7 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._moments import add_moments, merge_rows
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
+from d2vkern.reference.loss import split_factor
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -354,7 +355,7 @@ def forward(
         tokens - masked,
         tiles,
         groups,
-        factor if beta > 0 else 2.0 * factor,
+        split_factor(beta, scale)[0],
         beta,
         EVERY_TOKEN=pred.shape[1] != masked,
         SMOOTH=beta > 0,

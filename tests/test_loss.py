@@ -135,6 +135,21 @@ def test_low_precision_predictions_are_scored_in_fp32(dtype: torch.dtype, masked
     assert_bitwise_equal(pred.grad, grad.float().to(dtype))
 
 
+@both_forms
+@pytest.mark.parametrize("beta", [0.0, 0.05, 4.0])
+@pytest.mark.parametrize(("scale", "loss_scaling"), [(1e-7, 65536.0), (1e-12, 2.0**36), (2.0**20, 2.0**-20)])
+def test_fp16_gradient_of_a_scaled_loss(
+    scale: float, loss_scaling: float, beta: float, masked_only: bool
+) -> None:
+    # Between a small scale and the GradScaler that undoes it nothing is rounded to fp16.
+    pred, target, plan = make_case(SHAPES["primes"], masked_only, torch.float16)
+    _, grad, _, _ = oracle(pred, target, plan, beta, scale)
+    for retain in (True, False):
+        loss = masked_regression_loss(pred, target, plan, beta, scale).loss
+        (ours,) = torch.autograd.grad(loss * loss_scaling, pred, retain_graph=retain)
+        torch.testing.assert_close(ours.double(), grad * loss_scaling, rtol=2.0**-10, atol=2.0**-24)
+
+
 def test_variance_with_a_large_mean() -> None:
     pred, target, plan = make_case((4, 4, 32, 20, 8), True)
     pred, target = pred.detach() * 0.01 + 1000, target + 1000

@@ -55,10 +55,16 @@ def make_case(
 
 
 def run(
-    pred: Tensor, target: Tensor, plan: MaskPlan, beta: float, backend: str, factor: float = 1.0
+    pred: Tensor,
+    target: Tensor,
+    plan: MaskPlan,
+    beta: float,
+    backend: str,
+    factor: float = 1.0,
+    scale: float | None = None,
 ) -> tuple[LossOutput, Tensor]:
     leaf = pred.detach().requires_grad_()
-    out = masked_regression_loss(leaf, target, plan, beta, backend=backend)
+    out = masked_regression_loss(leaf, target, plan, beta, scale, backend=backend)
     (out.loss * factor).backward()
     assert leaf.grad is not None
     return LossOutput(*(value.detach() for value in out)), leaf.grad
@@ -105,6 +111,17 @@ def test_fp16_predictions(beta: float, masked_only: bool, triton_device: torch.d
     assert grad.dtype == torch.float16
     assert_no_worse_than_eager(grad, eager_grad, exact_grad * 0.3)
     assert_scalars(ours, reference)
+
+
+@both_forms
+@pytest.mark.parametrize("beta", [0.0, 0.05, 4.0])
+def test_fp16_gradient_of_a_scaled_loss(beta: float, masked_only: bool, triton_device: torch.device) -> None:
+    case = make_case((2, 3, 40, 21, 6), masked_only, triton_device, torch.float16)
+    for scale, factor in ((1e-7, 65536.0), (1e-12, 2.0**36)):
+        exact_grad = run(case[0].double(), case[1].double(), case[2], beta, "eager", factor, scale)[1]
+        grad, eager_grad = (run(*case, beta, name, factor, scale)[1] for name in ("triton", "eager"))
+        assert_bitwise_equal(grad, eager_grad)
+        torch.testing.assert_close(grad.double(), exact_grad, rtol=2.0**-10, atol=2.0**-24)
 
 
 @pytest.mark.gpu
@@ -346,8 +363,8 @@ def test_opcheck(masked_only: bool, triton_device: torch.device) -> None:
         args = (permuted, target, plan.slot, 5, 3, beta, 0.3, needs_grad)
         torch.library.opcheck(ops.loss_fwd.default, args)
     dloss = torch.tensor(0.7, device=triton_device)
-    torch.library.opcheck(ops.loss_bwd.default, (pred, dloss, plan.slot, 5))
-    torch.library.opcheck(ops.loss_bwd_.default, (pred.clone(), dloss, plan.slot, 5))
+    torch.library.opcheck(ops.loss_bwd.default, (pred, dloss, plan.slot, 5, 0.0, 0.3))
+    torch.library.opcheck(ops.loss_bwd_.default, (pred.clone(), dloss, plan.slot, 5, 0.0, 0.3))
 
 
 def test_refusals() -> None:

@@ -47,7 +47,9 @@ def masked_regression_loss(
     scale: factor on the loss; None is 1 / sqrt(D).
 
     The gradient has pred's dtype and is 0 at kept places. It is made in the forward and scaled in place by
-    the backward, so the loss has no second derivative. Variances are unbiased; with no masked token loss,
+    the backward, so the loss has no second derivative. Neither a small scale nor a GradScaler's large factor
+    costs fp16 predictions digits: both are applied in fp32 (errors beyond fp16's 65504 do give an infinite
+    gradient). Variances are unbiased; with no masked token loss,
     count and variances are 0, with one the variance is taken as 0.
     Source: data2vec 2.0, examples/data2vec/models/data2vec2.py, `d2v_loss` and `compute_var`.
 

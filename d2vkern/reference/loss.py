@@ -3,10 +3,13 @@
 Formula, e = pred - target at masked places: loss = scale * sum e^2, gradient 2 * scale * e; with beta > 0 and
 c = min(|e|, beta): loss = scale * sum c * (|e| - c/2) / beta, gradient scale * clamp(e / beta, -1, 1). A
 slice of targets is gathered, used and dropped, so nothing of size [N,T,D] exists but the gradient itself,
-which is what the backward needs. fp32 throughout (fp64 for fp64 predictions). Shape suffixes: R rows of a
-slice, P masked tokens of a row, D width.
+which is what the backward needs. It is saved in pred's dtype before the powers of two of its scale, so that
+of a small scale fp16 loses nothing; they come in backward, with a loss scaling that may undo them, in fp32.
+fp32 throughout (fp64 for fp64 predictions). Shape suffixes: R rows of a slice, P masked tokens of a row, D
+width.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -47,6 +50,7 @@ class _MaskedRegression(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         loss, pred_var, target_var, grad = _walk(pred, target, ids_mask, clones, beta, scale, needs_grad)
         ctx.save_for_backward(grad)
+        ctx.rest = split_factor(beta, scale)[1]
         ctx.mark_non_differentiable(pred_var, target_var)
         ctx.set_materialize_grads(False)  # no zeros for the variances
         return loss, pred_var, target_var
@@ -57,9 +61,22 @@ class _MaskedRegression(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 7
-        (grad,) = ctx.saved_tensors
-        dpred = grad * dloss if graph_is_kept() else grad.mul_(dloss)
-        return dpred, None, None, None, None, None, None
+        (slope,) = ctx.saved_tensors
+        # of one dimension: as a scalar it would be rounded to the slope's dtype first
+        factor = (dloss * ctx.rest).view(1)
+        return _scaled(slope, factor), None, None, None, None, None, None
+
+
+def _scaled(slope: Tensor, factor: Tensor) -> Tensor:
+    """slope * factor in factor's dtype, rounded once, into the slope's memory unless that is needed again."""
+    if torch.compiler.is_compiling():
+        return (slope * factor).to(slope.dtype)
+    out = torch.empty_like(slope) if graph_is_kept() else slope
+    # a CPU makes a copy in factor's dtype of what it works on
+    size = _SLICE if slope.device.type == "cpu" else max(1, slope.numel())
+    for part, whence in zip(out.view(-1).split(size), slope.view(-1).split(size), strict=True):
+        torch.mul(whence, factor, out=part)
+    return out
 
 
 def graph_is_kept() -> bool:
@@ -67,10 +84,26 @@ def graph_is_kept() -> bool:
     return torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def split_factor(beta: float, scale: float) -> tuple[float, float]:
+    """(kept, rest): the gradient is clamp(e, -beta, beta) * kept * rest (e itself with beta = 0).
+
+    The part with `kept` is saved; it is about e, or about clamp(e / beta, -1, 1) with beta < 1. `rest` is a
+    power of two, hence exact, but under torch.compile, where the scale may be a symbol.
+    """
+    factor = 2.0 * scale if beta == 0.0 else scale / beta
+    steep = 1.0 if beta == 0.0 else min(beta, 1.0)
+    if torch.compiler.is_compiling():
+        return 1.0 / steep, factor * steep
+    mantissa, exponent = math.frexp(factor)
+    up = 1 - math.frexp(steep)[1]
+    return math.ldexp(mantissa, up), math.ldexp(1.0, exponent - up)
+
+
 def _walk(
     pred: Tensor, target: Tensor, ids_mask: Tensor, clones: int, beta: float, scale: float, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss, pred_var, target_var and the gradient in pred's shape and dtype (None unless needed)."""
+    """Loss, pred_var, target_var and the gradient without `rest`, in pred's shape and dtype (None unless
+    needed)."""
     rows, masked = ids_mask.shape
     tokens, width = target.shape[1:]
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
@@ -110,13 +143,14 @@ def _slices(rows: int, clones: int, row_size: int, device: torch.device) -> list
 
 
 def _penalty(error: Tensor, beta: float, scale: float) -> tuple[Tensor, Tensor]:
-    """Scaled penalty summed to 0-dim, and its slope per element."""
+    """Scaled penalty summed to 0-dim, and the part of its slope that is saved, per element."""
+    kept, _ = split_factor(beta, scale)
     if beta == 0.0:
-        return error.square().sum() * scale, error * (2.0 * scale)
+        return error.square().sum() * scale, error * kept
     size = error.abs()
     clipped = size.clamp(max=beta)
     value = (clipped * (size - 0.5 * clipped)).sum() * (scale / beta)
-    return value, error.clamp(-beta, beta) * (scale / beta)
+    return value, error.clamp(-beta, beta) * kept
 
 
 class _Moments:
