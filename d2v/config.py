@@ -118,6 +118,8 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """eps of the blocks' and the context norm; every other norm uses 1e-5, as in the original"""
     prenet_dropout: float = 0.0
+    """on the normed tokens before the prenet, be it without blocks; text without blocks has neither norm nor
+    dropout there (modalities/{base,text}.py)"""
     encoder_dropout: float = 0.1
     """after the attention projection"""
     attention_dropout: float = 0.1
@@ -135,7 +137,7 @@ class ModelConfig:
     """weight of the CLS loss (CLS output against the mean target)"""
     cls_rows: int | None = None
     """rows (B*M) the CLS sum is scaled to, so that it does not grow with the micro-batch;
-    none: as many as there are, what the original does (256 per GPU in the paper's setup)"""
+    none: as many as there are, what the original does (on each GPU; 256 there in image_base, else 128)"""
     init_std: float = 0.02
     """deviation of the initial Linear and Embedding weights; small widths want about 0.55 / sqrt(dim), which
     is 0.02 at the published ones"""

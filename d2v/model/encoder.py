@@ -39,7 +39,7 @@ class FixedPositions(nn.Module):
 
 
 class ContextEncoder(nn.Module):
-    """LayerNorm of the embeddings, dropout, and the prenet's blocks."""
+    """LayerNorm of the embeddings, dropout, and the prenet's blocks; text without blocks has none of it."""
 
     def __init__(self, cfg: ModelConfig, norm: bool) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class ModalityEncoder(nn.Module):
         context = self._context(local_BTD, plan, lengths)
         if self.context_encoder.norm is not None:
             x = layer_norm(x, self.context_encoder.norm)
-        x = F.dropout(x, self.cfg.prenet_dropout, self.training)
+            x = F.dropout(x, self.cfg.prenet_dropout, self.training)
         layerdrop = self.prenet_layerdrop if self.training else 0.0
         for block in self.context_encoder.blocks:
             if not layerdrop or float(torch.rand(())) >= layerdrop:

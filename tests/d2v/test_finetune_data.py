@@ -336,5 +336,6 @@ def test_every_recipe_makes_a_config() -> None:
         model = preset(fits[made.head.task][name == "sound_tiny"]).model
         cfg = made.on(name, model)
         assert cfg.recipe == name and cfg.model.layerdrop == made.drop.layer
+    assert recipe("librispeech_960h_base").optim.lr == 1e-4
     with pytest.raises(ValueError, match="no recipe 'imagenet'; nearest: imagenet_"):
         recipe("imagenet")

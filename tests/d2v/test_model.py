@@ -164,13 +164,27 @@ def test_dropout_acts_in_training_only(name: str) -> None:
     students = [model(source, mask=plan).student for _ in range(4)]
     assert not all(torch.equal(student, students[0]) for student in students)
     features = [model.features(source, teacher=True).x for _ in range(2)]
-    if name != "prenet_dropout":
-        assert torch.equal(*features), "the teacher never drops"
+    assert torch.equal(*features), "the teacher never drops"
     model.eval()
     assert_bitwise_equal(model(source, mask=plan).student, model(source, mask=plan).student)
     undropped = make_noiseless("audio")
     undropped.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(source, mask=plan).student, undropped(source, mask=plan).student)
+
+
+@pytest.mark.parametrize(
+    ("modality", "depth", "drops"),
+    [("image", 0, True), ("audio", 0, True), ("text", 0, False), ("text", 1, True)],
+)
+def test_prenet_dropout_needs_no_prenet_but_of_text(modality: str, depth: int, drops: bool) -> None:
+    """modalities/{images,audio,text}.py: text without blocks gives its context encoder neither norm nor
+    dropout."""
+    model = make_noiseless(modality, prenet_dropout=0.5, prenet_depth=depth)
+    assert (model.encoder.context_encoder.norm is not None) == drops
+    source = make_source(modality)
+    plan = model.sample_masks(source, torch.arange(4))
+    first, second = (model(source, mask=plan).student for _ in range(2))
+    assert torch.equal(first, second) != drops
 
 
 def test_layerdrop_skips_blocks() -> None:
