@@ -27,18 +27,17 @@ def load(
 ) -> Pretraining | FineTuned:
     """A model in eval mode from any of four kinds of `path`.
 
-    A run directory (its newest checkpoint, or that of `step`), one `checkpoints/step_N` folder, a folder of
+    A run directory (its newest checkpoint, of a fine-tuned one the best, or that of `step`), a checkpoint
+    folder in it (`checkpoints/step_N`; `checkpoints`, `best` and what lies in there likewise), a folder of
     `d2v convert`, or a `.pt` file of the original, which needs neither fairseq nor omegaconf and runs no
     code. What was pretrained is a `Data2Vec`, its teacher loaded (or another `d2v.model.Pretraining`, if that
-    was its objective); what was fine-tuned, here or by the original, is a `FineTuned` with `.logits()` (of a
-    run: the best checkpoint unless `step` is given).
+    was its objective); what was fine-tuned, here or by the original, is a `FineTuned` with `.logits()`.
     Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
     """
     from .checkpoint import (
-        CheckpointError,
         fill_model,
+        find_checkpoint,
         is_tuned,
-        latest_checkpoint,
         load_checkpoint,
         read_config,
         read_settings,
@@ -52,10 +51,6 @@ def load(
         if step is not None:
             raise ValueError(f"load: step must be None for a converted folder, got {step}")
         return load_folder(path).to(device).eval()
-    if (path / "config.toml").is_file() and is_tuned(read_settings(path)):
-        from .finetune.load import load_run
-
-        return load_run(path, step=step)[0].to(device)
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"load: step must be None for a file, got {step}")
@@ -65,17 +60,12 @@ def load(
             return load_tuned_file(path).to(device)
         config, tensors = load_original(path)
     else:
-        run, folder = path, latest_checkpoint(path)
-        if path.resolve().parent.name == "checkpoints" and not (path / "config.toml").exists():
-            run, folder = path.resolve().parent.parent, path
-            if step is not None:
-                raise ValueError(f"load: step must be None for a checkpoint folder, got {step}")
-        elif step is not None:
-            folder = path / "checkpoints" / f"step_{step}"
-        config = read_config(run)[0].model
-        if folder is None:
-            raise CheckpointError(f"{path}: no checkpoint in {path / 'checkpoints'}")
-        tensors = load_checkpoint(folder).model
+        run, folder = find_checkpoint(path, step)
+        if is_tuned(read_settings(run)):
+            from .finetune.load import load_run
+
+            return load_run(path, step=step)[0].to(device)
+        config, tensors = read_config(run)[0].model, load_checkpoint(folder).model
     model = build_model(config)
     fill_model(model, tensors, path)
     return model.to(device).eval()

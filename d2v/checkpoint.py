@@ -39,6 +39,9 @@ else:
 
 FORMAT = 1
 STATE = "state.json"
+SETTINGS = "config.toml"
+BEST = "best"
+"""folder of a fine-tuning run with the checkpoint that scored best on the first held-out part"""
 _TENSOR_FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors")
 
 
@@ -189,6 +192,47 @@ def latest_checkpoint(run_dir: str | Path) -> Path | None:
     return steps[-1] if steps else None
 
 
+def find_run(path: str | Path) -> tuple[Path, Path | None]:
+    """The run directory that `path` is or lies in, and which folder inside it was meant, none for the run.
+
+    Inside lie `checkpoints` and its step_N, and the same under a fine-tuning run's `best`. A path that leads
+    to no run is returned as it is.
+    """
+    path = Path(path)
+    if not (path / SETTINGS).is_file():
+        for whole in (Path(os.path.abspath(path)), path.resolve()):  # a link may stand on either side
+            for run in whole.parents[:3]:
+                inside = whole.relative_to(run).as_posix()
+                known = re.fullmatch(rf"{BEST}|({BEST}/)?checkpoints(/step_\d+)?", inside)
+                if known and (run / SETTINGS).is_file():
+                    return run, whole
+    return path, None
+
+
+def find_checkpoint(path: str | Path, step: int | None = None) -> tuple[Path, Path]:
+    """The run that `path` is or lies in, and the checkpoint folder meant: see `d2v.load`.
+
+    Raises CheckpointError where there is none, ValueError for a `step` of a folder inside a run.
+    """
+    run, inside = find_run(path)
+    tuned = is_tuned(read_settings(run))
+    if inside is None:
+        if step is not None:
+            return run, run / "checkpoints" / f"step_{step}"
+        holder = run
+        folder = (latest_checkpoint(run / BEST) if tuned else None) or latest_checkpoint(run)
+    else:
+        if step is not None:
+            raise ValueError(f"load: step must be None for a checkpoint folder, got {step}")
+        if inside.name.startswith("step_"):
+            return run, inside
+        holder = inside.parent if inside.name == "checkpoints" else inside
+        folder = latest_checkpoint(holder)
+    if folder is None:
+        raise CheckpointError(f"{path}: no checkpoint in {holder / 'checkpoints'}")
+    return run, folder
+
+
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a `step_N` folder, verifying the SHA-256 of every file before anything is used.
 
@@ -288,12 +332,12 @@ def write_config(run_dir: str | Path, config: Any, data: str, **about: str) -> N
     """Write `config.toml`: every setting, and under `[run]` the data path and whatever else is given."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     text = tomli_w.dumps({"run": {"data": data, **about}, **to_dict(config)})
-    _write_text(Path(run_dir) / "config.toml", text)
+    _write_text(Path(run_dir) / SETTINGS, text)
 
 
 def read_settings(run_dir: str | Path) -> dict[str, Any]:
     """The tables of a run's `config.toml`. Raises `CheckpointError` naming a file that is not one."""
-    path = Path(run_dir) / "config.toml"
+    path = Path(run_dir) / SETTINGS
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -316,12 +360,15 @@ def parse_settings(
         settings = {name: value for name, value in values.items() if name != "run"}
         return from_dict(cls, settings), found
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{Path(run_dir) / 'config.toml'}: {error}") from error
+        raise CheckpointError(f"{Path(run_dir) / SETTINGS}: {error}") from error
 
 
 def read_config(run_dir: str | Path) -> tuple[Config, str]:
-    """The config and data path of a run; anything wrong raises `CheckpointError` naming the file."""
-    config, (data,) = parse_settings(Config, run_dir, read_settings(run_dir), "data")
+    """The config and data path of a pretraining run; anything wrong raises `CheckpointError`."""
+    values = read_settings(run_dir)
+    if is_tuned(values):
+        raise CheckpointError(f"{Path(run_dir) / SETTINGS}: of a fine-tuning run, not of pretraining")
+    config, (data,) = parse_settings(Config, run_dir, values, "data")
     return config, data
 
 

@@ -100,7 +100,7 @@ class EvalOptions:
     """Scores of a fine-tuned run on its held-out data: top-1 and top-5, WER and CER, GLUE's metrics."""
 
     run: Model
-    """run directory of `d2v finetune`"""
+    """run directory of `d2v finetune`, or a checkpoint folder in it"""
     data: Annotated[str | None, arg(metavar="PATH")] = None
     """other data of the same classes or letters; none: the run's own"""
     step: int | None = None

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .atomic import replacing
-from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, read_settings
+from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, find_run, read_settings
 from .config import ModelConfig, from_dict, to_dict
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import Pretraining, build_model
@@ -84,8 +84,7 @@ def run_convert(
 
 def _home(source: Path) -> Path:
     """The folder of what belongs to a model: its run or converted folder, or that of its file."""
-    home = source if source.is_dir() else source.parent
-    return home.resolve().parent.parent if home.resolve().parent.name == "checkpoints" else home
+    return find_run(source if source.is_dir() else source.parent)[0]
 
 
 def save_folder(model: Pretraining | FineTuned, out: Path, home: Path | None = None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import load
 from .atomic import replacing
-from .checkpoint import read_config
+from .checkpoint import find_run, read_config
 from .config import Config, DataConfig, TextFront
 from .convert import is_folder, measured
 from .data import open_data
@@ -63,8 +63,7 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
             f"{path} is fine-tuned: a pretrained model is needed (`d2v eval` scores fine-tuned ones)"
         )
     if path.is_dir() and not is_folder(path):
-        is_run = (path / "config.toml").exists()
-        run = path if is_run else path.resolve().parent.parent
+        run = find_run(path)[0]
         cfg, _ = read_config(run)
         return model, dataclasses.replace(cfg, data=_as_trained(cfg.data, run)), run
     front, data, home = model.cfg.front, DataConfig(), path if path.is_dir() else path.parent

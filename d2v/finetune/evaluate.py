@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoint import SETTINGS, find_run
 from ..data import DataError
 from ..extract import BATCH
 from ..train import pick_device
@@ -100,19 +101,21 @@ def run_eval(
 ) -> dict[str, Any]:
     """Score a fine-tuned run again, print one line per part and metric, and return the scores.
 
-    path: a run of `d2v finetune`. data: another data set of the same classes or letters; none: the run's own.
-    step: of a checkpoint; none: the best one. beam, lm, lm_weight, word_bonus: of the search for CTC, see
-    `language_model`. Raises CheckpointError, ValueError and DataError.
+    path: a run of `d2v finetune`, or a checkpoint folder in it. data: another data set of the same classes or
+    letters; none: the run's own. step: of a checkpoint; none: the best one. beam, lm, lm_weight, word_bonus:
+    of the search for CTC, see `language_model`. Raises CheckpointError, ValueError and DataError.
     """
     if beam < 0:
         raise ValueError(f"eval: beam must be at least 0, got {beam}")
     if lm is not None and not beam:
         raise ValueError("eval: --lm needs a beam search: --beam 50, for example")
+    run, device = find_run(path)[0], pick_device("auto")
+    if not (run / SETTINGS).is_file():
+        raise ValueError(f"eval: {path}: a run of `d2v finetune` is needed, with its settings and labels")
     model, cfg, own = load_run(path, step=step)
-    device = pick_device("auto")
     model.to_device(device, cfg.train.precision)
-    found = open_tune_data(data or own, cfg, device=device, encoder_dir=None, run_dir=Path(path))
-    names = json.loads((Path(path) / LABELS).read_text(encoding="utf-8"))
+    found = open_tune_data(data or own, cfg, device=device, encoder_dir=None, run_dir=run)
+    names = json.loads((run / LABELS).read_text(encoding="utf-8"))
     if found.names != names:
         other = next(iter(sorted(set(found.names) ^ set(names))), "their order")
         raise DataError(f"eval: {data} has other classes than {path} was trained on: {other}")

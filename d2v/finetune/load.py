@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..checkpoint import (
+    SETTINGS,
     CheckpointError,
     fill_model,
+    find_checkpoint,
     is_tuned,
-    latest_checkpoint,
     load_checkpoint,
     parse_settings,
     read_settings,
@@ -19,15 +20,13 @@ from .original import load_original_tuned
 
 LABELS = "labels.json"
 """file of a run with its class names, or letters"""
-BEST = "best"
-"""folder of a run with the checkpoint that scored best on the first held-out part"""
 
 
 def read_tuned_config(run: str | Path) -> tuple[FineTuneConfig, str, str]:
     """Config, data path and encoder path of a fine-tuning run. Raises CheckpointError naming the file."""
     values = read_settings(run)
     if not is_tuned(values):
-        raise CheckpointError(f"{Path(run) / 'config.toml'}: not a fine-tuning run: it has no [head]")
+        raise CheckpointError(f"{Path(run) / SETTINGS}: not a fine-tuning run: it has no [head]")
     cfg, (data, encoder) = parse_settings(FineTuneConfig, run, values, "data", "encoder")
     return cfg, data, encoder
 
@@ -35,17 +34,11 @@ def read_tuned_config(run: str | Path) -> tuple[FineTuneConfig, str, str]:
 def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, FineTuneConfig, str]:
     """A fine-tuned model in eval mode, its config, and where its data was.
 
-    step: of a checkpoint; none: the best one, or before the first evaluation the newest.
-    Raises CheckpointError.
+    path: a run or a checkpoint folder in it. step: of a run's checkpoint; none: the best one, or before the
+    first evaluation the newest. Raises CheckpointError.
     """
-    run = Path(path)
+    run, folder = find_checkpoint(path, step)
     cfg, data, _ = read_tuned_config(run)
-    if step is not None:
-        folder: Path | None = run / "checkpoints" / f"step_{step}"
-    else:
-        folder = latest_checkpoint(run / BEST) or latest_checkpoint(run)
-    if folder is None:
-        raise CheckpointError(f"{run}: no checkpoint in {run / 'checkpoints'}")
     model = build_tuned(cfg)
     fill_model(model, load_checkpoint(folder).model, folder)
     return model.eval(), cfg, data

@@ -24,6 +24,7 @@ from d2vkern._nvtx import phase
 from .. import rng
 from ..batching import UNITS, amount
 from ..checkpoint import (
+    BEST,
     Checkpoint,
     CheckpointError,
     fill_model,
@@ -45,7 +46,7 @@ from ..train import Ended, Place, RunError, _claim, pick_device
 from .config import FineTuneConfig
 from .data import open_tune_data
 from .evaluate import evaluate
-from .load import BEST, LABELS, read_tuned_config
+from .load import LABELS, read_tuned_config
 from .metrics import is_better
 from .model import Backbone
 from .tuner import Outcome, Tuner

@@ -284,6 +284,12 @@ def test_the_command(
     assert main(["eval", out]) == 0
     assert "test/top1" in capsys.readouterr().out
     assert main(["plot", out]) == 0
+    for place in ("best", "checkpoints/step_3"):
+        assert main(["eval", f"{out}/{place}"]) == 0
+        assert "test/top1" in capsys.readouterr().out
+    inside, file, folder = f"{out}/checkpoints/step_3", str(tmp_path / "x.pt"), str(tmp_path / "folder")
+    assert main(["convert", inside, file, "--to", "original"]) == 0
+    assert main(["convert", inside, folder, "--to", "safetensors"]) == 0
     assert main(given) == 2 and "holds a run already" in capsys.readouterr().err
     for wrong, words in (
         (["finetune", "--task", "classify"], "RUN is missing"),
@@ -295,9 +301,19 @@ def test_the_command(
         (["finetune", "--resume", out, "--out", "y"], "--resume OUT goes alone"),
         (["probe", out, "--data", data["image"]], "is fine-tuned: a pretrained model is needed"),
         (["eval", str(encoders["image"])], "not a fine-tuning run: it has no [head]"),
-    ):
+        *((["eval", path], "a run of `d2v finetune` is needed") for path in (file, folder, str(tmp_path))),
+        *((["eval", f"{encoders['image']}/{place}"], "it has no [head]")
+          for place in ("checkpoints", "checkpoints/step_2")),
+        *(([*command, "--data", data["image"]], "is fine-tuned: a pretrained model is needed")
+          for path in (out, inside, f"{out}/best", file, folder)
+          for command in (["probe", path], ["extract", path, "--out", file],
+                          ["finetune", path, "--task", "classify", "--out", str(tmp_path / "y")])),
+        (["convert", inside, str(tmp_path / "y"), "--to", "safetensors", "--step", "3"], "step must be None"),
+    ):  # fmt: skip
         assert main(wrong) == 2, wrong
-        assert words in capsys.readouterr().err, wrong
+        said = capsys.readouterr().err
+        assert words in said, wrong
+        assert said.count("\n") == 1 or "nearest" in said or "config:" in said, said
 
 
 def test_default_recipes() -> None:

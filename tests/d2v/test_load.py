@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,13 @@ import pytest
 import torch
 
 import d2v
-from d2v.checkpoint import CheckpointError, save_checkpoint, write_config
+from d2v.checkpoint import CheckpointError, read_config, save_checkpoint, write_config
+from d2v.convert import run_convert
+from d2v.finetune.config import HeadConfig
+from d2v.finetune.load import load_run
+from d2v.finetune.model import FineTuned
+from d2v.finetune.recipes import recipe
+from tests.d2v.tiny_runs import tiny
 
 
 def golden_file(goldens: Path, case: str, path: Path) -> Path:
@@ -103,6 +111,72 @@ def test_checkpoint_folders_from_inside_and_runs_kept_under_that_name(tmp_path, 
     assert same_weights(d2v.load(run), models[7])
     monkeypatch.chdir(run / "checkpoints")
     assert same_weights(d2v.load("step_5"), models[5])
+
+
+RECIPES = {
+    ("image", "classify"): "image_tiny",
+    ("audio", "classify"): "sound_tiny",
+    ("audio", "ctc"): "speech_tiny",
+    ("text", "sentence"): "text_tiny",
+}
+
+
+def tuned_run(path: Path, modality: str, task: str, steps: dict[str, int]) -> dict[str, FineTuned]:
+    """A run of `d2v finetune` with a differently initialised model in each folder of checkpoints."""
+    name = RECIPES[modality, task]
+    cfg = recipe(name).on(name, tiny(modality).model)
+    cfg = dataclasses.replace(cfg, head=HeadConfig(task=task, outputs=3))
+    write_config(path, cfg, "digits", encoder="x")
+    (path / "labels.json").write_text('["a", "b", "c"]')
+    models = {}
+    for folder, step in steps.items():
+        torch.manual_seed(step)
+        models[folder] = FineTuned(cfg.model, cfg.head)
+        save_checkpoint(path / folder, step, models[folder], {}, {}, {}, keep=9)
+    return models
+
+
+@pytest.mark.parametrize(("modality", "task"), RECIPES)
+def test_every_folder_of_a_fine_tuned_run_opens(tmp_path, monkeypatch, modality, task):
+    run = tmp_path / "run"
+    models = tuned_run(run, modality, task, {".": 7, "best": 4})
+    newest, best = models["."], models["best"]
+    expected = {
+        "": best, "best": best, "best/checkpoints": best, "best/checkpoints/step_4": best,
+        "checkpoints": newest, "checkpoints/step_7": newest,
+    }  # fmt: skip
+    for place, model in expected.items():
+        opened = d2v.load(run / place)
+        assert isinstance(opened, FineTuned) and not opened.training
+        assert same_weights(opened, model), place
+        assert opened.head_cfg == HeadConfig(task=task, outputs=3)
+    assert same_weights(d2v.load(run, step=7), newest)
+    assert same_weights(load_run(run / "checkpoints")[0], newest)
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "step_7")
+    assert same_weights(d2v.load(tmp_path / "link"), newest)
+    monkeypatch.chdir(run / "best" / "checkpoints")
+    assert same_weights(d2v.load("step_4"), best)
+    run_convert("step_4", tmp_path / "folder", "safetensors")
+    assert same_weights(d2v.load(tmp_path / "folder"), best)
+    assert (tmp_path / "folder" / "labels.json").is_file()  # of the run, three folders above
+    with pytest.raises(ValueError, match="step must be None for a checkpoint folder, got 4"):
+        d2v.load(run / "checkpoints", step=4)
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        shutil.rmtree(run / "best" / "checkpoints" / "step_4")
+        d2v.load(run / "best")
+    assert same_weights(d2v.load(run), newest)
+    with pytest.raises(CheckpointError, match=r"config\.toml: of a fine-tuning run, not of pretraining"):
+        read_config(run)
+
+
+def test_checkpoints_on_another_disk(tmp_path):
+    models = run_directory(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "disk")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "disk")
+    for place, step in (("", 7), ("checkpoints", 7), ("checkpoints/step_5", 5)):
+        assert same_weights(d2v.load(tmp_path / "run" / place), models[step])
+    with pytest.raises(CheckpointError, match=r"disk.config\.toml: No such file .*not a run directory"):
+        d2v.load(tmp_path / "disk")
 
 
 def test_load_errors(tmp_path):
