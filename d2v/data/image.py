@@ -28,6 +28,7 @@ from torch import Tensor
 from ..config import Config, DataConfig, ImageFront
 from . import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .embedded import digits
+from .eval_picture import Box, WrongChannels, as_mode, cut_array, eval_picture
 from .image_store import ArrayStore, Store, Subset, open_store, read_npz
 from .loading import AUGMENT, Loader, Source, generator
 
@@ -37,15 +38,9 @@ MEASURED = 1_000
 """pictures read for mean and deviation"""
 RATIO = (3 / 4, 4 / 3)
 """width over height of a crop box, as in torchvision"""
-EVAL_RESIZE = 256 / 224
-"""eval: size of the resized picture over the size of the centre crop"""
 RAW_SIDE = 32
 """largest side of the pixels that serve as baseline"""
 
-Box = tuple[int, int, int, int]
-"""left, top, right, bottom in pixels"""
-
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """what Pillow raises on a damaged file"""
 
@@ -67,44 +62,6 @@ def crop_box(rng: np.random.Generator, height: int, width: int, scale: tuple[flo
     h = min(height, round(width / RATIO[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def eval_box(height: int, width: int, out_height: int, out_width: int) -> Box:
-    """The box whose content becomes the picture when it is not augmented.
-
-    Resizing the shorter side to 256/224 of the output and cutting the centre, in one; a picture that
-    already has the output's size is taken whole.
-    """
-    if (height, width) == (out_height, out_width):
-        return 0, 0, width, height
-    pixel = min(height / out_height, width / out_width) / EVAL_RESIZE
-    h, w = max(1, round(out_height * pixel)), max(1, round(out_width * pixel))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def _resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Array [h,w,C] to [height,width,C], antialiased bicubic."""
-    planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].float()
-    planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    if pixels.dtype == np.uint8:
-        planes = planes.round().clamp(0, 255).to(torch.uint8)
-    return planes.numpy()
-
-
-def _as_mode(image: Image.Image, channels: int, name: str) -> Image.Image:
-    """Grey, palette and CMYK become RGB and alpha is dropped, as in the original; colour that would be
-    lost or made up is an error."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise Unreadable(f"32-bit pixels (Pillow mode {image.mode}); use .npz for them")
-    bands = 3 if image.mode == "P" else len(image.getbands())
-    grey = image.mode in ("1", "L", "LA", "La")
-    fits = {1: grey, 3: True, 4: image.mode in ("RGBA", "RGBa", "PA") or "transparency" in image.info}
-    if not fits.get(channels, False):
-        raise DataError(f"data: {name} has {bands} channels, front.channels is {channels}")
-    return image.convert(_MODES[channels])
 
 
 class ImageSource(Source):
@@ -146,46 +103,35 @@ class ImageSource(Source):
         """Pixels [H,W,C], of which the first (h, w) are content, h, w, and whether to flip."""
         try:
             picture = self.store.load(index)
-            height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
-            flip = False
+            front = self.front
             if epoch is None:
-                box = eval_box(height, width, self.front.height, self.front.width)
-            else:
-                rng = generator(self.seed, AUGMENT, epoch, index)
-                box = crop_box(rng, height, width, self.scale)
-                flip = self.flip and bool(rng.integers(2))
-            return *self._cut(picture, box, whole=epoch is None, name=self.name(index)), flip
-        except DataError:
-            raise
+                whole = eval_picture(picture, front.height, front.width, front.channels)
+                return whole, front.height, front.width, False
+            height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+            rng = generator(self.seed, AUGMENT, epoch, index)
+            box = crop_box(rng, height, width, self.scale)
+            flip = self.flip and bool(rng.integers(2))
+            return *self._cut(picture, box), flip
+        except WrongChannels as error:
+            raise DataError(
+                f"data: {self.name(index)} has {error.got} channels, front.channels is {error.wanted}"
+            ) from None
         except _BROKEN as error:
             raise Unreadable(str(error) or type(error).__name__) from None
 
-    def _cut(
-        self, picture: Image.Image | np.ndarray, box: Box, *, whole: bool, name: str
-    ) -> tuple[np.ndarray, int, int]:
-        """The box at the training size if `whole`; else shrunk where larger, padded where smaller."""
+    def _cut(self, picture: Image.Image | np.ndarray, box: Box) -> tuple[np.ndarray, int, int]:
+        """The box, shrunk where larger than the training size, padded where smaller; its height and width."""
         front = self.front
-        h, w = box[3] - box[1], box[2] - box[0]
-        if not whole:
-            h, w = min(h, front.height), min(w, front.width)
-        else:
-            h, w = front.height, front.width
+        h, w = min(box[3] - box[1], front.height), min(box[2] - box[0], front.width)
         if isinstance(picture, np.ndarray):
-            if picture.shape[2] != front.channels:
-                raise DataError(
-                    f"data: {name} has {picture.shape[2]} channels, front.channels is {front.channels}"
-                )
-            left, top, right, bottom = box
-            pixels = picture[top:bottom, left:right]
-            if pixels.shape[:2] != (h, w):
-                pixels = _resize(pixels, h, w)
+            pixels = cut_array(picture, box, h, w, front.channels)
         else:
             # a JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work where that is still large enough
             full = picture.size
             picture.draft(None, (-(-full[0] * w // (box[2] - box[0])), -(-full[1] * h // (box[3] - box[1]))))
             sx, sy = picture.size[0] / full[0], picture.size[1] / full[1]
             scaled = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-            cut = _as_mode(picture, front.channels, name).resize((w, h), Image.Resampling.BICUBIC, box=scaled)
+            cut = as_mode(picture, front.channels).resize((w, h), Image.Resampling.BICUBIC, box=scaled)
             pixels = np.asarray(cut).reshape(h, w, front.channels)
         if (h, w) != (front.height, front.width):
             canvas = np.empty((front.height, front.width, front.channels), dtype=pixels.dtype)

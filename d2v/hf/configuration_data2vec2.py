@@ -32,7 +32,7 @@ class Data2Vec2Config(PretrainedConfig):
         alibi=True,
         vocab_size=0,
         max_positions=512,
-        pad_token_id=1,
+        pad_token_id=None,
         **kwargs,
     ):
         self.modality = modality

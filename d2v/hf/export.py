@@ -11,7 +11,6 @@ the model's own config too, so that `d2v.load` opens the folder again.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from ..extract import Weights
 
 CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
+PICTURES = ("image_processing_data2vec2.py", "../data/eval_picture.py")
+"""code of a folder, from beside this file; where it imports from `d2v.data` it does so from the folder"""
 PRETRAINING = "pretraining.safetensors"
 HEADS = {
     ("classify", "image"): "ImageClassification",
@@ -89,9 +90,9 @@ def write_folder(
         values["auto_map"][f"AutoModelFor{head}"] = f"modeling_data2vec2.Data2Vec2{name}"
     values["architectures"] = [f"Data2Vec2{name}"]
     _write(folder / "config.json", values)
-    for file in CODE:
-        shutil.copyfile(Path(__file__).parent / file, folder / file)
+    _copy_code(CODE, folder)
     if isinstance(cfg.front, ImageFront):
+        _copy_code(PICTURES, folder)
         _write(folder / "preprocessor_config.json", _pictures(cfg.front, mean, std))
     elif isinstance(cfg.front, (WaveformFront, LogMelFront)):
         _write(folder / "preprocessor_config.json", _waves(cfg.front))
@@ -100,6 +101,13 @@ def write_folder(
             _write(folder / "tokenizer_config.json", _letters())
     elif tokenizer is not None:
         _tokens(tokenizer, folder, cfg.front)
+
+
+def _copy_code(files: tuple[str, ...], folder: Path) -> None:
+    for file in files:
+        source = Path(__file__).parent / file
+        code = source.read_text(encoding="utf-8").replace("from ..data.", "from .")
+        (folder / source.name).write_text(code, encoding="utf-8")
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -209,13 +217,8 @@ def _pictures(
 ) -> dict[str, Any]:
     imagenet = front.channels == 3
     return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
+        "auto_map": {"AutoImageProcessor": "image_processing_data2vec2.Data2Vec2ImageProcessor"},
         "size": {"height": front.height, "width": front.width},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(mean or ((0.485, 0.456, 0.406) if imagenet else (0.5,) * front.channels)),
         "image_std": list(std or ((0.229, 0.224, 0.225) if imagenet else (0.5,) * front.channels)),
     }

@@ -17,7 +17,8 @@ from PIL import Image
 from d2v.config import Config, DataConfig, ImageFront
 from d2v.data import Batch, DataError, Pipeline, Position, check_data, open_data, open_labelled
 from d2v.data.embedded import digits
-from d2v.data.image import IMAGENET_MEAN, IMAGENET_STD, crop_box, enlarge_and_flip, eval_box
+from d2v.data.eval_picture import eval_box
+from d2v.data.image import IMAGENET_MEAN, IMAGENET_STD, crop_box, enlarge_and_flip
 from d2v.data.loading import generator
 from d2v.presets import preset
 

@@ -218,7 +218,7 @@ def test_runs_bring_their_preprocessors(tmp_path: Path) -> None:
     measured = json.loads((tmp_path / "image" / "data.json").read_text())["meta"]
     assert (pictures["image_mean"], pictures["image_std"]) == (measured["mean"], measured["std"])
     assert pictures["size"] == {"height": 24, "width": 24}
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "image-hf")
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "image-hf", trust_remote_code=True)
     picture = np.random.default_rng(0).integers(0, 255, (24, 24, 1), dtype=np.uint8)
     made = processor(picture, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     wanted = (torch.from_numpy(picture[..., 0]) / 255 - measured["mean"][0]) / measured["std"][0]

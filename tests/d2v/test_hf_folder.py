@@ -1,0 +1,134 @@
+"""What a folder for transformers brings beside its model does as d2v does: pictures, waves, text."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from d2v.config import Config, ImageFront
+from d2v.data.image import ImageSource
+from d2v.data.image_store import ArrayStore, FolderStore
+from d2v.hf.export import write_folder
+from tests.d2v.tiny_models import make_model
+from tests.d2v.tiny_runs import tiny
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp())
+transformers = pytest.importorskip("transformers")
+
+STATISTICS = {1: ((0.3,), (0.2,)), 3: ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)), 4: ((0.5,) * 4, (0.2,) * 4)}
+
+
+def picture_config(height: int, width: int, channels: int) -> Config:
+    front = ImageFront(height=height, width=width, patch=4, channels=channels)
+    mean, std = STATISTICS[channels]
+    return tiny("image", model={"front": front}, data={"mean": mean, "std": std})
+
+
+def picture_folder(cfg: Config, folder: Path) -> Path:
+    folder.mkdir()
+    assert isinstance(cfg.model.front, ImageFront)
+    mean, std = STATISTICS[cfg.model.front.channels]
+    write_folder(make_model("image", front=cfg.model.front), folder, mean=mean, std=std)
+    return folder
+
+
+def read_by_us(source: ImageSource, index: int) -> torch.Tensor:
+    """[1,C,H,W] as evaluation, probes and extraction see it."""
+    return source.finish(source.collate([source.read(index, None)], np.array([index]), None)).source
+
+
+def drawn(mode: str, width: int, height: int) -> Image.Image:
+    """A picture of noise over a ramp in any mode; palettes have transparent colours."""
+    rng = np.random.default_rng(width * 1_000 + height)
+    ramp = np.add.outer(np.arange(height), np.arange(width))[..., None] * 3 + np.arange(4) * 40
+    pixels = ((ramp + rng.integers(0, 90, (height, width, 4))) % 256).astype(np.uint8)
+    if mode == "I;16":
+        return Image.fromarray(pixels[..., 0].astype(np.uint16) << 8)
+    if mode in ("CMYK", "RGBA"):
+        return Image.fromarray(pixels, mode)
+    if mode in ("LA",):
+        return Image.fromarray(np.ascontiguousarray(pixels[..., :2]), mode)
+    picture = Image.fromarray(np.ascontiguousarray(pixels[..., :3])).convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = 3
+    return picture
+
+
+SIZES = [(1, 1), (3, 90), (31, 32), (32, 32), (36, 37), (180, 331)]
+FILES = {
+    3: [(mode, "png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")]
+    + [("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("CMYK", "tif"), ("P", "gif"), ("RGB", "bmp")],
+    1: [("1", "png"), ("L", "png"), ("LA", "png"), ("I;16", "png"), ("L", "jpg")],
+    4: [("RGBA", "png"), ("P", "png")],
+}
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (24, 40, 3), (40, 24, 1), (32, 32, 4)])
+def test_pictures_are_read_as_in_evaluation(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    cfg = picture_config(*shape)
+    (tmp_path / "pictures").mkdir()
+    for mode, suffix in FILES[shape[2]]:
+        for width, height in SIZES:
+            name = f"{mode.replace(';', '')}-{width}x{height}.{suffix}"
+            drawn(mode, width, height).save(tmp_path / "pictures" / name)
+    store = FolderStore(tmp_path / "pictures")
+    source = ImageSource("pictures", store, cfg).prepare(cfg.data)
+    processor = transformers.AutoImageProcessor.from_pretrained(
+        picture_folder(cfg, tmp_path / "hf"), trust_remote_code=True
+    )
+    for index in range(len(store)):
+        wanted = read_by_us(source, index)
+        made = processor(store.load(index), return_tensors="pt")["pixel_values"]
+        assert torch.equal(made, wanted), store.name(index)
+        if shape[2] == 3 and "I16" not in store.name(index):  # as transformers' own pipelines hand it over
+            made = processor(store.load(index).convert("RGB"), return_tensors="pt")["pixel_values"]
+            assert torch.equal(made, wanted), store.name(index)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "float32"])
+@pytest.mark.parametrize("shape", [(32, 32, 3), (24, 40, 1)])
+def test_arrays_are_read_as_in_evaluation(shape: tuple[int, int, int], kind: str, tmp_path: Path) -> None:
+    cfg = picture_config(*shape)
+    processor = transformers.AutoImageProcessor.from_pretrained(
+        picture_folder(cfg, tmp_path / "hf"), trust_remote_code=True
+    )
+    for width, height in SIZES:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, height, width, shape[2]), dtype=np.uint8)
+        images = pixels if kind == "uint8" else pixels.astype(np.float32) / 100 - 1
+        source = ImageSource("arrays", ArrayStore("arrays", images), cfg).prepare(cfg.data)
+        wanted = torch.cat([read_by_us(source, 0), read_by_us(source, 1)])
+        first = torch.from_numpy(images).permute(0, 3, 1, 2)
+        given = [images, list(images), first, list(first)] if width != shape[2] else [images]
+        for form in given:
+            made = processor(form, return_tensors="pt")["pixel_values"]
+            assert torch.equal(made, wanted), (width, height)
+        if shape[2] == 1:
+            made = processor(list(images[..., 0]), return_tensors="pt")["pixel_values"]
+            assert torch.equal(made, wanted)
+
+
+def test_pictures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    grey = transformers.AutoImageProcessor.from_pretrained(
+        picture_folder(picture_config(32, 32, 1), tmp_path / "grey"), trust_remote_code=True
+    )
+    with pytest.raises(ValueError, match="the picture has 3 channels, the model reads 1"):
+        grey(drawn("RGB", 40, 40))
+    ours = drawn("L", 40, 50)
+    made = grey([ours, ours.convert("RGB")], return_tensors="pt")["pixel_values"]
+    assert torch.equal(made[0], made[1])
+    wrong: list[tuple[object, str]] = [
+        (np.zeros((40, 40, 3), np.uint8), "the picture has 3 channels, the model reads 1"),
+        (np.zeros((40, 40), np.int64), "must be uint8 or float, got int64"),
+        (np.zeros(40, np.uint8), r"got shape \(40,\)"),
+        (Image.new("F", (40, 40)), "32-bit pixels"),
+    ]
+    for picture, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            grey([picture])
