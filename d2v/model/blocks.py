@@ -38,10 +38,13 @@ def linear(x: Tensor, layer: nn.Linear) -> Tensor:
 
 
 def layer_norm(x: Tensor, layer: nn.LayerNorm) -> Tensor:
-    """The layer in x's dtype, statistics in fp32."""
-    return F.layer_norm(
-        x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps
-    )
+    """The layer in x's dtype, statistics and the parameters' gradients in fp32.
+
+    A CPU's kernel (torch 2.13) would add 16-bit gradients of weight and bias up in 16 bits.
+    """
+    dtype = torch.float32 if x.device.type == "cpu" and x.dtype.itemsize == 2 else x.dtype
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    return F.layer_norm(x.to(dtype), layer.normalized_shape, weight, bias, layer.eps).to(x.dtype)
 
 
 def alibi_slopes(heads: int) -> Tensor:

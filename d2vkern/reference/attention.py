@@ -19,6 +19,7 @@ from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
 from ._dropout import fresh_seed, keep_mask
+from ._dtypes import sum_dtype
 
 CHUNK_BYTES = 1 << 20
 
@@ -76,7 +77,7 @@ class _Attention(torch.autograd.Function):
         n, s, _, h, d = qkv.shape
         dqkv = qkv.new_empty(qkv.shape)
         needs_scale = alibi_scale is not None and ctx.needs_input_grad[3]
-        dscale = qkv.new_zeros((h, 1), dtype=_wide(qkv.dtype)) if needs_scale else None
+        dscale = qkv.new_zeros((h, 1), dtype=sum_dtype(qkv.dtype)) if needs_scale else None
         for chunk in _chunks(n, s, h):
             q, k, v, p, keep, distance = _probabilities(given, settings, chunk)
             do = dout[chunk].reshape(-1, s, h, d)
@@ -103,10 +104,6 @@ class _Attention(torch.autograd.Function):
             return dqkv, None, None, None, None, None
         dscale = (dscale.flatten() * slopes * (alibi_scale >= 0)).to(alibi_scale.dtype)
         return dqkv, None, None, dscale, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _chunks(n: int, s: int, h: int) -> list[slice]:
@@ -145,7 +142,7 @@ def _probabilities(
     """Scaled q, k, v [n*H,S,Dh]; probabilities, kept places (0 and 1) [n,H,S,S]; distances [n,1,S,S]."""
     qkv = given.qkv[chunk]
     n, s, _, h, _ = qkv.shape
-    wide = _wide(qkv.dtype)
+    wide = sum_dtype(qkv.dtype)
     q, k, v = (_heads(qkv[:, :, slot]) for slot in range(3))
     q = q * settings.scale
     distance = None
@@ -176,7 +173,7 @@ def _traced(given: _Inputs, settings: _Settings) -> Tensor:
     """The same formula as plain ops, for torch.compile to fuse and differentiate."""
     n, s, _, h, d = given.qkv.shape
     q, k, v = given.qkv.permute(2, 0, 3, 1, 4).reshape(3, n * h, s, d)
-    wide = _wide(q.dtype)
+    wide = sum_dtype(q.dtype)
     scores = torch.bmm(q * settings.scale, k.transpose(1, 2)).view(n, h, s, s).to(wide)
     if given.slopes is not None and given.positions is not None:
         factor = given.slopes if given.alibi_scale is None else given.slopes * given.alibi_scale.clamp_min(0)

@@ -23,6 +23,8 @@ from d2vkern._nvtx import op_range
 
 from ..ops.masks import MaskPlan
 from ._autocast import without_autocast
+from ._dtypes import sum_dtype
+from ._layer_norm import layer_norm, layer_norm_backward
 
 
 def _planes(x_NHWC: Tensor, groups: int) -> Tensor:
@@ -67,29 +69,33 @@ def _rows_conv(x_NTC: Tensor, weight: Tensor, bias: Tensor | None, groups: int, 
     k, cout = weight.shape[3], weight.shape[0]
     padded = F.pad(x_NTC, (0, 0, k // 2, (k - 1) // 2 + (1 - k % 2))).flatten(0, 1)
     w_KGIO = weight[:, :, 0].view(groups, cout // groups, -1, k).permute(3, 0, 2, 1)
-    out = index.new_empty((groups, index.shape[0], cout // groups), dtype=x_NTC.dtype).zero_()
+    out = index.new_zeros((groups, index.shape[0], cout // groups), dtype=sum_dtype(x_NTC.dtype))
     for tap in range(k):
         taken = (
             padded.index_select(0, index + tap).view(-1, groups, padded.shape[1] // groups).transpose(0, 1)
         )
-        if groups == 1:
+        if out.dtype != taken.dtype:
+            out += torch.bmm(taken, w_KGIO[tap])
+        elif groups == 1:
             out[0].addmm_(taken[0], w_KGIO[tap, 0])
         else:
             out.baddbmm_(taken, w_KGIO[tap])
     flat = out[0] if groups == 1 else out.transpose(0, 1).reshape(-1, cout)
-    return flat if bias is None else flat.add_(bias)
+    return (flat if bias is None else flat.add_(bias)).to(x_NTC.dtype)
 
 
 def _rows_conv_backward(
     dr_RC: Tensor, x_NTC: Tensor, weight: Tensor, groups: int, index: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of `_rows_conv`; each tap's rows are distinct, so the additions have a fixed order."""
+    """Gradients of `_rows_conv`, of x in fp32 for 16-bit ones; each tap's rows are distinct, so the additions
+    have a fixed order."""
     (n, t, c), k, cout = x_NTC.shape, weight.shape[3], weight.shape[0]
     left, right = k // 2, (k - 1) // 2 + (1 - k % 2)
     padded = F.pad(x_NTC, (0, 0, left, right)).flatten(0, 1) if needs[1] else None
     dr_GRO = dr_RC.view(-1, groups, cout // groups).transpose(0, 1)
     w_KGOI = weight[:, :, 0].view(groups, cout // groups, c // groups, k).permute(3, 0, 1, 2)
-    dpadded = x_NTC.new_zeros((n * (t + k - 1 + (1 - k % 2)), c)) if needs[0] else None
+    wide = sum_dtype(x_NTC.dtype)
+    dpadded = x_NTC.new_zeros((n * (t + k - 1 + (1 - k % 2)), c), dtype=wide) if needs[0] else None
     dw = x_NTC.new_empty((k, groups, cout // groups, c // groups)) if needs[1] else None
     for tap in range(k):
         if dw is not None and padded is not None:
@@ -97,7 +103,7 @@ def _rows_conv_backward(
             torch.bmm(dr_GRO.transpose(1, 2), taken, out=dw[tap])
         if dpadded is not None:
             dtaken = torch.bmm(dr_GRO, w_KGOI[tap]).transpose(0, 1).reshape(-1, c)
-            dpadded.index_add_(0, index + tap, dtaken)
+            dpadded.index_add_(0, index + tap, dtaken.to(wide))
     dx = None if dpadded is None else dpadded.view(n, t + left + right, c)[:, left : left + t].contiguous()
     return dx, None if dw is None else dw.permute(1, 2, 3, 0).reshape(cout, c // groups, 1, k)
 
@@ -130,7 +136,7 @@ class _ConvBlock(torch.autograd.Function):
             source = x if masked is None else _expand(x[:, 0], masked, clones).unsqueeze(1)
             r = _conv(source, w, b, groups)
             skip = source if residual else None
-        h, mean, rstd = torch.native_layer_norm(r, r.shape[-1:], None, None, eps)
+        h, mean, rstd = layer_norm(r, None, None, eps)
         y = F.gelu(h)
         if skip is not None:
             # torch 2.11 compiles the addition in place to wrong gradients
@@ -151,9 +157,7 @@ class _ConvBlock(torch.autograd.Function):
         h = F.layer_norm(r, r.shape[-1:], eps=eps)
         dh = torch.ops.aten.gelu_backward(dy, h)
         del h
-        dr = torch.ops.aten.native_layer_norm_backward(
-            dh, r, r.shape[-1:], mean, rstd, None, None, [True, False, False]
-        )[0]
+        dr = layer_norm_backward(dh, r, mean, rstd, None, None)[0]
         del dh
         w = weight.to(x.dtype)
         db = dr.flatten(0, -2).sum(0, dtype=bias.dtype) if bias is not None and needs[2] else None
@@ -161,8 +165,9 @@ class _ConvBlock(torch.autograd.Function):
             dx, dw = _rows_conv_backward(dr, x[:, 0], w, groups, index, (needs[0], needs[1]))
             if dx is not None:
                 if residual:
-                    dx.view(-1, dx.shape[-1]).index_add_(0, _unpadded(index, x.shape[2], w.shape[3]), dy)
-                dx = dx.unsqueeze(1)
+                    places = _unpadded(index, x.shape[2], w.shape[3])
+                    dx.view(-1, dx.shape[-1]).index_add_(0, places, dy.to(dx.dtype))
+                dx = dx.unsqueeze(1).to(x.dtype)
         else:
             source = x if masked is None else _expand(x[:, 0], masked, clones).unsqueeze(1)
             dx, dw = _conv_backward(dr, source, w, groups, (needs[0], needs[1]))
@@ -173,10 +178,10 @@ class _ConvBlock(torch.autograd.Function):
                 n, _, t, c = source.shape
                 dx = dx.reshape(n // clones, clones, t, c)
                 keep = (~masked).view(n // clones, clones, t, 1)
-                total = dx[:, 0] * keep[:, 0]
+                total = (dx[:, 0] * keep[:, 0]).to(sum_dtype(dx.dtype))
                 for m in range(1, clones):
                     total = total.addcmul_(dx[:, m], keep[:, m].to(dx.dtype))
-                dx = total.unsqueeze(1)
+                dx = total.unsqueeze(1).to(x.dtype)
         return dx, None if dw is None else dw.to(weight.dtype), db, None, None, None, None, None, None
 
 

@@ -7,6 +7,7 @@ windows (k * C values per frame, less than one output channel's worth) and is on
 
 Saved for backward: x, the convolution's output, mean and rstd; LayerNorm and GELU are recomputed. On a CPU
 all of it runs block by block of frames, so that only x, the convolution's output and y pass through memory.
+What several products or blocks add to is summed in fp32 (fp64 for fp64).
 """
 
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
+from ._dtypes import sum_dtype
+from ._layer_norm import layer_norm, layer_norm_backward
 
 ProductInto = Callable[[Tensor, Tensor, Tensor, bool], None]
 """out [m, n], a [m, k], b [k, n], add: out = a b, or out += a b"""
@@ -61,6 +64,19 @@ def _blocks(x: Tensor, frames: int, width: int) -> list[tuple[int, int, int]]:
     return [(i, start, min(start + rows, frames)) for i in range(x.shape[0]) for start in starts]
 
 
+def _add_product(product_into: ProductInto, out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out = a b, or out += a b, where out may be wider than the factors."""
+    if out.dtype == a.dtype:
+        product_into(out, a, b, add)
+        return
+    part = a.new_empty(out.shape)
+    product_into(part, a, b, False)
+    if add:
+        out += part
+    else:
+        out.copy_(part)
+
+
 def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tensor]:
     """conv_stem whose matrix products are these; `backend` names its ranges."""
 
@@ -81,13 +97,17 @@ def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tens
             w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
             products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
             r, y = x.new_empty((b, frames, cout)), x.new_empty((b, frames, cout))
+            wide = x.dtype if len(products) == 1 else sum_dtype(x.dtype)
             moments = []
             for i, start, end in _blocks(x, frames, cout):
                 rows = r[i, start:end]
+                total = rows if wide == x.dtype else rows.new_empty(rows.shape, dtype=wide)
                 for n, (first, taps, matrix) in enumerate(products):
                     window = _window(x[i], start * stride + first, taps, end - start, stride)
-                    product_into(rows, window, matrix, n > 0)
-                h, mean, rstd = torch.native_layer_norm(rows, (cout,), nw, nb, eps)
+                    _add_product(product_into, total, window, matrix, n > 0)
+                if total is not rows:
+                    rows.copy_(total)
+                h, mean, rstd = layer_norm(rows, nw, nb, eps)
                 y[i, start:end] = F.gelu(h)
                 moments += [mean, rstd]
             ctx.save_for_backward(x, r, weight, norm_weight, norm_bias, *moments)
@@ -105,34 +125,42 @@ def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tens
             c, (cout, _, k) = x.shape[2], weight.shape
             w, nw, nb = weight.to(x.dtype), norm_weight.to(x.dtype), norm_bias.to(x.dtype)
             products = [(first, taps, _matrix(w, first, taps)) for first, taps in _phases(k, stride, c)]
-            parts = [x.new_zeros((taps * c, cout)) for _, taps, _ in products]
+            wide = sum_dtype(x.dtype)
+            parts = [x.new_zeros((taps * c, cout), dtype=wide) for _, taps, _ in products]
+            # where windows overlap, or more than one product reads an input, its gradient is a sum
+            summed = wide if len(products) > 1 or k > stride else x.dtype
             dx = torch.zeros_like(x) if needs[0] else None
-            dnw, dnb = torch.zeros_like(norm_weight), torch.zeros_like(norm_bias)
+            dnw, dnb = (x.new_zeros(cout, dtype=wide) for _ in range(2))
             for n, (i, start, end) in enumerate(_blocks(x, r.shape[1], cout)):
                 rows, (mean, rstd) = r[i, start:end], moments[2 * n : 2 * n + 2]
                 h = F.layer_norm(rows, (cout,), nw, nb, eps)
                 dh = torch.ops.aten.gelu_backward(dy[i, start:end].contiguous(), h)
-                dr, some_nw, some_nb = torch.ops.aten.native_layer_norm_backward(
-                    dh, rows, (cout,), mean, rstd, nw, nb, [True, True, True]
-                )
+                dr, some_nw, some_nb = layer_norm_backward(dh, rows, mean, rstd, nw, nb)
                 dnw += some_nw
                 dnb += some_nb
+                if dx is not None and start == 0:
+                    dx_TC = dx[i] if summed == x.dtype else torch.zeros_like(x[i], dtype=summed)
                 for part, (first, taps, matrix) in zip(parts, products, strict=True):
                     at = start * stride + first
                     if needs[1]:
-                        product_into(part, _window(x[i], at, taps, end - start, stride).t(), dr, True)
+                        _add_product(
+                            product_into, part, _window(x[i], at, taps, end - start, stride).t(), dr, True
+                        )
                     # as_strided views of what is written cannot be traced
                     if dx is not None and taps <= stride and not torch.compiler.is_compiling():
-                        product_into(_window(dx[i], at, taps, end - start, stride), dr, matrix.t(), True)
+                        window = _window(dx_TC, at, taps, end - start, stride)
+                        _add_product(product_into, window, dr, matrix.t(), True)
                     elif dx is not None:
                         dwindow = dr.new_empty(dr.shape[0], matrix.shape[0])
                         product_into(dwindow, dr, matrix.t(), False)
-                        _add_windows(dx[i], dwindow, at, taps, stride)
+                        _add_windows(dx_TC, dwindow, at, taps, stride)
+                if dx is not None and summed != x.dtype and end == r.shape[1]:
+                    dx[i] = dx_TC
             dw = None
             if needs[1]:
                 taps_IO = [part.view(-1, c, cout) for part in parts]
                 dw = torch.cat(taps_IO).permute(2, 1, 0).to(weight.dtype)
-            return dx, dw, None, dnw, dnb, None
+            return dx, dw, None, dnw.to(norm_weight.dtype), dnb.to(norm_bias.dtype), None
 
     @without_autocast
     def conv_stem(

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
+from d2vkern.reference._dtypes import sum_dtype
 from d2vkern.reference.philox import element_normals
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class _Gather(torch.autograd.Function):
             dx = sum_BTD.to(dout_NSD.dtype) if need_x else None
             dpositions = sum_BTD.sum(0).to(dout_NSD.dtype) if need_positions else None
         if need_extra:
-            dextra = dout_NSD[:, :extras].sum(0, dtype=_wide(dout_NSD.dtype)).to(dout_NSD.dtype)
+            dextra = dout_NSD[:, :extras].sum(0, dtype=sum_dtype(dout_NSD.dtype)).to(dout_NSD.dtype)
         if need_per_mask:
             dper_mask = dout_NSD.new_zeros(B * clones, T, D)
             for part, flat in _parts(ids_NK, clones, T):
@@ -135,7 +136,7 @@ def _sum_clones(dkept_NKD: Tensor, ids_NK: Tensor, clones: int, tokens: int) -> 
     """[B, T, D] in fp32 (fp64 for fp64): per token the sum over the clones that keep it, in clone order."""
     N, K, D = dkept_NKD.shape
     B = N // clones
-    total = dkept_NKD.new_zeros(B * tokens, D, dtype=_wide(dkept_NKD.dtype))
+    total = dkept_NKD.new_zeros(B * tokens, D, dtype=sum_dtype(dkept_NKD.dtype))
     sample_B = torch.arange(B, device=ids_NK.device)
     dkept_BMKD, ids_BMK = dkept_NKD.unflatten(0, (B, clones)), ids_NK.unflatten(0, (B, clones))
     for m in range(clones):
@@ -173,7 +174,3 @@ def _parts(ids_NK: Tensor, clones: int, tokens: int) -> list[tuple[slice, Tensor
     local = torch.arange(B, device=ids_NK.device)
     slices = [slice(i * B, (i + 1) * B) for i in range(clones)]
     return [(part, _flat(ids_NK[part], local, tokens)) for part in slices]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -14,6 +14,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
 from ._dropout import dropout_mask
+from ._layer_norm import layer_norm, layer_norm_backward
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -33,9 +34,7 @@ class _ResidualNorm(torch.autograd.Function):
         if update_bias is not None:
             update = update + update_bias.to(update.dtype)
         z = torch.add(x, update if keep is None else update * keep, alpha=scale)
-        w = None if weight is None else weight.to(x.dtype)
-        b = None if bias is None else bias.to(x.dtype)
-        y, mean, rstd = torch.native_layer_norm(z, x.shape[-1:], w, b, eps)
+        y, mean, rstd = layer_norm(z, weight, bias, eps)
         ctx.save_for_backward(z, mean, rstd, weight, bias, update_bias, keep)
         ctx.scale = scale
         return y
@@ -45,11 +44,7 @@ class _ResidualNorm(torch.autograd.Function):
     @op_range("residual_norm/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, mean, rstd, weight, bias, update_bias, keep = ctx.saved_tensors
-        w = None if weight is None else weight.to(z.dtype)
-        b = None if bias is None else bias.to(z.dtype)
-        dz, dw, db = torch.ops.aten.native_layer_norm_backward(
-            dy.contiguous(), z, z.shape[-1:], mean, rstd, w, b, [True, weight is not None, bias is not None]
-        )
+        dz, dw, db = layer_norm_backward(dy, z, mean, rstd, weight, bias)
         du = dz if keep is None and ctx.scale == 1.0 else dz * ctx.scale
         if keep is not None:
             du = du.mul_(keep)
