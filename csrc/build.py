@@ -9,9 +9,10 @@ from 2.10 on, found by path) and without Python's, so one file serves every CPyt
 on. It exports nothing. It must name libtorch.so as needed: that brings libtorch_cuda.so in on a CUDA build.
 
 Environment: D2VKERN_BUILD_CUDA = auto (default) | 0 | 1, FORCE_CUDA = 1 (as D2VKERN_BUILD_CUDA=1), CUDA_HOME,
-TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX"), MAX_JOBS, CXX, D2VKERN_BUILD_CPU = 0 (nothing is compiled),
-D2VKERN_DEBUG = 1 (line numbers for debuggers and profilers), D2VKERN_BUILD_DIR (where finished work is kept,
-build/native by default: the same sources and flags are not compiled again).
+TORCH_CUDA_ARCH_LIST (as torch takes it: "8.0;9.0a;10.0+PTX", "7.5 8.0", "Hopper", "native"; what cannot be
+built of it is left out and named), MAX_JOBS, CXX, D2VKERN_BUILD_CPU = 0 (nothing is compiled), D2VKERN_DEBUG
+= 1 (line numbers for debuggers and profilers), D2VKERN_BUILD_DIR (where finished work is kept, build/native by
+default: the same sources and flags are not compiled again).
 """
 
 import hashlib
@@ -33,6 +34,24 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 CPU_SOURCES = ("ops.cpp", "ema.cpp", "adamw_ema.cpp", "grad_norm.cpp", "masks.cpp", "gather.cpp")
 ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+NAMED_ARCHITECTURES = {
+    "kepler+tesla": "3.7",
+    "kepler": "3.5+PTX",
+    "maxwell+tegra": "5.3",
+    "maxwell": "5.0;5.2+PTX",
+    "pascal": "6.0;6.1+PTX",
+    "volta+tegra": "7.2",
+    "volta": "7.0+PTX",
+    "turing": "7.5+PTX",
+    "ampere+tegra": "8.7",
+    "ampere": "8.0;8.6+PTX",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell+tegra": "11.0",
+    "blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+"""names that TORCH_CUDA_ARCH_LIST may hold (torch/utils/cpp_extension.py, _get_cuda_arch_flags)"""
+OLDEST_ARCHITECTURE = 80
 OLDEST_TORCH = (2, 10)
 OLDEST_CUDA = (12, 8)
 """the first that knows sm_100"""
@@ -72,7 +91,7 @@ class Plan:
     """torch's package folder"""
     nvcc: Path | None
     architectures: tuple[tuple[int, str], ...] = ()
-    """(capability, "", "a" or "+PTX")"""
+    """(capability * 10, "", "a", "+PTX" or "a+PTX")"""
     jobs: int = 1
     ninja: str | None = None
     debug: bool = False
@@ -124,6 +143,15 @@ def plan(environment: Mapping[str, str], torch: Path | None, sources: Path = SOU
         nvcc, reason = _find_nvcc(environment)
         if nvcc is not None and not list(sources.glob("*.cu")):
             nvcc, reason = None, "there are no CUDA sources"
+        architectures: tuple[tuple[int, str], ...] = ()
+        if nvcc is not None:
+            architectures, left_out = read_architectures(
+                environment.get("TORCH_CUDA_ARCH_LIST", ""), nvcc, environment
+            )
+            if not architectures:
+                nvcc, reason = None, f"TORCH_CUDA_ARCH_LIST leaves nothing to build: {'; '.join(left_out)}"
+            elif left_out:
+                why.append(f"left out of TORCH_CUDA_ARCH_LIST: {'; '.join(left_out)}")
         if reason and must:
             raise BuildError(f"CUDA kernels were asked for, but {reason}")
         if reason:
@@ -132,7 +160,7 @@ def plan(environment: Mapping[str, str], torch: Path | None, sources: Path = SOU
         compiler,
         torch,
         nvcc,
-        parse_architectures(environment.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES) if nvcc else (),
+        architectures if nvcc else (),
         _jobs(environment),
         _which("ninja", environment),
         environment.get("D2VKERN_DEBUG", "0") == "1",
@@ -141,22 +169,57 @@ def plan(environment: Mapping[str, str], torch: Path | None, sources: Path = SOU
     )
 
 
-def parse_architectures(text: str) -> tuple[tuple[int, str], ...]:
-    """(capability * 10, suffix) of "8.0;9.0a;10.0+PTX"; suffixes "", "a" and "+PTX" (PTX as well)."""
-    found = []
-    for word in text.replace(",", ";").replace(" ", ";").split(";"):
-        if not word:
-            continue
-        match = re.fullmatch(r"(\d+)\.(\d)(a|\+PTX)?", word)
+def read_architectures(
+    text: str, nvcc: Path, environment: Mapping[str, str]
+) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
+    """What this nvcc can build of a TORCH_CUDA_ARCH_LIST, and what is left out, each with its reason.
+
+    text: "8.0;9.0a;10.0+PTX", also divided by spaces or commas and with names ("Hopper", in any case), or
+    "native", the GPUs that are here. Empty, and "native" where there is no GPU, mean `ARCHITECTURES`.
+    """
+    left_out = []
+    words = [word for word in re.split(r"[;,\s]+", text) if word]
+    if [word.lower() for word in words] == ["native"]:
+        words = _visible_architectures(environment)
+        if not words:
+            left_out.append(f"'native' (nvidia-smi names no GPU here; {ARCHITECTURES} instead)")
+    words = [part for word in words for part in NAMED_ARCHITECTURES.get(word.lower(), word).split(";")]
+    known = _known_architectures(nvcc, environment)
+    found: dict[tuple[int, str], None] = {}
+    for word in words or ARCHITECTURES.split(";"):
+        match = re.fullmatch(r"(\d+)\.(\d)(a?(?:\+PTX)?)", word)
+        number = 10 * int(match[1]) + int(match[2]) if match else 0
         if match is None:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST must be like {ARCHITECTURES!r}, got {word!r}")
-        number = 10 * int(match[1]) + int(match[2])
-        if number < 80:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST must name 8.0 or newer, got {word!r}")
-        found.append((number, match[3] or ""))
-    if not found:
-        raise BuildError(f"TORCH_CUDA_ARCH_LIST must name an architecture, got {text!r}")
-    return tuple(dict.fromkeys(found))
+            left_out.append(f"{word!r} (not like {ARCHITECTURES!r})")
+        elif number < OLDEST_ARCHITECTURE:
+            left_out.append(f"{word!r} (older than {_dotted(divmod(OLDEST_ARCHITECTURE, 10))})")
+        elif match[3].startswith("a") and number < 90:
+            left_out.append(f"{word!r} (there is no such code before 9.0a)")
+        elif known and number not in known:
+            left_out.append(f"{word!r} (this nvcc does not know it)")
+        else:
+            found[number, match[3]] = None
+    return tuple(found), tuple(dict.fromkeys(left_out))
+
+
+def _known_architectures(nvcc: Path, environment: Mapping[str, str]) -> frozenset[int]:
+    """Those that a CUDA compiler says it can build for; none where it does not say."""
+    run = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, env=dict(environment), check=False
+    )
+    return frozenset(int(number) for number in re.findall(r"^compute_(\d+)$", run.stdout, re.MULTILINE))
+
+
+def _visible_architectures(environment: Mapping[str, str]) -> list[str]:
+    """Compute capabilities of the GPUs here, the newest with PTX, as torch does for "native"."""
+    program = _which("nvidia-smi", environment)
+    if program is None:
+        return []
+    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    run = subprocess.run(query, capture_output=True, text=True, env=dict(environment), check=False)
+    found = set(re.findall(r"^(\d+)\.(\d)$", run.stdout, re.MULTILINE)) if run.returncode == 0 else set()
+    names = [_dotted(pair) for pair in sorted((int(major), int(minor)) for major, minor in found)]
+    return [*names[:-1], f"{names[-1]}+PTX"] if names else []
 
 
 def find_torch() -> Path | None:
@@ -357,34 +420,38 @@ def _find_nvcc(environment: Mapping[str, str]) -> tuple[Path | None, str]:
 
 
 def _gencode(architectures: Sequence[tuple[int, str]]) -> list[str]:
-    flags = []
+    flags: dict[str, None] = {}
     for number, suffix in architectures:
-        name = f"{number}a" if suffix == "a" else str(number)
-        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
-        if suffix == "+PTX":
-            flags.append(f"-gencode=arch=compute_{name},code=compute_{name}")
-    return flags
+        name = f"{number}{suffix[:1].strip('+')}"
+        flags[f"-gencode=arch=compute_{name},code=sm_{name}"] = None
+        if suffix.endswith("+PTX"):
+            flags[f"-gencode=arch=compute_{name},code=compute_{name}"] = None
+    return list(flags)
 
 
 def _codes(architectures: Sequence[tuple[int, str]]) -> list[int]:
-    """As ops.cpp's `about` has them."""
-    codes = []
+    """As ops.cpp's `about` has them: capability * 100, + 1 for an "a", + 2 for PTX."""
+    codes: dict[int, None] = {}
     for number, suffix in architectures:
-        codes.append(10 * number + (suffix == "a"))
-        if suffix == "+PTX":
-            codes.append(10 * number + 2)
-    return codes
+        code = 10 * number + suffix.startswith("a")
+        codes[code] = None
+        if suffix.endswith("+PTX"):
+            codes[code + 2] = None
+    return list(codes)
 
 
 def _names(architectures: Sequence[tuple[int, str]]) -> str:
-    names = [f"sm_{number}{'a' if suffix == 'a' else ''}" for number, suffix in architectures]
-    ptx = [f"compute_{number} PTX" for number, suffix in architectures if suffix == "+PTX"]
-    return ", ".join(names + ptx)
+    codes = _codes(architectures)
+    named = [(code % 10 >= 2, f"{code // 10}{'a' if code % 2 else ''}") for code in codes]
+    return ", ".join(
+        [f"sm_{name}" for ptx, name in named if not ptx]
+        + [f"compute_{name} PTX" for ptx, name in named if ptx]
+    )
 
 
 def _jobs(environment: Mapping[str, str]) -> int:
-    given = environment.get("MAX_JOBS")
-    if given is None:
+    given = environment.get("MAX_JOBS", "")
+    if not given:
         return max(1, len(os.sched_getaffinity(0)))
     if not given.isdigit() or int(given) < 1:
         raise BuildError(f"MAX_JOBS must be a number from 1 on, got {given!r}")
@@ -408,7 +475,7 @@ def _ninja_path(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _dotted(version: tuple[int, int]) -> str:
+def _dotted(version: Sequence[int]) -> str:
     return ".".join(map(str, version))
 
 

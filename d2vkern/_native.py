@@ -212,18 +212,18 @@ def _version() -> str:
 
 def _architecture(code: int) -> str:
     capability, kind = divmod(code, 10)
-    return f"compute_{capability}" if kind == 2 else f"sm_{capability}{'a' if kind == 1 else ''}"
+    return f"{'compute' if kind >= 2 else 'sm'}_{capability}{'a' if kind % 2 else ''}"
 
 
 def _runs_on(name: str, capability: tuple[int, int]) -> bool:
-    """sm_XY runs on its own major from that minor on, sm_XYa on exactly it, PTX on everything newer."""
+    """sm_XY runs on its own major from that minor on, an "a" of either on exactly it, PTX on everything newer."""
     kind, _, digits = name.partition("_")
     number = int(digits.rstrip("a"))
     built = divmod(number, 10)
-    if kind == "compute":
-        return capability >= built
     if name.endswith("a"):
         return capability == built
+    if kind == "compute":
+        return capability >= built
     return capability[0] == built[0] and capability[1] >= built[1]
 
 

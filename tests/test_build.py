@@ -150,9 +150,6 @@ def test_other_systems(machine: Environment, torch: Path, monkeypatch: pytest.Mo
     ("settings", "words"),
     [
         ({"D2VKERN_BUILD_CUDA": "yes"}, "D2VKERN_BUILD_CUDA must be auto, 0 or 1, got 'yes'"),
-        ({"TORCH_CUDA_ARCH_LIST": "hopper"}, "TORCH_CUDA_ARCH_LIST must be like .*, got 'hopper'"),
-        ({"TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST must name 8.0 or newer, got '7.5'"),
-        ({"TORCH_CUDA_ARCH_LIST": ";"}, "TORCH_CUDA_ARCH_LIST must name an architecture"),
         ({"MAX_JOBS": "0"}, "MAX_JOBS must be a number from 1 on, got '0'"),
     ],
 )
@@ -163,13 +160,92 @@ def test_settings_out_of_range(
         build.plan(machine("g++", "nvcc", **settings), torch)
 
 
-def test_settings_count(machine: Environment, torch: Path) -> None:
-    environment = machine(
-        "g++", "nvcc", TORCH_CUDA_ARCH_LIST="8.6 9.0a+PTX 9.0".replace("a+PTX", "a"), MAX_JOBS="3"
+A100, PTX = (80, ""), "+PTX"
+# TORCH_CUDA_ARCH_LIST, what is built of it, words on what is left out
+LISTS = {
+    "spaces and an old GPU": ("7.5 8.0 9.0", (A100, (90, "")), "'7.5' (older than 8.0)"),
+    "code and PTX of one GPU alone": ("9.0a+PTX", ((90, "a+PTX"),), ""),
+    "a name": ("Hopper", ((90, PTX),), ""),
+    "a name of several": ("Ampere;Ada", (A100, (86, PTX), (89, PTX)), ""),
+    "a name with a plus": ("Ampere+Tegra", ((87, ""),), ""),
+    "a name in small letters": ("hopper", ((90, PTX),), ""),
+    "an old name beside": ("Turing 8.0", (A100,), "'7.5+PTX' (older than 8.0)"),
+    "commas, twice the same": ("8.0, 8.0;9.0", (A100, (90, "")), ""),
+    "no word": (" ; ", ((80, ""), (90, "a"), (100, PTX)), ""),
+    "what is no architecture": ("8.0;fast;12", (A100,), "'fast' (not like '8.0;9.0a;10.0+PTX'); '12' (not"),
+    "no such code": ("8.0;8.6a", (A100,), "'8.6a' (there is no such code before 9.0a)"),
+    "newer than nvcc": ("9.0;12.0+PTX", ((90, ""),), "'12.0+PTX' (this nvcc does not know it)"),
+    "native without a GPU": (
+        "native",
+        ((80, ""), (90, "a"), (100, PTX)),
+        "'native' (nvidia-smi names no GPU",
+    ),
+    "old only": ("7.0;7.5", (), "leaves nothing to build: '7.0' (older than 8.0); '7.5' (older"),
+    "no architecture at all": ("fast", (), "leaves nothing to build: 'fast' (not like"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_architectures_as_torch_takes_them(
+    name: str, machine: Environment, torch: Path, tmp_path: Path
+) -> None:
+    """What can be built is; the rest is named, and fails nothing that was not asked for."""
+    text, architectures, words = LISTS[name]
+    environment = machine("g++", "nvcc", TORCH_CUDA_ARCH_LIST=text)
+    says = "compute_80 compute_86 compute_87 compute_89 compute_90 compute_100".replace(" ", "\\n")
+    program(
+        tmp_path / "bin" / "nvcc",
+        f"case $1 in --list*) printf '{says}\\n';; *) echo release {CUDA}, V{CUDA}.1;; esac",
     )
+    plan = build.plan(environment, torch)
+    assert plan.architectures == architectures and ("cuda" in plan.parts) == bool(architectures)
+    assert words in "; ".join(plan.why) and bool(words) == bool(plan.why)
+    if architectures:
+        assert build.plan(environment | {"FORCE_CUDA": "1"}, torch).architectures == architectures
+    else:
+        with pytest.raises(build.BuildError, match="asked for, but TORCH_CUDA_ARCH_LIST leaves nothing"):
+            build.plan(environment | {"FORCE_CUDA": "1"}, torch)
+
+
+def test_architectures_of_the_gpus_here(machine: Environment, torch: Path, tmp_path: Path) -> None:
+    environment = machine("g++", "nvcc", TORCH_CUDA_ARCH_LIST="native")
+    program(tmp_path / "bin" / "nvidia-smi", "printf '9.0\\n8.0\\n9.0\\n'")
+    assert build.plan(environment, torch).architectures == (A100, (90, PTX))
+    program(tmp_path / "bin" / "nvidia-smi", "echo 9.0; exit 9")
+    assert build.plan(environment, torch).architectures[0] == A100
+
+
+def test_flags_and_codes_of_code_for_one_gpu_alone() -> None:
+    alone = ((90, "a+PTX"), (90, "a"), (90, PTX))
+    assert build._gencode(alone) == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+    assert build._codes(alone) == [901, 903, 900, 902]
+    assert build._names(alone) == "sm_90a, sm_90, compute_90a PTX, compute_90 PTX"
+
+
+def test_torch_knows_the_same_names() -> None:
+    """torch's parser is asked itself, for each name and each architecture we leave to it."""
+    from torch.utils import cpp_extension
+
+    for name, meaning in build.NAMED_ARCHITECTURES.items():
+        written = "+".join(word.capitalize() for word in name.split("+"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCH_CUDA_ARCH_LIST", written)
+            flags = cpp_extension._get_cuda_arch_flags()
+            patch.setenv("TORCH_CUDA_ARCH_LIST", meaning)
+            assert flags == cpp_extension._get_cuda_arch_flags()
+
+
+def test_settings_count(machine: Environment, torch: Path) -> None:
+    environment = machine("g++", "nvcc", TORCH_CUDA_ARCH_LIST="8.6 9.0a 9.0", MAX_JOBS="3")
     plan = build.plan(environment, torch)
     assert plan.architectures == ((86, ""), (90, "a"), (90, "")) and plan.jobs == 3 and not plan.debug
     assert build.plan(environment | {"D2VKERN_DEBUG": "1"}, torch).debug
+    assert build.plan(environment | {"MAX_JOBS": ""}, torch).jobs == len(os.sched_getaffinity(0))
     plan = build.plan(machine("clang++", CXX="clang++ -stdlib=libc++"), torch)
     assert plan.compiler is not None and plan.compiler.endswith("clang++ -stdlib=libc++")
 

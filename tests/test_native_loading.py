@@ -133,10 +133,13 @@ def test_code_of_one_architecture_runs_on_it_alone() -> None:
     assert _native.cuda_gap(About((0, 1, 0), 13000, ("sm_90a",)), 13000, (9, 0)) == ""
     assert "9.1" in _native.cuda_gap(About((0, 1, 0), 13000, ("sm_90a",)), 13000, (9, 1))
     assert "8.0" in _native.cuda_gap(About((0, 1, 0), 13000, ("sm_86",)), 13000, (8, 0))
+    assert _native.cuda_gap(About((0, 1, 0), 13000, ("compute_90a",)), 13000, (9, 0)) == ""
+    assert "10.0" in _native.cuda_gap(About((0, 1, 0), 13000, ("compute_90a",)), 13000, (10, 0))
 
 
 def test_architectures_by_their_codes() -> None:
     assert list(map(_native._architecture, (800, 901, 1000, 1002))) == list(FACTS.architectures)
+    assert list(map(_native._architecture, (903, 1203))) == ["compute_90a", "compute_120a"]
 
 
 def test_versions_by_their_numbers() -> None:
