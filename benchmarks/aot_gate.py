@@ -97,6 +97,8 @@ def problems(
         if found.shared > LDS:
             wrong.append(f"shared memory {found.shared} above {LDS} bytes")
         return wrong
+    if found.unfenced:
+        wrong.append(f"{found.unfenced} pipelined loops without fence.proxy.async between copy and product")
     if found.shared > LIMITS[target].shared_program:
         wrong.append(f"shared memory {found.shared} above {LIMITS[target].shared_program} bytes")
     registers = {"preset": budget.registers, "variant": max(budget.registers, budget.further)}.get(use, 255)

@@ -63,6 +63,8 @@ class Resources:
     """"load x_ptr" -> Traffic"""
     bulk: int = 0
     """instructions of the bulk copy engine (TMA)"""
+    unfenced: int = 0
+    """loops that copy into shared memory and multiply from it without a fence between (`unfenced_loops`)"""
 
 
 _TYPE_BYTES = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
@@ -214,6 +216,38 @@ def _matches(pattern: re.Pattern[str], text: str) -> list[tuple[str, ...]]:
     return [match.groups() for match in map(pattern.match, text.splitlines()) if match is not None]
 
 
+_ASYNC_PRODUCTS = {"HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA", "UTCOMMA"}
+"""matrix instructions that read shared memory through the async proxy (wgmma, tcgen05)"""
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_BRANCH = re.compile(r"`\((\.L_\w+)\)")
+
+
+def unfenced_loops(sass: str) -> int:
+    """Loops with copies by cp.async and products that read shared memory through the async proxy, but no fence.
+
+    What cp.async writes through the generic proxy is only sure to be seen through the async one after a
+    fence.proxy.async (PTX ISA, "Async proxy"), which is FENCE.VIEW.ASYNC here. Triton up to 3.6 leaves it out
+    (triton-lang/triton PR 9610). sass: of `nvdisasm -c`. A loop is what lies before a branch back.
+    """
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    found = 0
+    for text in sass.splitlines():
+        if label := _LABEL.match(text):
+            labels[label[1]] = len(code)
+        elif instruction := _INSTRUCTION.match(text):
+            code.append((instruction[1], text))
+    for last, (mnemonic, text) in enumerate(code):
+        target = _BRANCH.search(text) if mnemonic.startswith("BRA") else None
+        if target is None or labels.get(target[1], last) >= last:
+            continue
+        inside = [name for name, _ in code[labels[target[1]] : last]]
+        names = {name.partition(".")[0] for name in inside}
+        fenced = any(name.startswith("FENCE.VIEW.ASYNC") for name in inside)
+        found += "LDGSTS" in names and bool(names & _ASYNC_PRODUCTS) and not fenced
+    return found
+
+
 _PTX_LINE = re.compile(r'//## File "\.nv_debug_ptx_txt", line (\d+)')
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 _GLOBAL = {"LDG": "load", "LD": "load", "LDGSTS": "load", "STG": "store", "ST": "store", "ATOMG": "store",
@@ -258,6 +292,7 @@ def resources(usage: str, sass: str, ptx: str, ttgir: str, shared: int) -> Resou
         registers=int(numbers["REG"]),
         spilled=int(numbers["STACK"]) + int(numbers["LOCAL"]),
         shared=int(numbers["SHARED"]) + shared,
+        unfenced=unfenced_loops(sass),
         warps=int(_search(r'"ttg\.num-warps" = (\d+)', ttgir)),
     )
     by_place = defaultdict(list)

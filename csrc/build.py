@@ -11,8 +11,8 @@ on. It exports nothing. It must name libtorch.so as needed: that brings libtorch
 Environment: D2VKERN_BUILD_CUDA = auto (default) | 0 | 1, FORCE_CUDA = 1 (as D2VKERN_BUILD_CUDA=1), CUDA_HOME,
 TORCH_CUDA_ARCH_LIST (as torch takes it: "8.0;9.0a;10.0+PTX", "7.5 8.0", "Hopper", "native"; what cannot be
 built of it is left out and named), MAX_JOBS, CXX, D2VKERN_BUILD_CPU = 0 (nothing is compiled), D2VKERN_DEBUG
-= 1 (line numbers for debuggers and profilers), D2VKERN_BUILD_DIR (where finished work is kept, build/native by
-default: the same sources and flags are not compiled again).
+= 1 (line numbers for debuggers and profilers), D2VKERN_BUILD_DIR (where finished work is kept, build/native
+by default: the same sources and flags are not compiled again).
 """
 
 import hashlib
