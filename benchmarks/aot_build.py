@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import aot_read
 from benchmarks.aot_read import Resources, Traffic
-from d2vkern.kernels._launch import MOST_STAGES_ON_AMD, Launch
+from d2vkern.kernels._launch import MOST_STAGES_ON_AMD, Launch, most_stages
 
 CACHE = Path(__file__).resolve().parents[1] / "build" / "aot"
 TARGETS = {
@@ -71,8 +71,11 @@ def build_of(launch: Launch, target: str) -> Build:
     kernel = launch.kernel
     backend, binder = _binder(kernel, target)
     stages = launch.num_stages
-    if target.startswith("gfx"):
+    kind, architecture, _ = TARGETS[target]
+    if kind == "hip":
         stages = min(stages, MOST_STAGES_ON_AMD)
+    else:
+        stages = most_stages(kernel, stages, divmod(int(architecture), 10))
     given = {
         **launch.constexprs,
         "num_warps": launch.num_warps,

@@ -223,11 +223,11 @@ _BRANCH = re.compile(r"`\((\.L_\w+)\)")
 
 
 def unfenced_loops(sass: str) -> int:
-    """Loops with copies by cp.async and products that read shared memory through the async proxy, but no fence.
+    """Loops with copies by cp.async, products that read shared memory through the async proxy, and no fence.
 
     What cp.async writes through the generic proxy is only sure to be seen through the async one after a
-    fence.proxy.async (PTX ISA, "Async proxy"), which is FENCE.VIEW.ASYNC here. Triton up to 3.6 leaves it out
-    (triton-lang/triton PR 9610). sass: of `nvdisasm -c`. A loop is what lies before a branch back.
+    fence.proxy.async (PTX ISA, "Async proxy"), which is FENCE.VIEW.ASYNC here. Triton up to 3.7.0 leaves it
+    out (triton-lang/triton PR 9610). sass: of `nvdisasm -c`. A loop is what lies before a branch back.
     """
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}

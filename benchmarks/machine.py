@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from d2vkern._cpu import processor
+from d2vkern.info import pipeline
 
 _CPU_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -36,6 +37,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "pipeline": pipeline(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "commit": _output("git", "rev-parse", "--short", "HEAD") or None,

@@ -216,7 +216,7 @@ def _architecture(code: int) -> str:
 
 
 def _runs_on(name: str, capability: tuple[int, int]) -> bool:
-    """sm_XY runs on its own major from that minor on, an "a" of either on exactly it, PTX on everything newer."""
+    """sm_XY runs on its own major from that minor on, PTX on all that is newer, an "a" of both on just it."""
     kind, _, digits = name.partition("_")
     number = int(digits.rstrip("a"))
     built = divmod(number, 10)

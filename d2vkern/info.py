@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from d2vkern import __version__, _measured, _native
 from d2vkern._backend import REGISTRY, STEMS, backend_names, gaps
+from d2vkern.kernels._launch import PIPELINE, pipeline_hazard
 
 
 def collect() -> dict[str, Any]:
@@ -28,6 +30,7 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "triton": _installed("triton"),
+        "pipeline": pipeline(),
         "nvcc": _nvcc(),
         "native": _extension(),
         "ops": {stem: {name: gaps(stem, name) for name in backend_names(stem)} for stem in STEMS},
@@ -49,6 +52,19 @@ def _installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def pipeline() -> str | None:
+    """Whether Triton kernels overlap copies and matrix products on sm_90, or why not; None: no Triton."""
+    version = _installed("triton")
+    if version is None:
+        return None
+    hazard, asked = pipeline_hazard(version), os.environ.get(PIPELINE, "0") == "1"
+    if not hazard:
+        return "yes"
+    if asked:
+        return f"by {PIPELINE}=1, results may not repeat bit for bit: {hazard}"
+    return f"not on sm_90: {hazard}; {PIPELINE}=1 pipelines all the same"
 
 
 def _extension() -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,15 @@ from benchmarks.aot_gate import (  # noqa: E402
     problems,
     programs_per_multiprocessor,
 )
-from benchmarks.aot_read import Resources, Traffic, accesses, amd_resources, ptx_places, width_of  # noqa: E402
+from benchmarks.aot_read import (  # noqa: E402
+    Resources,
+    Traffic,
+    accesses,
+    amd_resources,
+    ptx_places,
+    unfenced_loops,
+    width_of,
+)
 from benchmarks.aot_record import kernels_of, triton_stems, vector_bytes  # noqa: E402
 from benchmarks.aot_roofline import eager_counts  # noqa: E402
 from benchmarks.aot_trace import OpTrace  # noqa: E402
@@ -207,6 +216,69 @@ def test_occupancy(registers: int, shared: int, warps: int, expected: int) -> No
 )  # fmt: skip
 def test_widths_of_instructions(mnemonic: str, bits: int) -> None:
     assert width_of(mnemonic) == bits
+
+
+def _sass(*lines: str) -> str:
+    """A listing as nvdisasm writes it, of "1:" for a label, "BRA 1" for a branch there, and instructions."""
+    out = []
+    for i, line in enumerate(lines):
+        code = re.sub(r"BRA (\d+)", r"BRA `(.L_x_\1)", line)
+        out.append(f".L_x_{line}" if line.endswith(":") else f"        /*{16 * i:04x}*/  {code} ;")
+    return "\n".join(out)
+
+
+COPY, PRODUCT, FENCE = "LDGSTS.E.BYPASS.128 [R1], [R2]", "HGMMA.64x64x16.F32.BF16 R24", "FENCE.VIEW.ASYNC.S"
+LOOPS = {
+    "no fence": ((FENCE, COPY, "1:", "LDGDEPBAR", PRODUCT, COPY, "@!P0 BRA 1"), 1),
+    "a fence": ((COPY, "1:", FENCE, PRODUCT, COPY, "BRA 1"), 0),
+    "no copies": ((COPY, "1:", PRODUCT, "BRA 1"), 0),
+    "products from registers": (("1:", COPY, "HMMA.16816.F32.BF16 R4", "BRA 1"), 0),
+    "no loop": ((COPY, PRODUCT, "1:", "BRA 1"), 0),
+    "forward": (("BRA 1", COPY, PRODUCT, "1:", "EXIT"), 0),
+    "of sm_100": (("1:", COPY, "UTCHMMA gdesc[UR4]", "BRA 1"), 1),
+    "one in two": (
+        ("1:", COPY, "2:", FENCE, PRODUCT, COPY, "BRA 2", "3:", PRODUCT, COPY, "BRA 3", "BRA 1"),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_pipelined_loops_hold_a_fence(name: str) -> None:
+    lines, count = LOOPS[name]
+    assert unfenced_loops(_sass(*lines)) == count
+    wrong = problems(Resources(registers=1, warps=4, unfenced=count), "sm_90", Budget(registers=255), {})
+    assert [text for text in wrong if "fence.proxy.async" in text] == (
+        ["1 pipelined loops without fence.proxy.async between copy and product"] * count
+    )
+
+
+def test_what_multiplies_is_what_has_products_in_its_budget() -> None:
+    """What `launch` starts without pipelining beside a Triton without the fence, and nothing else."""
+    script = """
+import importlib, pkgutil
+import d2vkern.kernels
+from benchmarks.aot_budgets import BUDGETS
+from d2vkern.kernels import _launch
+kernels = {}
+for module in pkgutil.iter_modules(d2vkern.kernels.__path__, "d2vkern.kernels."):
+    for name, found in vars(importlib.import_module(module.name)).items():
+        if name in BUDGETS and hasattr(found, "cache_key"):
+            kernels[name] = found
+assert kernels.keys() == BUDGETS.keys()
+products = {name for name, budget in BUDGETS.items() if budget.products}
+assert {name for name in kernels if _launch.multiplies(kernels[name])} == products | {FP32}
+for version in ("3.6.0", "3.6.0+git1234", "3.7.0"):
+    assert _launch.pipeline_hazard(version), version
+for version in ("3.7.1", "3.8.0", "4.0", "4.0.0+git", "main"):
+    assert not _launch.pipeline_hazard(version), version
+_launch._hazard = lambda: "a hazard"
+product, plain = kernels["taps_tiles_kernel"], kernels["gather_fwd_kernel"]
+for kernel, capability, most in ((product, (9, 0), 1), (product, (8, 0), 3), (plain, (9, 0), 3)):
+    assert _launch.most_stages(kernel, 3, capability) == most
+""".replace("FP32", repr("conv_stem_bwd_kernel_wave_squares"))
+    done = _python("-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_ptx_inside_assembly_comes_from_where_the_assembly_begins() -> None:

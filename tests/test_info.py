@@ -32,6 +32,7 @@ def test_json_reports_versions_and_every_op() -> None:
         "cuda",
         "devices",
         "triton",
+        "pipeline",
         "nvcc",
         "native",
         "ops",
@@ -53,6 +54,19 @@ def test_text_has_a_row_per_op_and_explains_gaps() -> None:
     (gap,) = (line for line in run.stdout.splitlines() if "native: not built yet in this version" in line)
     assert "mlp" in gap and "ema" not in gap
     assert "\nnative   " in run.stdout
+
+
+def test_a_triton_without_fences_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "_installed", lambda package: "3.6.0")
+    words = "triton 3.6.0 leaves fence.proxy.async out of pipelined loops"
+    assert info.collect()["pipeline"].startswith(f"not on sm_90: {words}")
+    monkeypatch.setenv("D2VKERN_PIPELINE", "1")
+    said = info.collect()["pipeline"]
+    assert said.startswith("by D2VKERN_PIPELINE=1, results may not repeat bit for bit") and words in said
+    monkeypatch.setattr(info, "_installed", lambda package: "3.7.1")
+    assert info.collect()["pipeline"] == "yes"
+    monkeypatch.setattr(info, "_installed", lambda package: None)
+    assert info.collect()["pipeline"] is None
 
 
 def test_a_registered_backend_shows(monkeypatch: pytest.MonkeyPatch) -> None:
