@@ -89,7 +89,7 @@ class TargetConfig:
     top_k: int = 10
     """number of last main blocks averaged"""
     norm: Literal["instance", "layer", "batch"] | None = "instance"
-    """norm of each layer"""
+    """norm of each layer; batch: over the tokens of a forward, so train.micro_batch changes it"""
     final: Literal["layer", "instance"] | None = None
     """norm of the average"""
 
@@ -296,7 +296,9 @@ class RunConfig:
     backend: str = "auto"
     """of d2vkern's ops: auto, eager, triton, native, or op by op: triton,attention=eager"""
     micro_batch: int | None = None
-    """samples (audio: seconds) per forward; none: derived from free memory, in fine-tuning the whole batch"""
+    """samples (audio: seconds) per forward; none: derived from free memory, in fine-tuning the whole batch.
+    Inputs, masks and targets of a step do not depend on it; what is drawn forward by forward does: dropout,
+    drop path, layerdrop, the noise that pretraining's decoder gets and the tokens that mlm puts in"""
     device: str = "auto"
     """auto: a CUDA GPU when there is one"""
     save_every: int = 1000

@@ -1,6 +1,7 @@
 """The global random states of a run as tensors, so that a checkpoint holds them beside the weights.
 
-Data and masks do not use them (they are keyed by seed, epoch and sample); dropout and layerdrop do.
+Data, augmentation and masks do not use them (they are keyed by seed, epoch and sample); dropout, drop path,
+layerdrop and the noise that pretraining's decoder gets do.
 """
 
 from __future__ import annotations
@@ -49,6 +50,19 @@ def preserved(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore(states, device)
+
+
+@contextmanager
+def keyed(seed: int, device: torch.device) -> Iterator[None]:
+    """What the block draws from torch, on the CPU and on `device`, depends on `seed` alone; the states
+    afterwards are those before it."""
+    gpu = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpu):
+        torch.default_generator.manual_seed(seed)
+        if gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def restore(states: dict[str, Tensor], device: torch.device) -> None:

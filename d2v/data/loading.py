@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..config import DataConfig
 from . import Batch, DataError, Pipeline, Position, Report, Unreadable
 
-ORDER, AUGMENT, SUBSTITUTE = range(3)
+ORDER, AUGMENT, SUBSTITUTE, LIMIT, TIME_MASK, CHANNEL_MASK, NOISE, PIXELS, MIX = range(9)
 """what a generator is for, the second part of its key"""
 
 ATTEMPTS = 100
@@ -70,6 +70,10 @@ class Source(ABC):
     def finish(self, batch: Batch) -> Batch:
         """What is done batched on the training device, after the copy."""
         return batch
+
+    def finish_step(self, batches: list[Batch]) -> list[Batch]:
+        """`finish` for the micro-batches of a training step; what comes out must not depend on the split."""
+        return [self.finish(batch) for batch in batches]
 
     def steps(self, epoch: int) -> list[np.ndarray]:
         """Sample ids of each global step of an epoch; the incomplete last one is dropped."""
@@ -176,14 +180,14 @@ class Loader(Pipeline):
         position = self.position = self._normalised(Position(*start))
         for loaded in self._load(self._train_jobs(position, micro)):
             if loaded.batch is not None:
-                step.append(self.source.finish(loaded.batch.to(self.device)))
+                step.append(loaded.batch.to(self.device))
             if not loaded.job.last:
                 continue
             if not step:
                 raise DataError(f"data: {self.source.path}: no readable sample among {ATTEMPTS} tried")
             position = self._normalised(Position(position.epoch, position.step_in_epoch + 1))
             self.position = position
-            yield step
+            yield self.source.finish_step(step)
             step = []
 
     def in_order(self, size: int) -> Iterator[tuple[list[str], Batch]]:

@@ -67,6 +67,9 @@ class AugmentConfig:
     """that a batch is mixed at all"""
     mix_switch: float = 0.5
     """share of mixed batches that get cutmix, where both are on"""
+    mix_batch: int | None = None
+    """pictures of a step, in its order, that are mixed with each other by one draw: those of one process in
+    the original; none: the whole step"""
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
@@ -76,6 +79,8 @@ class AugmentConfig:
             check(getattr(self, name) >= 0, f"augment.{name}", "at least 0", getattr(self, name))
         for name in ("erase", "mix_probability", "mix_switch"):
             check(0 <= getattr(self, name) <= 1, f"augment.{name}", "in [0, 1]", getattr(self, name))
+        check(self.mix_batch is None or self.mix_batch > 0, "augment.mix_batch", "positive or none",
+              self.mix_batch)  # fmt: skip
         check_probability("augment.label_smoothing", self.label_smoothing)
 
 

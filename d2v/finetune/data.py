@@ -17,15 +17,12 @@ from ..data import DataError, open_labelled
 from ..data.audio import AudioSplit
 from ..data.audio_source import AudioSource
 from ..data.image import ImageSplit
-from ..data.loading import SUBSTITUTE, Loader, Source, generator
+from ..data.loading import LIMIT, Loader, Source, generator
 from ..data.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from .config import FineTuneConfig
 from .images import AugmentedImages
 from .sentences import SentencePart, SentenceSource, Specials, encode, read_sentences, targets_of
 from .transcripts import SpokenPart, Vocabulary, read_spoken
-
-LIMIT, TIME_MASK, CHANNEL_MASK = range(SUBSTITUTE + 1, SUBSTITUTE + 4)
-"""uses of `d2v.data.loading.generator`"""
 
 
 class Part(Protocol):

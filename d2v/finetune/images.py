@@ -1,11 +1,12 @@
 """Augmentation of labelled pictures, batched on the device: RandAugment and erasing by kornia, mixing here.
 
-Mixup and cutmix draw one lambda per picture from Beta(alpha, alpha), as in timm's elementwise mode;
-kornia's mixup draws it uniformly. Randomness comes from torch's global generators, in the order of the steps.
+All of it is done over a whole step and keyed by (seed, epoch, first picture of the step), so that it depends
+neither on how the step is split into micro-batches nor on what else was drawn.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import rng
 from ..data import Batch
 from ..data.image import ImageSource
-from ..data.loading import Source
+from ..data.loading import PIXELS, Source, generator
 from .config import AugmentConfig
 
 GROUP = 16
-"""pictures that share the operations of RandAugment; their directions are drawn one by one"""
+"""pictures of a step, in its order, that share RandAugment's operations; directions are drawn one by one"""
 
 
 class AugmentedImages(Source):
@@ -48,13 +50,31 @@ class AugmentedImages(Source):
 
     def finish(self, batch: Batch) -> Batch:
         """source [B,C,H,W] float32, normalised."""
-        pixels = self.source.pixels(batch)
-        if self.augment.rand_ops:
-            pixels = rand_augment(pixels, self.augment.rand_ops, self.augment.rand_magnitude)
-        pixels = self.source.normalise(pixels)
-        if self.augment.erase:
-            pixels = erase(pixels, self.augment.erase)
-        return replace(batch, source=pixels, extra={})
+        return self.finish_step([batch])[0]
+
+    def finish_step(self, batches: list[Batch]) -> list[Batch]:
+        """source [B,C,H,W] float32, normalised."""
+        pixels = joined([self.source.pixels(batch) for batch in batches])
+        seed = int(step_generator(self.seed, PIXELS, batches).integers(2**63))
+        with rng.keyed(seed, pixels.device):
+            if self.augment.rand_ops:
+                pixels = rand_augment(pixels, self.augment.rand_ops, self.augment.rand_magnitude)
+            pixels = self.source.normalise(pixels)
+            if self.augment.erase:
+                pixels = erase(pixels, self.augment.erase)
+        parts = pixels.split([len(batch) for batch in batches])
+        return [replace(batch, source=part, extra={}) for batch, part in zip(batches, parts, strict=True)]
+
+
+def step_generator(seed: int, use: int, batches: list[Batch]) -> np.random.Generator:
+    """A stream for each step of a run, whatever its micro-batches: by its epoch and its first sample."""
+    first = batches[0]
+    return generator(seed, use, first.epoch, int(first.host_ids[0]))
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    """One tensor of the parts along their first dimension; of a single part no copy is made."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def rand_augment(pixels: Tensor, operations: int, magnitude: int) -> Tensor:
@@ -80,41 +100,56 @@ def erase(pixels: Tensor, probability: float) -> Tensor:
     return torch.where(holes > 0, pixels, torch.randn_like(pixels))
 
 
-def mix(source: Tensor, labels: Tensor, outputs: int, augment: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) of a batch with itself reversed.
+def mix(
+    source: Tensor, labels: Tensor, outputs: int, augment: AugmentConfig, draws: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mixup (Zhang et al., 2018) or cutmix (Yun et al., 2019) of pictures with the same ones reversed.
 
-    source: [B,C,H,W]. labels: [B] int64. Returns the mixed pictures and soft labels [B,outputs] fp32, label
-    smoothing included (timm's mixup_target).
+    source: [B,C,H,W]. labels: [B] int64. Returns the mixed pictures and the shares of the classes
+    [B,outputs] fp32, label smoothing included. Each augment.mix_batch pictures share one draw: whether they
+    are mixed, which way, how much of each picture stays, and the box of cutmix.
+    Source: timm/data/mixup.py, Mixup in mode "batch", as models/mae_image_classification.py makes it.
     """
-    smooth = augment.label_smoothing
-    soft = F.one_hot(labels, outputs).float() * (1 - smooth) + smooth / outputs
-    if not (augment.mixup or augment.cutmix) or float(torch.rand(())) >= augment.mix_probability:
-        return source, soft
-    cut = bool(augment.cutmix) and (not augment.mixup or float(torch.rand(())) < augment.mix_switch)
-    alpha = augment.cutmix if cut else augment.mixup
-    size = len(source)
-    kept = torch.distributions.Beta(alpha, alpha).sample((size,)).to(source.device)
-    if cut:
-        outside = _outside(kept, *source.shape[2:])
-        mixed = torch.where(outside.unsqueeze(1), source, source.flip(0))
-        kept = outside.flatten(1).float().mean(1)
-    else:
-        share = kept.view(-1, 1, 1, 1).to(source.dtype)
-        mixed = source * share + source.flip(0) * (1 - share)
-    return mixed, soft * kept.unsqueeze(1) + soft.flip(0) * (1 - kept.unsqueeze(1))
+    size = augment.mix_batch or max(1, len(source))
+    made = [
+        _mix_batch(pictures, kinds, outputs, augment, draws)
+        for pictures, kinds in zip(source.split(size), labels.split(size), strict=True)
+    ]
+    return joined([pictures for pictures, _ in made]), joined([shares for _, shares in made])
 
 
-def _outside(kept: Tensor, height: int, width: int) -> Tensor:
-    """[B,H,W] bool: all but a box with about 1 - kept of the area, centred anywhere, cut at the border."""
-    side = (1 - kept).sqrt()
+def _mix_batch(
+    source: Tensor, labels: Tensor, outputs: int, augment: AugmentConfig, draws: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    kept = 1.0
+    if (augment.mixup or augment.cutmix) and draws.random() < augment.mix_probability:
+        cut = bool(augment.cutmix) and (not augment.mixup or draws.random() < augment.mix_switch)
+        alpha = augment.cutmix if cut else augment.mixup
+        kept = float(draws.beta(alpha, alpha))
+        if cut:
+            source, kept = _cut(source, kept, draws)
+        else:
+            source = source * kept + source.flip(0) * (1 - kept)
+    off = augment.label_smoothing / outputs
+    hit = F.one_hot(labels, outputs).bool()
+    shares = torch.where(hit, 1 - augment.label_smoothing + off, off)
+    return source, shares * kept + shares.flip(0) * (1 - kept)
 
-    def inside(size: int) -> Tensor:
-        centre = torch.rand(len(kept), device=kept.device) * size
-        half = side * size / 2
-        place = torch.arange(size, device=kept.device) + 0.5
-        return (place - centre.unsqueeze(1)).abs() < half.unsqueeze(1)
 
-    return ~(inside(height).unsqueeze(2) & inside(width).unsqueeze(1))
+def _cut(source: Tensor, kept: float, draws: np.random.Generator) -> tuple[Tensor, float]:
+    """With a box of the reversed pictures: about 1 - kept of the area, centred anywhere, cut at the border;
+    and the share that really stays. Source: timm/data/mixup.py, rand_bbox and cutmix_bbox_and_lam, as the
+    original had it: the newest timm gives a box of odd size its last pixel too."""
+    height, width = source.shape[2:]
+    ratio = math.sqrt(1 - kept)
+    edges = []
+    for size in (height, width):
+        centre, half = int(draws.integers(size)), int(size * ratio) // 2
+        edges.append((max(0, centre - half), min(size, centre + half)))
+    (top, bottom), (left, right) = edges
+    mixed = source.clone()
+    mixed[:, :, top:bottom, left:right] = source.flip(0)[:, :, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
 
 
 def soft_cross_entropy(logits: Tensor, soft: Tensor) -> Tensor:

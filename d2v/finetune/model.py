@@ -61,17 +61,22 @@ class Backbone(Network):
         padding_mask: Tensor | None = None,
         time_mask: Tensor | None = None,
         channel_mask: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Output of the last block [B,E+T,D], extra tokens first, and the padding [B,T] (True) or None.
 
-        time_mask: [B,T] bool, local features that become noise; channel_mask: [B,D] bool, that become 0.
+        time_mask: [B,T] bool, equally many in each row: local features that become noise; channel_mask: [B,D]
+            bool, that become 0. noise: [B,n,D] N(0, 1) for the n masked frames of each row; None: drawn here.
         """
         samples, lengths = token_lengths(self.cfg.front, source, padding_mask)
         with phase("student/front"):
             local = self.encoder.local(source, samples, self.compute_dtype)
             if time_mask is not None:
-                noise = torch.randn_like(local) * self.cfg.decoder.noise_std
-                local = torch.where(time_mask.unsqueeze(-1), noise, local)
+                std, places = self.cfg.decoder.noise_std, time_mask.unsqueeze(-1)
+                if noise is None:
+                    local = torch.where(places, torch.randn_like(local) * std, local)
+                else:
+                    local = local.masked_scatter(places, (noise * std).to(local.dtype))
             if channel_mask is not None:
                 local = local.masked_fill(channel_mask.unsqueeze(1), 0.0)
             x, context = self.encoder.contextualise(local, None, lengths)
@@ -150,16 +155,17 @@ class FineTuned(nn.Module):
         padding_mask: Tensor | None = None,
         time_mask: Tensor | None = None,
         channel_mask: Tensor | None = None,
+        noise: Tensor | None = None,
         *,
         train_encoder: bool = True,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits in fp32, [B,C], or for ctc [B,T,V], and the padding [B,T] (True) of speech or None.
 
         train_encoder: False keeps the encoder out of the gradient.
-        See `Data2Vec.forward` for source and padding_mask, `Backbone.forward` for the masks.
+        See `Data2Vec.forward` for source and padding_mask, `Backbone.forward` for the masks and their noise.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_encoder):
-            x, padded = self.backbone(source, padding_mask, time_mask, channel_mask)
+            x, padded = self.backbone(source, padding_mask, time_mask, channel_mask, noise)
         extra = self.cfg.front.extra_tokens
         with phase("head"):
             if self.head_cfg.task == "ctc":

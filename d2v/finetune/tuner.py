@@ -18,13 +18,13 @@ from d2vkern._nvtx import phase
 from .. import rng
 from ..backends import use_backends
 from ..data import Batch
-from ..data.loading import generator
+from ..data.loading import CHANNEL_MASK, MIX, NOISE, TIME_MASK, generator
 from ..fronts import LogMelFront, WaveformFront
 from ..learner import Learner
 from ..optim import is_exempt, learning_rate
 from .config import FineTuneConfig
-from .data import CHANNEL_MASK, TIME_MASK, TuneData, span_mask
-from .images import mix, soft_cross_entropy
+from .data import TuneData, span_mask
+from .images import joined, mix, soft_cross_entropy, step_generator
 from .model import FineTuned, build_tuned
 from .transcripts import ctc_loss
 
@@ -42,8 +42,28 @@ class Outcome:
     lr: float
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A micro-batch as the loss takes it: labels, pictures mixed, masks drawn."""
+
+    source: Tensor
+    padding_mask: Tensor | None
+    labels: Any
+    """[B] classes or numbers, [B,outputs] fp32 shares of classes, or the letters of each utterance"""
+    frames: np.ndarray | None = None
+    """ctc: [B] frames of each utterance before its padding"""
+    time_mask: Tensor | None = None
+    channel_mask: Tensor | None = None
+    noise: Tensor | None = None
+    """see `Backbone.forward`"""
+
+
 class Tuner(Learner[FineTuned]):
-    """Model, optimizer and the step. Seeds the global random generators with train.seed."""
+    """Model, optimizer and the step. Seeds the global random generators with train.seed.
+
+    What a step learns from (pictures, mixing, masks and the noise in them) depends on the step alone, not on
+    train.micro_batch; dropout, drop path and layer drop are drawn forward by forward, so they do.
+    """
 
     def __init__(self, cfg: FineTuneConfig, data: TuneData, device: torch.device) -> None:
         self.cfg, self.data = cfg, data
@@ -70,9 +90,11 @@ class Tuner(Learner[FineTuned]):
         cfg = self.cfg
         total, samples = torch.zeros((), device=self.device), sum(map(len, batches))
         with use_backends(cfg.train.backend):
-            for batch in batches:
+            with phase("masks"):
+                ready = self.prepare(batches)
+            for part in ready:
                 with phase("forward"):
-                    loss = self.loss(batch, train_encoder=number > cfg.train.freeze_steps) / samples
+                    loss = self.loss(part, train_encoder=number > cfg.train.freeze_steps) / samples
                 with phase("backward"):
                     loss.backward()
                 total += loss.detach()
@@ -81,42 +103,75 @@ class Tuner(Learner[FineTuned]):
                 good, norm = self.update([total], lr, cfg.optim.clip)
         return Outcome(good, total, norm, lr)
 
-    def loss(self, batch: Batch, *, train_encoder: bool = True) -> Tensor:
-        """0-dim fp32: the task's loss summed over the samples of a batch."""
-        head, labels = self.cfg.head, self.data.labels(batch.host_ids)
+    def prepare(self, batches: list[Batch]) -> list[Ready]:
+        """The micro-batches of a step, with what is drawn over all of them."""
+        if self.cfg.head.task == "ctc":
+            return self._masked(batches)
+        labels = [self.data.labels(batch.host_ids) for batch in batches]
+        if self.model.modality != "image":
+            return [Ready(b.source, b.padding_mask, some) for b, some in zip(batches, labels, strict=True)]
+        cfg = self.cfg
+        draws = step_generator(cfg.train.seed, MIX, batches)
+        pictures, shares = mix(
+            joined([b.source for b in batches]), joined(labels), cfg.head.outputs, cfg.augment, draws
+        )
+        sizes = [len(batch) for batch in batches]
+        parts = zip(pictures.split(sizes), shares.split(sizes), strict=True)
+        return [Ready(source, None, soft) for source, soft in parts]
+
+    def _masked(self, batches: list[Batch]) -> list[Ready]:
+        """Utterances with masks over time [B,T] and channels [B,D], drawn by (seed, epoch, utterance) and
+        equally large in the whole step, and with the noise that masked frames of our encoders become."""
+        cfg, span, width = self.cfg, self.cfg.span, self.cfg.model.dim
+        frames = [self._frames(batch) for batch in batches]
+        tokens = [self._front.frames(batch.source.shape[1]) for batch in batches]
+        keys = [(batch.epoch, number) for batch in batches for number in batch.host_ids.tolist()]
+        time = channels = noise = None
+        if span.time_prob:
+            rngs = [generator(cfg.train.seed, TIME_MASK, *key) for key in keys]
+            mask = span_mask(np.concatenate(frames), max(tokens), span.time_prob, span.time_length, rngs)
+            time = torch.from_numpy(mask).to(self.device, non_blocking=True)
+            if cfg.transformers is None:
+                seed = int(step_generator(cfg.train.seed, NOISE, batches).integers(2**63))
+                with rng.keyed(seed, self.device):
+                    noise = torch.randn(len(keys), int(mask[0].sum()), width, device=self.device)
+        if span.channel_prob:
+            rngs = [generator(cfg.train.seed, CHANNEL_MASK, *key) for key in keys]
+            sides = np.full(len(keys), width)
+            mask = span_mask(sides, width, span.channel_prob, span.channel_length, rngs, least=0)
+            channels = torch.from_numpy(mask).to(self.device, non_blocking=True)
+        ready, first = [], 0
+        for batch, lengths, most in zip(batches, frames, tokens, strict=True):
+            rows = slice(first, first + len(batch))
+            part = Ready(
+                batch.source,
+                batch.padding_mask,
+                self.data.labels(batch.host_ids),
+                lengths,
+                time_mask=None if time is None else time[rows, :most],
+                channel_mask=None if channels is None else channels[rows],
+                noise=None if noise is None else noise[rows],
+            )
+            ready.append(part)
+            first = rows.stop
+        return ready
+
+    def loss(self, part: Ready, *, train_encoder: bool = True) -> Tensor:
+        """0-dim fp32: the task's loss summed over the samples of a micro-batch."""
+        head = self.cfg.head
+        logits, _ = self.model(
+            part.source, part.padding_mask, part.time_mask, part.channel_mask, part.noise,
+            train_encoder=train_encoder,
+        )  # fmt: skip
         if head.task == "ctc":
-            frames = self._frames(batch)
-            masks = self._span_masks(batch, frames)
-            logits, _ = self.model(batch.source, batch.padding_mask, *masks, train_encoder=train_encoder)
-            return ctc_loss(logits, frames, labels)
-        source, soft = batch.source, None
+            assert part.frames is not None
+            return ctc_loss(logits, part.frames, part.labels)
         if self.model.modality == "image":
-            source, soft = mix(source, labels, head.outputs, self.cfg.augment)
-        logits, _ = self.model(source, batch.padding_mask, train_encoder=train_encoder)
-        if soft is not None:
-            return soft_cross_entropy(logits, soft)
+            return soft_cross_entropy(logits, part.labels)
         if head.regression:
-            return F.mse_loss(logits.squeeze(1), labels.float(), reduction="sum")
+            return F.mse_loss(logits.squeeze(1), part.labels.float(), reduction="sum")
         smoothing = self.cfg.augment.label_smoothing
-        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-
-    def _span_masks(self, batch: Batch, frames: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
-        """Masks over time [B,T] and channels [B,D], drawn by (seed, epoch, utterance)."""
-        span, ids = self.cfg.span, batch.host_ids.tolist()
-
-        def draw(
-            use: int, lengths: np.ndarray, size: int, prob: float, length: int, least: int
-        ) -> Tensor | None:
-            if not prob:
-                return None
-            rngs = [generator(self.cfg.train.seed, use, batch.epoch, i) for i in ids]
-            mask = torch.from_numpy(span_mask(lengths, size, prob, length, rngs, least))
-            return mask.to(self.device, non_blocking=True)
-
-        longest, width = self._front.frames(batch.source.shape[1]), self.cfg.model.dim
-        time = draw(TIME_MASK, frames, longest, span.time_prob, span.time_length, 1)
-        channels = np.full(len(ids), width)
-        return time, draw(CHANNEL_MASK, channels, width, span.channel_prob, span.channel_length, 0)
+        return F.cross_entropy(logits, part.labels, reduction="sum", label_smoothing=smoothing)
 
     def _frames(self, batch: Batch) -> np.ndarray:
         """[B] frames of each utterance before its padding, without asking the device."""

@@ -35,8 +35,10 @@ class HuggingFaceBackbone(nn.Module):
         padding_mask: Tensor | None = None,
         time_mask: Tensor | None = None,
         channel_mask: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `Backbone.forward`: masked frames become the model's own mask embedding, if it has one, or 0."""
+        """As `Backbone.forward`, but masked frames become the model's own mask embedding, if it has one,
+        or 0; noise is not read."""
         with self._precision(source.device), self._masked(time_mask, channel_mask):
             outputs, padding = self.encoder.outputs(source, padding_mask)
         return outputs[-1].float(), padding

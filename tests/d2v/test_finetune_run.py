@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torch.nn.functional as F
 
 import d2v
 from d2v.checkpoint import CheckpointError
 from d2v.cli import main
-from d2v.data import DataError, Position
+from d2v.data import Batch, DataError, Position
 from d2v.finetune.config import FineTuneConfig
 from d2v.finetune.data import open_tune_data
 from d2v.finetune.evaluate import run_eval
@@ -131,12 +133,70 @@ def test_a_loss_waits_for_no_device(
 
     monkeypatch.setattr(torch.nn.functional, "ctc_loss", ctc)
     shape.data = dataclasses.replace(found, labels=moved)
-    loss = shape.loss(batch.to(meta))
+    loss = shape.loss(*shape.prepare([batch.to(meta)]))
     loss.backward()
     assert loss.device == meta and loss.shape == ()
     assert all(p.grad is not None for p in shape.model.parameters() if p.requires_grad)
     with pytest.raises((RuntimeError, NotImplementedError)):
         loss.item()
+
+
+def learnt_from(tuner: Tuner, step: list[Batch]) -> dict[str, Any]:
+    """What the model gets of a step, its micro-batches joined again; padding filled up to the longest."""
+    ready = tuner.prepare(step)
+    found: dict[str, Any] = {}
+    for name in ("source", "labels", "time_mask", "channel_mask", "noise"):
+        parts = [getattr(part, name) for part in ready]
+        if isinstance(parts[0], torch.Tensor):
+            longest = max(part.shape[-1] for part in parts)
+            found[name] = torch.cat([F.pad(part, (0, longest - part.shape[-1]), value=1) for part in parts])
+        elif parts[0] is not None:
+            found[name] = torch.tensor([letter for part in parts for some in part for letter in some])
+    return found
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_a_step_does_not_depend_on_the_micro_batch(
+    modality: str, encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    """Pictures, mixing, masks and noise bit for bit, whatever was drawn before; gradients to rounding."""
+    cfg = config(encoders[modality], modality)
+    still = dataclasses.replace(cfg.drop, dropout=0.0, layer=0.0, path=0.0)
+    augment = dataclasses.replace(cfg.augment, cutmix=1.0, mix_batch=12, erase=0.5)
+    wide = dataclasses.replace(cfg.span, channel_prob=0.5)
+    cfg = with_drops(dataclasses.replace(cfg, drop=still, augment=augment, span=wide))
+    found = open_tune_data(
+        data[modality], cfg, device=torch.device("cpu"), encoder_dir=encoders[modality], run_dir=tmp_path
+    )
+    cfg = dataclasses.replace(cfg, head=dataclasses.replace(cfg.head, outputs=found.outputs))
+    tuner = Tuner(cfg, found, torch.device("cpu"))
+    runs: list[list[dict[str, Any]]] = []
+    for seed, (micro, count) in enumerate(((cfg.data.batch, 1), (2, 2), (1, 5))):
+        torch.manual_seed(seed)  # as if other numbers of forward passes had been made
+        steps = list(itertools.islice(found.loader.micro_batches(Position(), micro), 2))
+        assert min(map(len, steps)) >= count
+        seen = []
+        for step in steps:
+            values = learnt_from(tuner, step)
+            for part in tuner.prepare(step):
+                (tuner.loss(part) / sum(map(len, step))).backward()
+            values["gradient"] = torch.cat([p.grad.flatten() for p in tuner.parameters if p.grad is not None])
+            tuner.optimizer.zero_grad()
+            seen.append(values)
+        runs.append(seen)
+    for seen in runs[1:]:
+        for whole, split in zip(runs[0], seen, strict=True):
+            gradient = whole["gradient"]
+            assert float((split["gradient"] - gradient).norm() / gradient.norm()) < 1e-4
+            assert whole.keys() == split.keys()
+            for name in whole.keys() - {"gradient"}:
+                assert torch.equal(whole[name], split[name]), name
+    first, second = runs[0]
+    if modality == "image":
+        assert not torch.equal(first["source"], second["source"]) and (first["labels"] % 1).any()
+    if modality == "audio":
+        assert first["time_mask"].any() and first["channel_mask"].any()
+        assert (first["time_mask"].sum(1) == first["noise"].shape[1]).all()
 
 
 @pytest.mark.parametrize("modality", RECIPES)
