@@ -15,10 +15,11 @@ import soundfile
 import torch
 from tokenizers import Tokenizer, processors
 
+from d2v.config import from_dict, to_dict
 from d2v.data import DataError
 from d2v.data.loading import generator
 from d2v.data.tokenizer import train_tokenizer
-from d2v.finetune.config import AugmentConfig
+from d2v.finetune.config import AugmentConfig, FineTuneConfig
 from d2v.finetune.data import choose, span_mask
 from d2v.finetune.decode import beam_search, greedy
 from d2v.finetune.images import erase, mix, rand_augment, soft_cross_entropy
@@ -399,5 +400,8 @@ def test_every_recipe_makes_a_config() -> None:
         cfg = made.on(name, model)
         assert cfg.recipe == name and cfg.model.layerdrop == made.drop.layer
     assert recipe("librispeech_960h_base").optim.lr == 1e-4
+    values = to_dict(recipe("imagenet_base").on("imagenet_base", preset("image_base").model))
+    assert values["augment"].pop("mix_batch") == 32
+    assert from_dict(FineTuneConfig, values).augment.mix_batch is None  # a run from before there was one
     with pytest.raises(ValueError, match="no recipe 'imagenet'; nearest: imagenet_"):
         recipe("imagenet")

@@ -283,6 +283,28 @@ def test_random_states_are_restored_exactly():
     assert draw() == first
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_keyed_draws_depend_on_their_seed_alone_and_leave_no_trace(device):
+    device = torch.device(device)
+
+    def draw():
+        return torch.rand(3).tolist(), torch.rand(3, device=device).tolist()
+
+    rng.seed_all(1)
+    untouched = draw(), draw()
+    found = []
+    for seed in (1, 2):
+        rng.seed_all(seed)
+        before = draw()
+        with rng.keyed(2**63 - 1, device):
+            found.append(draw())
+        if seed == 1:
+            assert (before, draw()) == untouched
+    assert found[0] == found[1] != before
+    with rng.keyed(0, device):
+        assert draw() != found[0]
+
+
 def test_truncating_keeps_the_lines_up_to_a_step(tmp_path):
     truncate_metrics(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
