@@ -328,10 +328,11 @@ def check_fits(model: nn.Module, tensors: Mapping[str, Tensor], source: str | Pa
         raise CheckpointError(f"{source}: does not fit the model: {'; '.join(lines)}")
 
 
-def write_config(run_dir: str | Path, config: Any, data: str, **about: str) -> None:
-    """Write `config.toml`: every setting, and under `[run]` the data path and whatever else is given."""
+def write_config(run_dir: str | Path, config: Any, data: str, **about: Any) -> None:
+    """Write `config.toml`: every setting; under `[run]` the data path and what else is given and not None."""
     Path(run_dir).mkdir(parents=True, exist_ok=True)
-    text = tomli_w.dumps({"run": {"data": data, **about}, **to_dict(config)})
+    found = {name: value for name, value in about.items() if value is not None}
+    text = tomli_w.dumps({"run": {"data": data, **found}, **to_dict(config)})
     _write_text(Path(run_dir) / SETTINGS, text)
 
 

@@ -23,11 +23,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .atomic import replacing
-from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, find_run, read_settings
+from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, find_run
 from .config import ModelConfig, from_dict, to_dict
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import Pretraining, build_model
 from .model.encoder import Network
+from .normalisation import IMAGENET, KEY, Normalisation, recorded
 from .original import translate
 
 if TYPE_CHECKING:
@@ -71,15 +72,27 @@ def run_convert(
     model = load(source, step=step)
     if not isinstance(model, Pretraining) and not isinstance(model.backbone, Network):
         raise ValueError(f"convert: {source} has an encoder of transformers: only ours are converted")
+    home, normalisation = _home(source), recorded(source, model.cfg.front)
     if target == "original":
-        save_original(model, out)
+        save_original(model, out, normalisation)
     elif target == "hf":
         with _making(out) as folder:
-            _write_hf(model, folder, source, weights or "student", encoder_only)
+            _write_hf(model, folder, home, normalisation, weights or "student", encoder_only)
     else:
-        save_folder(model, out, _home(source))
+        save_folder(model, out, home, normalisation)
     print(f"{out}: {sum(t.numel() for t in model.state_dict().values()):,} values")
+    if isinstance(model.cfg.front, ImageFront):
+        _say_normalisation(source, target, normalisation)
     return out
+
+
+def _say_normalisation(source: Path, target: Target, value: Normalisation | None) -> None:
+    """What a user must know about the pictures of the new model."""
+    if value is None:
+        then = ": those in preprocessor_config.json are a guess, correct them" if target == "hf" else ""
+        print(f"note: with what mean and deviation {source} was trained is recorded nowhere{then}")
+    elif target == "original" and not value.same_as(IMAGENET):
+        print(f"note: pictures were normalised with {value}: d2v reads it in the file, the original does not")
 
 
 def _home(source: Path) -> Path:
@@ -87,11 +100,18 @@ def _home(source: Path) -> Path:
     return find_run(source if source.is_dir() else source.parent)[0]
 
 
-def save_folder(model: Pretraining | FineTuned, out: Path, home: Path | None = None) -> None:
+def save_folder(
+    model: Pretraining | FineTuned,
+    out: Path,
+    home: Path | None = None,
+    normalisation: Normalisation | None = None,
+) -> None:
     """A folder that `d2v.load` opens, whole or not at all. home: folder of the tokenizer and the labels."""
     with _making(out) as folder:
         safetensors.torch.save_file(for_file(model.state_dict()), folder / WEIGHTS)
         config: dict[str, Any] = {"format": FORMAT, "model": to_dict(model.cfg)}
+        if normalisation is not None:
+            config[KEY] = normalisation.record
         names = [TOKENIZER] if isinstance(model.cfg.front, TextFront) else []
         if not isinstance(model, Pretraining):
             config["head"] = to_dict(model.head_cfg)
@@ -121,41 +141,28 @@ def _making(out: Path) -> Iterator[Path]:
 
 
 def _write_hf(
-    model: Pretraining | FineTuned, folder: Path, source: Path, weights: Weights, encoder_only: bool
+    model: Pretraining | FineTuned,
+    folder: Path,
+    home: Path,
+    normalisation: Normalisation | None,
+    weights: Weights,
+    encoder_only: bool,
 ) -> None:
-    """The folder's files, with what lies beside the source: tokenizer, labels, mean and deviation."""
+    """The folder's files, with what lies beside the source: tokenizer and labels."""
     from .hf.export import write_folder
 
-    home = _home(source)
-    mean, std = _normalisation(home)
     tokenizer, labels = home / TOKENIZER, home / LABELS
     write_folder(
         model,
         folder,
         weights=weights,
         encoder_only=encoder_only,
-        mean=mean,
-        std=std,
+        normalisation=normalisation,
         tokenizer=tokenizer if tokenizer.is_file() else None,
         labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None,
     )
     if not isinstance(model, Pretraining):
         _take_along([LABELS, VOCABULARY], home, folder)
-
-
-def measured(run: Path) -> dict[str, Any]:
-    """What a run measured on its data ("mean" and "std" of pictures); nothing where it has kept no record."""
-    record = run / "data.json"
-    return json.loads(record.read_text(encoding="utf-8")).get("meta", {}) if record.is_file() else {}
-
-
-def _normalisation(home: Path) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and deviation of pictures' channels that a run was given or has measured; none: unknown."""
-    if not (home / "config.toml").is_file():
-        return None, None
-    given = read_settings(home).get("data", {})
-    known = given if "mean" in given else measured(home)
-    return (tuple(known["mean"]), tuple(known["std"])) if "mean" in known else (None, None)
 
 
 def is_folder(path: Path) -> bool:
@@ -247,13 +254,17 @@ TUNED = {
 """task and modality -> the original's model, prefix of the encoder's keys, where its config is"""
 
 
-def save_original(model: Pretraining | FineTuned, out: Path) -> None:
+def save_original(
+    model: Pretraining | FineTuned, out: Path, normalisation: Normalisation | None = None
+) -> None:
     """A `.pt` file as the original's trainer writes it: plain containers, the teacher under `_ema`.
 
     Of a fine-tuned model the encoder's config stands inside its own, as there, with what `d2v.load` reads of
-    it; settings of training are left out. Raises ValueError naming what the original has no words for.
+    it; settings of training are left out. What the original has no place for but ignores lies under "d2v".
+    Raises ValueError naming what the original has no words for.
     """
     tensors = for_file(model.state_dict())
+    ours = {} if normalisation is None else {"d2v": {KEY: normalisation.record}}
     if not isinstance(model, Pretraining):
         head = model.head_cfg
         if (head.task, model.modality) not in TUNED:
@@ -264,12 +275,12 @@ def save_original(model: Pretraining | FineTuned, out: Path) -> None:
         if head.task != "ctc":
             tuned["num_classes"] = head.outputs
         with replacing(out) as file:
-            torch.save({"args": None, "cfg": {"model": tuned}, "model": tensors}, file)
+            torch.save({"args": None, "cfg": {"model": tuned}, "model": tensors, **ours}, file)
         return
     student = {name: t for name, t in tensors.items() if not name.startswith("_ema.")}
     teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
     tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})
-    state = {"args": None, "cfg": {"model": tree}, "model": {**student, "_ema": teacher}}
+    state = {"args": None, "cfg": {"model": tree}, "model": {**student, "_ema": teacher}, **ours}
     with replacing(out) as file:
         torch.save(state, file)
 

@@ -20,9 +20,10 @@ from . import load
 from .atomic import replacing
 from .checkpoint import find_run, read_config
 from .config import Config, DataConfig, TextFront
-from .convert import is_folder, measured
+from .convert import is_folder
 from .data import open_data
 from .model import Pretraining
+from .normalisation import normalised, recorded
 from .train import pick_device
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ def open_encoder(path: str | Path) -> tuple[Encoder, Config, Path | None]:
 def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     """A model, its config and the folder of its tokenizer, from a run, a checkpoint folder or a `.pt` file.
 
-    A run's images are normalised as they were in training. An original text model needs `tokenizer.json`
-    beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
+    Pictures are normalised as they were in training, where that is known. An original text model needs
+    `tokenizer.json` beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
     """
     if str(path).startswith(PREFIX):
         raise ValueError(f"{path}: one of our models is needed, not one of transformers")
@@ -65,21 +66,14 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     if path.is_dir() and not is_folder(path):
         run = find_run(path)[0]
         cfg, _ = read_config(run)
-        return model, dataclasses.replace(cfg, data=_as_trained(cfg.data, run)), run
+        return model, normalised(cfg, recorded(run, cfg.model.front)), run
     front, data, home = model.cfg.front, DataConfig(), path if path.is_dir() else path.parent
     if isinstance(front, TextFront):
         if not (home / "tokenizer.json").is_file():
             raise ValueError(f"{path}: tokenizer.json must lie beside a text model of the original")
         data = dataclasses.replace(data, block=min(data.block, front.max_positions))
-    return model, Config(preset=path.stem, model=model.cfg, data=data), home
-
-
-def _as_trained(data: DataConfig, run: Path) -> DataConfig:
-    """With the mean and deviation that the run measured on its images."""
-    meta = measured(run)
-    if data.mean is not None or "mean" not in meta:
-        return data
-    return dataclasses.replace(data, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    cfg = Config(preset=path.stem, model=model.cfg, data=data)
+    return model, normalised(cfg, recorded(path, front)), home
 
 
 @torch.no_grad()

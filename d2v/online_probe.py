@@ -40,7 +40,8 @@ class Scores:
 class OnlineProbe:
     """Probes of one run, whose data are opened, and errors found, before the first step.
 
-    data: the run's own data set, probed unless cfg.probe.data names another.
+    cfg: with the normalisation of the training pictures (`d2v.normalisation.normalised`). data: the run's own
+    data set, probed unless cfg.probe.data names another.
     Raises DataError for data without labels, ValueError for a layer that is not there.
     """
 

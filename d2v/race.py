@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from .config import Config, Objective
 from .cpu import tune_allocator
 from .data import Labelled, Position, open_data, open_labelled
 from .model import Pretraining
+from .normalisation import normalised
 from .objectives import for_objective
 from .online_probe import evenly, feature_rank
 from .probe import features_of, probe_raw, probe_rows
@@ -194,8 +196,15 @@ def run_race(
         raise ValueError("race: minutes, seeds, evaluations and lr_scales must be positive")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"race: {out} exists already: choose another --out")
-    labelled = _labelled(cfg, data, out)
     device = pick_device(cfg.train.device)
+    try:
+        normalisation = open_data(data, cfg, device=device, run_dir=out).normalisation  # of the training data
+        cfg = normalised(cfg, normalisation)
+        entries = {name: normalised(entry, normalisation) for name, entry in entries.items()}
+        labelled = _labelled(cfg, data, out)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     if device.type == "cpu":
         tune_allocator()
     environment = write_environment(out)
@@ -209,6 +218,7 @@ def run_race(
         "parts": [name for name in labelled.splits if name != "train"],
         "classes": len(labelled.classes),
         "level": labelled.level,
+        "normalisation": normalisation and normalisation.record,
         "labelled_rows": {name: len(part) for name, part in labelled.splits.items()},
         "minutes": minutes,
         "search": searched,

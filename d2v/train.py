@@ -35,6 +35,7 @@ from .config import Config
 from .cpu import tune_allocator
 from .data import Batch, DataError, Pipeline, Position, open_data
 from .health import AlarmLog
+from .normalisation import Normalisation, normalised, recorded
 from .nsys import Capture
 from .plot import plot_run
 from .progress import Progress, read_metrics, truncate_metrics
@@ -131,8 +132,8 @@ def run(
     if device.type == "cpu":
         tune_allocator()
     if resume:
-        resumed = _Run(cfg, data, out, device, _newest(cfg, out))
-        write_config(out, cfg, data)
+        checkpoint = _newest(cfg, out)
+        resumed = _Run(cfg, data, out, device, checkpoint, recorded(out, cfg.model.front))
         return resumed.loop(stop, profiler)
     _claim(out)
     begun = None
@@ -176,16 +177,24 @@ class _Run:
     """One process's part of a run: trainer, data and files."""
 
     def __init__(
-        self, cfg: Config, data: str, out: Path, device: torch.device, checkpoint: Checkpoint | None
+        self,
+        cfg: Config,
+        data: str,
+        out: Path,
+        device: torch.device,
+        checkpoint: Checkpoint | None,
+        known: Normalisation | None = None,
     ) -> None:
+        """known: how the run that is resumed normalises its pictures."""
         self.cfg, self.out, self.device = cfg, out, device
-        self.pipeline: Pipeline = open_data(data, cfg, device=device, run_dir=out)
+        self.pipeline: Pipeline = open_data(data, normalised(cfg, known), device=device, run_dir=out)
         self._check_same_data(data)
+        self.normalisation = known or self.pipeline.normalisation
         self.probe: OnlineProbe | None = None
         if cfg.probe.every:
             from .online_probe import OnlineProbe
 
-            self.probe = OnlineProbe(cfg, data, out)
+            self.probe = OnlineProbe(normalised(cfg, self.normalisation), data, out)
         write_environment(out)
         self.trainer = Trainer(cfg, device)  # seeds, so after the imports of `open_data`: some draw numbers
         if checkpoint is None:
@@ -200,6 +209,7 @@ class _Run:
         self.saved = None if checkpoint is None else checkpoint.step
         self.alarm_log = AlarmLog()
         self.named = 0
+        write_config(out, cfg, data, normalisation=self.normalisation and self.normalisation.record)
         self._record_data()
         truncate_metrics(out, self.place.step)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..fronts import Modality
+from ..normalisation import Normalisation
 
 MAX_UNREADABLE = 0.01
 """share of a data set that may be unreadable before a run stops"""
@@ -126,6 +127,8 @@ class Pipeline(ABC):
     report: Report
     meta: dict[str, Any]
     """JSON-able, stored in the run directory: image mean and std, tokenizer path"""
+    normalisation: Normalisation | None
+    """of pictures: what the config says, else ImageNet's or measured on this data set"""
 
     @abstractmethod
     def micro_batches(self, start: Position, micro: int) -> Iterator[list[Batch]]:

@@ -26,14 +26,13 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Config, DataConfig, ImageFront
+from ..normalisation import IMAGENET, Normalisation, checked, given
 from . import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .embedded import digits
 from .eval_picture import Box, WrongChannels, as_mode, cut_array, eval_picture
 from .image_store import ArrayStore, Store, Subset, open_store, read_npz
 from .loading import AUGMENT, Loader, Source, generator
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 MEASURED = 1_000
 """pictures read for mean and deviation"""
 RATIO = (3 / 4, 4 / 3)
@@ -73,18 +72,17 @@ class ImageSource(Source):
         self.store = store
         self.front = cfg.model.front
         self.scale, self.flip = cfg.data.crop_scale, cfg.data.flip
-        self.mean, self.std = (0.0,) * self.front.channels, (1.0,) * self.front.channels
 
     def prepare(self, cfg: DataConfig) -> ImageSource:
-        """Refuse a wrong channel count before anything runs, and settle mean and deviation."""
+        """Refuse a wrong channel count before anything runs, and settle how pictures are normalised."""
         for index in range(min(len(self), 10)):
             try:
                 self.read(index, None)
                 break
             except Unreadable:
                 continue
-        self.mean, self.std = self._statistics(cfg)
-        self.meta = {"mean": list(self.mean), "std": list(self.std)}
+        self.normalisation = self._settle(cfg)
+        self.meta = {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)}
         return self
 
     def select(self, keep: np.ndarray) -> ImageSource:
@@ -162,7 +160,9 @@ class ImageSource(Source):
         """(source - mean) / std per channel."""
         from kornia.enhance import normalize
 
-        mean, std = (torch.tensor(v, device=source.device) for v in (self.mean, self.std))
+        value = self.normalisation
+        assert value is not None  # of `prepare`
+        mean, std = (torch.tensor(v, device=source.device) for v in (value.mean, value.std))
         return normalize(source, mean, std)
 
     def pixels(self, batch: Batch) -> Tensor:
@@ -174,18 +174,13 @@ class ImageSource(Source):
             source = source.clamp(0, 1) if is_bytes else source  # bicubic overshoots
         return source
 
-    def _statistics(self, cfg: DataConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation per channel: given, ImageNet's, or measured; 1 for a constant channel."""
+    def _settle(self, cfg: DataConfig) -> Normalisation:
+        """Given, ImageNet's, or measured here; the deviation of a constant channel is 1."""
         channels = self.front.channels
-        if cfg.mean is not None or cfg.std is not None:
-            for name, value in (("mean", cfg.mean), ("std", cfg.std)):
-                if value is None or len(value) != channels:
-                    raise ValueError(
-                        f"data: data.{name} must have {channels} values (front.channels), got {value}"
-                    )
-            return cfg.mean, cfg.std  # type: ignore[return-value]
+        if (value := given(cfg, channels)) is not None:
+            return value
         if channels == 3 and not self.store.floating:
-            return IMAGENET_MEAN, IMAGENET_STD
+            return IMAGENET
         sums, squares, count = np.zeros(channels), np.zeros(channels), 0
         for index in np.linspace(0, len(self) - 1, min(len(self), MEASURED)).round().astype(int).tolist():
             try:
@@ -200,7 +195,11 @@ class ImageSource(Source):
             raise DataError(f"data: {self.path}: none of {min(len(self), MEASURED)} pictures can be read")
         mean = sums / count
         std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return tuple(mean.tolist()), tuple(np.where(std > 1e-6, std, 1.0).tolist())
+        std = np.where(std > 1e-6, std, 1.0)
+        try:
+            return checked(mean.tolist(), std.tolist(), "measured", channels, f"data: {self.path}: measured ")
+        except ValueError as error:  # float pictures with NaN or inf
+            raise DataError(str(error)) from None
 
 
 def enlarge_and_flip(source: Tensor, size: Tensor, flip: Tensor) -> Tensor:
@@ -313,7 +312,7 @@ def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Pa
     sources = {name: ImageSource(path, store, cfg) for name, store in parts.items()}
     # both parts are normalised alike, with what was found on the training part
     train_source = sources["train"].prepare(cfg.data)
-    sources["test"].mean, sources["test"].std = train_source.mean, train_source.std
+    sources["test"].normalisation = train_source.normalisation
     splits = {name: ImageSplit(source, cfg) for name, source in sources.items()}
     return Labelled(splits, train.classes, "sample", train_source.meta)
 

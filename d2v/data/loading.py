@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..config import DataConfig
+from ..normalisation import Normalisation
 from . import Batch, DataError, Pipeline, Position, Report, Unreadable
 
 ORDER, AUGMENT, SUBSTITUTE, LIMIT, TIME_MASK, CHANNEL_MASK, NOISE, PIXELS, MIX = range(9)
@@ -50,6 +51,8 @@ class Source(ABC):
         self.batch = batch
         """samples of a global step, or seconds for audio"""
         self.meta: dict[str, Any] = {}
+        self.normalisation: Normalisation | None = None
+        """of pictures"""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -170,6 +173,7 @@ class Loader(Pipeline):
         self.prefetch = cfg.prefetch
         self.report = report or Report(source.path, len(source))
         self.meta = source.meta
+        self.normalisation = source.normalisation
         self.position = Position()
 
     def micro_batches(self, start: Position, micro: int) -> Iterator[list[Batch]]:

@@ -13,6 +13,8 @@ import torch
 from ..checkpoint import SETTINGS, find_run
 from ..data import DataError
 from ..extract import BATCH
+from ..fronts import ImageFront
+from ..normalisation import Normalisation, normalised
 from ..train import pick_device
 from .config import FineTuneConfig
 from .data import Part, open_tune_data
@@ -114,6 +116,8 @@ def run_eval(
         raise ValueError(f"eval: {path}: a run of `d2v finetune` is needed, with its settings and labels")
     model, cfg, own = load_run(path, step=step)
     model.to_device(device, cfg.train.precision)
+    if data is not None and isinstance(cfg.model.front, ImageFront) and cfg.data.mean is None:
+        cfg = normalised(cfg, _measured_again(run, own, cfg, device))
     found = open_tune_data(data or own, cfg, device=device, encoder_dir=None, run_dir=run)
     names = json.loads((run / LABELS).read_text(encoding="utf-8"))
     if found.names != names:
@@ -126,3 +130,12 @@ def run_eval(
     for name, score in scores.items():
         print(f"{name:<28} {score:.4f}")
     return scores
+
+
+def _measured_again(run: Path, own: str, cfg: FineTuneConfig, device: torch.device) -> Normalisation | None:
+    """How an older run without a record normalised its training pictures: from them, if still there."""
+    try:
+        return open_tune_data(own, cfg, device=device, encoder_dir=None, run_dir=run).loader.normalisation
+    except DataError as error:
+        print(f"note: how {run} normalised its pictures is recorded nowhere, and its data are gone ({error})")
+        return None

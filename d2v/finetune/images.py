@@ -34,7 +34,8 @@ class AugmentedImages(Source):
             raise ValueError(
                 "finetune: augment.rand_ops must be 0 for float pictures, whose range is unknown"
             )
-        self.source, self.augment, self.meta = source, augment, source.meta
+        self.source, self.augment = source, augment
+        self.meta, self.normalisation = source.meta, source.normalisation
 
     def __len__(self) -> int:
         return len(self.source)

@@ -14,6 +14,7 @@ from ..checkpoint import (
     parse_settings,
     read_settings,
 )
+from ..normalisation import normalised, recorded
 from .config import FineTuneConfig
 from .model import FineTuned, build_tuned
 from .original import load_original_tuned
@@ -32,7 +33,7 @@ def read_tuned_config(run: str | Path) -> tuple[FineTuneConfig, str, str]:
 
 
 def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, FineTuneConfig, str]:
-    """A fine-tuned model in eval mode, its config, and where its data was.
+    """A fine-tuned model in eval mode, its config (pictures normalised as recorded), and where its data was.
 
     path: a run or a checkpoint folder in it. step: of a run's checkpoint; none: the best one, or before the
     first evaluation the newest. Raises CheckpointError.
@@ -41,7 +42,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, F
     cfg, data, _ = read_tuned_config(run)
     model = build_tuned(cfg)
     fill_model(model, load_checkpoint(folder).model, folder)
-    return model.eval(), cfg, data
+    return model.eval(), normalised(cfg, recorded(run, cfg.model.front)), data
 
 
 def load_tuned_file(path: str | Path) -> FineTuned:

@@ -34,11 +34,13 @@ from ..checkpoint import (
     write_config,
     write_environment,
 )
-from ..config import Config
+from ..config import Config, DataConfig
 from ..cpu import tune_allocator
 from ..data import Batch, DataError, Position
 from ..extract import Encoder, open_encoder
+from ..fronts import ImageFront
 from ..model import Pretraining
+from ..normalisation import Normalisation, given, normalised, recorded
 from ..plot import plot_run
 from ..progress import Progress, duration, read_metrics, truncate_metrics
 from ..signals import StopRequest
@@ -137,11 +139,13 @@ class _Run:
             if not isinstance(weights, Pretraining):  # whose dropouts are its own
                 drop = replace(cfg.drop, path=0.0)
                 cfg = replace(cfg, transformers=weights.architecture, drop=drop)
-            if pretraining.data.mean is not None:  # pictures are normalised as in pretraining
-                mean, std = pretraining.data.mean, pretraining.data.std
-                cfg = replace(cfg, data=replace(cfg.data, mean=mean, std=std))
+            known = self._of_encoder(cfg, pretraining.data, encoder)
+        else:
+            known = recorded(out, cfg.model.front)
         self.out, self.device = out, device
-        self.data = open_tune_data(data, cfg, device=device, encoder_dir=folder, run_dir=out)
+        tuned = normalised(cfg, known)
+        self.data = open_tune_data(data, tuned, device=device, encoder_dir=folder, run_dir=out)
+        known = known or self.data.loader.normalisation
         cfg = replace(cfg, head=replace(cfg.head, outputs=self._outputs(cfg)))
         self.cfg = cfg
         self.tuner = Tuner(cfg, self.data, device)
@@ -154,12 +158,26 @@ class _Run:
             self.tuner.bad[0], self.tuner.bad[1] = self.place.skipped, self.place.bad_in_a_row
         elif opened is not None and not scratch:
             start_from(self.tuner, weights, encoder)
-        write_config(out, cfg, data, encoder=str(encoder))
+        write_config(out, cfg, data, encoder=str(encoder), normalisation=known and known.record)
         write_environment(out)
         (out / LABELS).write_text(json.dumps(self.data.names, ensure_ascii=False) + "\n", encoding="utf-8")
         self.saved = None if checkpoint is None else checkpoint.step
         self.scores: dict[str, float] = {}
         truncate_metrics(out, self.place.step)
+
+    def _of_encoder(
+        self, cfg: FineTuneConfig, pretraining: DataConfig, encoder: str | Path
+    ) -> Normalisation | None:
+        """What is given, else what the encoder was trained with, where that is known."""
+        front = cfg.model.front
+        if not isinstance(front, ImageFront):
+            return None
+        wanted, theirs = (given(data, front.channels) for data in (cfg.data, pretraining))
+        if wanted is None:
+            return theirs and replace(theirs, origin="encoder")
+        if theirs is not None and not wanted.same_as(theirs):
+            print(f"pictures are normalised as given, with {wanted}; {encoder} was trained with {theirs}")
+        return wanted
 
     def _outputs(self, cfg: FineTuneConfig) -> int:
         found = self.data.outputs

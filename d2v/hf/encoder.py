@@ -20,6 +20,7 @@ from ..data import DataError, Labelled
 from ..data.tokenizer import load_tokenizer
 from ..fronts import Front, ImageFront, TextFront, WaveformFront
 from ..model.frontends import padding_of, token_lengths
+from ..normalisation import of_preprocessor
 
 INPUTS = {"pixel_values": "image", "input_values": "audio", "input_ids": "text"}
 """what a model of transformers reads -> modality"""
@@ -163,8 +164,5 @@ def _reading(model: Any, folder: Path, modality: str) -> tuple[Front, DataConfig
     if extra < 0:
         raise ValueError(f"hf:{folder}: its {made} tokens are no grid of patches of {patch} pixels")
     front = ImageFront(height=height, width=width, patch=patch, channels=channels, extra_tokens=extra)
-    file = folder / "preprocessor_config.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if "image_mean" not in known or "image_std" not in known:
-        return front, DataConfig()
-    return front, DataConfig(mean=tuple(known["image_mean"]), std=tuple(known["image_std"]))
+    known = of_preprocessor(folder, channels)
+    return front, DataConfig() if known is None else DataConfig(mean=known.mean, std=known.std)

@@ -26,6 +26,7 @@ from ..convert import WEIGHTS, for_file
 from ..finetune.model import FineTuned
 from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..model import Pretraining
+from ..normalisation import IMAGENET, PREPROCESSOR, Normalisation
 
 if TYPE_CHECKING:
     from ..extract import Weights
@@ -56,8 +57,7 @@ def write_folder(
     *,
     weights: Weights = "student",
     encoder_only: bool = False,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    normalisation: Normalisation | None = None,
     tokenizer: Path | None = None,
     labels: list[str] | None = None,
 ) -> None:
@@ -65,7 +65,7 @@ def write_folder(
 
     weights: whose encoder transformers reads. encoder_only: leave out pretraining.safetensors, without which
     `d2v.load` does not open what was pretrained.
-    mean, std: of pictures' channels; none: ImageNet's for three channels, 0.5 otherwise. tokenizer: of text.
+    normalisation: of pictures; none: ImageNet's for three channels, 0.5 otherwise. tokenizer: of text.
     labels: class names, or a CTC vocabulary. Raises ValueError for what a folder cannot hold.
     """
     cfg, values, name = model.cfg, _config(model.cfg), "Model"
@@ -93,9 +93,9 @@ def write_folder(
     _copy_code(CODE, folder)
     if isinstance(cfg.front, ImageFront):
         _copy_code(PICTURES, folder)
-        _write(folder / "preprocessor_config.json", _pictures(cfg.front, mean, std))
+        _write(folder / PREPROCESSOR, _pictures(cfg.front, normalisation))
     elif isinstance(cfg.front, (WaveformFront, LogMelFront)):
-        _write(folder / "preprocessor_config.json", _waves(cfg.front))
+        _write(folder / PREPROCESSOR, _waves(cfg.front))
         if isinstance(model, FineTuned) and model.head_cfg.task == "ctc" and labels:
             _write(folder / "vocab.json", {letter: number for number, letter in enumerate(labels)})
             _write(folder / "tokenizer_config.json", _letters())
@@ -212,15 +212,14 @@ def _labels(outputs: int, labels: list[str] | None, regression: bool) -> dict[st
     return named | {"problem_type": "regression" if regression else "single_label_classification"}
 
 
-def _pictures(
-    front: ImageFront, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> dict[str, Any]:
-    imagenet = front.channels == 3
+def _pictures(front: ImageFront, normalisation: Normalisation | None) -> dict[str, Any]:
+    half = (0.5,) * front.channels
+    known = normalisation or (IMAGENET if front.channels == 3 else Normalisation(half, half, "preprocessor"))
     return {
         "auto_map": {"AutoImageProcessor": "image_processing_data2vec2.Data2Vec2ImageProcessor"},
         "size": {"height": front.height, "width": front.width},
-        "image_mean": list(mean or ((0.485, 0.456, 0.406) if imagenet else (0.5,) * front.channels)),
-        "image_std": list(std or ((0.229, 0.224, 0.225) if imagenet else (0.5,) * front.channels)),
+        "image_mean": list(known.mean),
+        "image_std": list(known.std),
     }
 
 

@@ -18,8 +18,9 @@ from d2v.config import Config, DataConfig, ImageFront
 from d2v.data import Batch, DataError, Pipeline, Position, check_data, open_data, open_labelled
 from d2v.data.embedded import digits
 from d2v.data.eval_picture import eval_box
-from d2v.data.image import IMAGENET_MEAN, IMAGENET_STD, crop_box, enlarge_and_flip
+from d2v.data.image import crop_box, enlarge_and_flip
 from d2v.data.loading import generator
+from d2v.normalisation import IMAGENET
 from d2v.presets import preset
 
 START = Position()
@@ -79,7 +80,7 @@ def test_folder_gives_batches_of_one_size(folder: Path):
         assert batch.source.shape == (4, 3, 16, 24) and batch.source.dtype == torch.float32
         values = unnormalised(batch.source, pipeline.meta)
         assert values.min() >= -1e-5 and values.max() <= 1 + 1e-5
-    assert pipeline.meta == {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    assert pipeline.meta == {"mean": list(IMAGENET.mean), "std": list(IMAGENET.std)}
     assert pipeline.report.total == 9 and not pipeline.report.unreadable
 
 

@@ -1,0 +1,179 @@
+"""How pictures were normalised: one value, made when a run begins and kept beside its weights ever after.
+
+A model sees (picture - mean) / std, channel by channel, bytes as 0..1; with other numbers it is another one.
+So pretraining measures once, on its training pictures (or takes what it is given, or ImageNet's), and all
+that follows reads the record: resuming, the online probe, races, probes, features, fine-tuning, its
+evaluation on other data, and every conversion. It lies
+
+- in a run, pretraining or fine-tuning: `config.toml`, [run.normalisation];
+- in a folder of `d2v convert --to safetensors`: `config.json`, "normalisation";
+- in a folder for transformers: `preprocessor_config.json`, image_mean and image_std;
+- in a `.pt` file of ours: "d2v", which the original does not read: it normalises with ImageNet's. Of its own
+  files, which hold none, that is the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .checkpoint import SETTINGS, CheckpointError, find_run, read_settings
+from .config import DataConfig
+from .fronts import Front, ImageFront
+from .pt_file import PtFile
+
+Origin = Literal["imagenet", "measured", "given", "encoder", "preprocessor"]
+"""ImageNet's, for three channels of bytes; measured on the training pictures; data.mean and data.std; of the
+encoder that was fine-tuned; of a folder for transformers"""
+
+PREPROCESSOR = "preprocessor_config.json"
+KEY = "normalisation"
+"""of the record, in our own files"""
+C = TypeVar("C", bound=Any)
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and deviation of each channel, of pictures whose bytes are 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    origin: Origin
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As it is written to JSON and TOML."""
+        return {"mean": list(self.mean), "std": list(self.std), "origin": self.origin}
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{v:.6g}" for v in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}"
+
+    def same_as(self, other: Normalisation | None) -> bool:
+        """Whether the numbers are equal, wherever they are from."""
+        return other is not None and (self.mean, self.std) == (other.mean, other.std)
+
+
+IMAGENET = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "imagenet")
+
+
+def checked(mean: Any, std: Any, origin: Origin, channels: int, name: str) -> Normalisation:
+    """The value, of numbers from outside. name: what "mean" and "std" are written after in a ValueError."""
+    for key, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, (list, tuple)) or len(values) != channels:
+            raise ValueError(f"{name}{key} must have {channels} values (front.channels), got {values}")
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in values):
+            raise ValueError(f"{name}{key} must be finite numbers, got {values}")
+    if min(std) <= 0:
+        raise ValueError(f"{name}std must be positive, got {std}")
+    return Normalisation(tuple(map(float, mean)), tuple(map(float, std)), origin)
+
+
+def given(data: DataConfig, channels: int) -> Normalisation | None:
+    """What data.mean and data.std say; None where they say nothing. ValueError."""
+    if data.mean is None and data.std is None:
+        return None
+    return checked(data.mean, data.std, "given", channels, "data: data.")
+
+
+def normalised(cfg: C, value: Normalisation | None) -> C:
+    """The config (`Config` or `FineTuneConfig`) whose pictures are read with `value`; as it is for None."""
+    if value is None:
+        return cfg
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mean=value.mean, std=value.std))
+
+
+def recorded(path: Path, front: Front) -> Normalisation | None:
+    """The record of a run (or a checkpoint folder), a converted folder or a `.pt` file; None without one.
+
+    front: of the model there. Raises CheckpointError naming file and key.
+    """
+    if not isinstance(front, ImageFront):
+        return None
+    if not path.is_dir():
+        with PtFile(path) as held:
+            ours = held.root.get("d2v") if isinstance(held.root, dict) else None
+        if isinstance(ours, dict) and KEY in ours:
+            return _parsed(ours[KEY], front, path, f"d2v.{KEY}")
+        return IMAGENET if front.channels == len(IMAGENET.mean) else None
+    path = find_run(path)[0]
+    if (path / SETTINGS).is_file():
+        return _of_run(path, front)
+    if (path / PREPROCESSOR).is_file():
+        return of_preprocessor(path, front.channels)
+    file = path / "config.json"
+    values = _json(file)
+    return _parsed(values[KEY], front, file, KEY) if KEY in values else None
+
+
+def _of_run(run: Path, front: ImageFront) -> Normalisation | None:
+    """Older runs have what they were given or took over among their settings, and what they measured in
+    data.json."""
+    settings, file = read_settings(run), run / SETTINGS
+    about, data = settings.get("run", {}), settings.get("data", {})
+    if isinstance(about, dict) and KEY in about:
+        return _parsed(about[KEY], front, file, f"run.{KEY}")
+    if isinstance(data, dict) and {"mean", "std"} & data.keys():
+        return _parsed({**data, "origin": "given"}, front, file, "data")
+    file = run / "data.json"
+    meta = _json(file).get("meta", {}) if file.is_file() else {}
+    if "mean" not in meta:
+        return None
+    value = _parsed({**meta, "origin": "measured"}, front, file, "meta")
+    return IMAGENET if value.same_as(IMAGENET) else value
+
+
+def of_preprocessor(folder: Path, channels: int) -> Normalisation | None:
+    """What preprocessor_config.json of a folder for transformers does to pictures, of bytes as 0..1.
+
+    None where the file or its numbers are missing. Raises CheckpointError.
+    """
+    file = folder / PREPROCESSOR
+    values = _json(file) if file.is_file() else {}
+    mean, std = (values.get(f"image_{name}") for name in ("mean", "std"))
+    rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
+    if not values.get("do_normalize", True):
+        mean, std = 0.0, 1.0
+    if mean is None or std is None:
+        return None
+    mean, std = ([v] * channels if isinstance(v, (int, float)) else v for v in (mean, std))
+    try:
+        value = checked(mean, std, "preprocessor", channels, f"{file}: image_")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    if not isinstance(rescale, (int, float)) or not 0 < rescale < math.inf:
+        raise CheckpointError(f"{file}: rescale_factor must be positive, got {rescale}")
+    if math.isclose(rescale, 1 / 255, rel_tol=1e-6):
+        return value
+    mean, std = (tuple(v / (255 * rescale) for v in values) for values in (value.mean, value.std))
+    return Normalisation(mean, std, "preprocessor")
+
+
+def _parsed(values: Any, front: ImageFront, file: Path, key: str) -> Normalisation:
+    """A record of ours. CheckpointError."""
+    values = values if isinstance(values, Mapping) else {}
+    try:
+        return checked(
+            values.get("mean"),
+            values.get("std"),
+            values.get("origin", "given"),
+            front.channels,
+            f"{file}: {key}.",
+        )
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: damaged: not an object")
+    return values
