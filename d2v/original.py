@@ -1,9 +1,10 @@
 """The original's pretraining checkpoints (fairseq, examples/data2vec): weights and architecture.
 
 `state["cfg"]["model"]` becomes our `ModelConfig`. The published models use a narrow path through the
-original's switches; a setting that leaves it is refused by name instead of being ignored, settings
-that only concern optimisation, logging or initial values are skipped. Source: fairseq,
-models/data2vec2.py and models/modalities/{base,audio,images,text}.py.
+original's switches: a setting that leaves it and changes the maths is refused by name. One without effect
+is named in a warning of the logger `d2v`, as are keys that the original drops itself; settings that only
+concern optimisation, logging or initial values are skipped. Source: fairseq, models/data2vec2.py and
+models/modalities/{base,audio,images,text,modules}.py.
 """
 
 from __future__ import annotations
@@ -27,49 +28,20 @@ from .config import (
     TextFront,
     WaveformFront,
 )
-from .pt_file import Inert, LazyTensor, PtFile
+from .original_config import KNOWN, MODALITIES, PRETRAINING, SWITCHES, Section, Tree, plain
+from .pt_file import LazyTensor, PtFile
 
 _CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 """the original's default, of Python's syntax"""
 
-_MODALITIES = ("AUDIO", "IMAGE", "TEXT")
-"""in the order of the original's enum, which counts from 1"""
-
 _FINE_TUNED = ("model.", "w2v_encoder.")
 """key prefixes of fine-tuned files"""
 
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "": {
-        "layer_norm_first": False, "end_of_block_targets": False, "norm_affine": True, "dropout_input": 0,
-        "start_drop_path_rate": 0, "end_drop_path_rate": 0, "shared_decoder": None, "recon_loss": 0,
-        "d2v_loss": 1, "decoder_group": False,
-    },
-    "modality": {
-        "prenet_layerdrop": 0, "start_drop_path_rate": 0, "end_drop_path_rate": 0, "mask_prob_min": None,
-        "keep_masked_pct": 0, "add_masks": False, "remove_masks": False, "mask_dropout": 0,
-        "encoder_zero_mask": True, "mask_channel_prob": 0, "learned_alibi": False,
-        "learned_alibi_scale_per_layer": False,
-    },
-    "IMAGE": {
-        "inverse_mask": True, "ema_local_encoder": True, "use_alibi_encoder": False, "fixed_positions": True,
-        "transformer_decoder": False, "enc_dec_transformer": False,
-    },
-    "AUDIO": {
-        "inverse_mask": False, "ema_local_encoder": False, "extractor_mode": "layer_norm",
-        "conv_pos_pre_ln": False,
-    },
-    "TEXT": {
-        "inverse_mask": False, "use_alibi_encoder": False, "learned_pos": True, "no_scale_embedding": True,
-        "layernorm_embedding": True, "no_token_positional_embeddings": False, "mask_length": 1,
-    },
-    "decoder": {"add_positions_masked": False, "add_positions_all": False},
-}  # fmt: skip
-"""the only accepted value of each switch, by section; what a file leaves out has its default, which
-is the accepted one except where `_DEFAULTS` says otherwise"""
+_SPEECH = {"normalize": True, "sample_rate": 16_000}
+"""of the task: how waveforms are read here"""
 
-_DEFAULTS: dict[str, Any] = {
-    "inverse_mask": False, "ema_local_encoder": False, "mask_length": 5, "use_alibi_encoder": False,
-}  # fmt: skip
+_WRITTEN = frozenset(("drop_path_rate", "checkpoint_activations"))
+"""keys that the original's fine-tuning adds to the model's section"""
 
 
 def load_original(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -88,8 +60,8 @@ def load_original(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
                 f"{path}: fine-tuned checkpoint (its keys start with `{prefixes[0]}`); "
                 "only pretraining checkpoints can be loaded"
             )
-        lazy = _canonical(weights, path)
-        config = translate(_config_tree(root, path), {key: t.size for key, t in lazy.items()}, path)
+        lazy = canonical(weights, path)
+        config = translate(config_tree(root, path), {key: t.size for key, t in lazy.items()}, path)
         if not any(key.startswith("_ema.") for key in lazy):
             raise CheckpointError(f"{path}: no `_ema` in its model: the teacher was not saved")
         return config, {key: file.tensor(tensor) for key, tensor in lazy.items()}
@@ -106,7 +78,7 @@ def _fine_tuned_prefixes(weights: Mapping[str, Any]) -> list[str]:
     return [prefix for prefix in _FINE_TUNED if any(str(key).startswith(prefix) for key in weights)]
 
 
-def _canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTensor]:
+def canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTensor]:
     """Today's key names and shapes; older files have other ones, which the original renames on load."""
     flat = {key: value for key, value in weights.items() if key != "_ema"}
     teacher = weights.get("_ema") or {}
@@ -126,9 +98,10 @@ def _canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTe
     return out
 
 
-def _config_tree(root: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def config_tree(root: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The config of a file as plain containers; it has a section `model`."""
     try:
-        tree = _plain(root.get("cfg") or {"model": root.get("args")})
+        tree = plain(root.get("cfg") or {"model": root.get("args")})
     except (RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its cfg is damaged: {error!r}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
@@ -136,106 +109,44 @@ def _config_tree(root: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _plain(value: Any) -> Any:
-    """OmegaConf's containers and nodes, or a Namespace, as plain containers; interpolations stay."""
-    if isinstance(value, Inert) and isinstance(value.state, dict):
-        if value.name == "argparse.Namespace":
-            return _plain(value.state)
-        if value.name.startswith("omegaconf."):
-            return _plain(value.state["_content" if "_content" in value.state else "_val"])
-    if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
+def translate(
+    values: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str | Path,
+    *,
+    tuned: Mapping[str, Any] | None = None,
+) -> ModelConfig:
+    """`ModelConfig` of a whole config tree; `shapes` of the weights give modality and vocabulary.
 
-
-class _Section:
-    """One mapping of the config, read with checks; errors name the full key and the value."""
-
-    def __init__(self, tree: dict[str, Any], keys: tuple[str, ...], path: str | Path) -> None:
-        self.tree, self.keys, self.path = tree, keys, path
-        values: Any = tree
-        for key in keys:
-            values = self._resolve(values.get(key)) if isinstance(values, dict) else None
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: no section {'.'.join(keys)} in its cfg")
-        self.values = values
-
-    def _resolve(self, value: Any) -> Any:
-        """Follow `${a.b}` (from the root, as in the original's configs) to a value."""
-        for _ in range(16):
-            found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
-            if not found:
-                return value
-            target: Any = self.tree
-            for key in found[1].split("."):
-                if not isinstance(target, dict) or key not in target:
-                    raise CheckpointError(f"{self.path}: {value} in its cfg leads nowhere")
-                target = target[key]
-            value = target
-        raise CheckpointError(f"{self.path}: {value} in its cfg leads in a circle")
-
-    def get(self, key: str, default: Any) -> Any:
-        """The value of `key`, in the type of `default` (numbers and strings are converted)."""
-        value = self._resolve(self.values.get(key, default))
-        if value == "???":  # OmegaConf's mark of a missing value
-            value = default
-        if value is None or default is None or isinstance(value, type(default)):
-            return value
-        try:
-            if isinstance(default, float) and not isinstance(value, bool):
-                return float(value)
-            if isinstance(default, int) and int(value) == float(value):
-                return int(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise self.error(key, value, f"a {type(default).__name__}")
-
-    def error(self, key: str, value: Any, contract: str) -> CheckpointError:
-        name = ".".join((*self.keys, key))
-        return CheckpointError(f"{self.path}: {name} is {value!r}, supported is {contract}")
-
-    def require(self, published: Mapping[str, Any]) -> None:
-        for key, accepted in published.items():
-            value = self._resolve(self.values.get(key, _DEFAULTS.get(key, accepted)))
-            if value != accepted:
-                raise self.error(key, value, f"only {accepted!r}")
-
-
-def translate(tree: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], path: str | Path) -> ModelConfig:
-    """`ModelConfig` of a whole config tree; `shapes` of the weights give modality and vocabulary."""
-    model = _Section(tree, ("model",), path)
-    model.require(_PUBLISHED[""])
+    tuned: the config of the fine-tuned file around it; then only what an evaluated encoder computes is
+    checked. Warns of what has no effect. Raises CheckpointError naming what changes the maths otherwise.
+    """
+    tree, pretraining = Tree(values, path, tuned), tuned is None
+    model = Section(tree, ("model",))
     modality = _modality(model, shapes)
-    section = _Section(tree, ("model", "modalities", modality.lower()), path)
-    section.require({**_PUBLISHED["modality"], **_PUBLISHED[modality]})
-    decoder = _Section(tree, (*section.keys, "decoder"), path)
-    decoder.require(_PUBLISHED["decoder"])
+    section = Section(tree, ("model", "modalities", modality.lower()))
+    absent = "decoder" not in section.values
+    decoder = Section(tree, (*section.keys, "decoder"), optional=absent or not pretraining)
     encoder_only = model.get("ema_encoder_only", True)
-    if encoder_only != (modality == "TEXT"):
+    if pretraining and encoder_only != (modality == "TEXT"):
         raise model.error("ema_encoder_only", encoder_only, f"only {modality == 'TEXT'} for {modality}")
     try:
-        return ModelConfig(
+        _check(tree, model, section, decoder, modality, pretraining)
+        config = ModelConfig(
             front=_front(modality, model, section, shapes),
-            mask=MaskConfig(
-                prob=section.get("mask_prob", 0.7),
-                length=section.get("mask_length", 5),
-                adjust=section.get("mask_prob_adjust", 0.0),
-                clones=model.get("clone_batch", 1),
-            ),
+            mask=_mask(model, section, pretraining),
             decoder=DecoderConfig(
                 dim=decoder.get("decoder_dim", 384),
                 groups=decoder.get("decoder_groups", 16),
                 kernel=decoder.get("decoder_kernel", 5),
                 layers=decoder.get("decoder_layers", 5),
                 residual=decoder.get("decoder_residual", True),
-                projection_layers=decoder.get("projection_layers", 1),
+                projection_layers=_projection_layers(decoder, modality),
                 projection_ratio=decoder.get("projection_ratio", 2.0),
                 input_dropout=decoder.get("input_dropout", 0.1),
                 noise_std=section.get("mask_noise_std", 0.01),
             ),
-            target=_targets(model),
+            target=_targets(model, pretraining),
             dim=model.get("embed_dim", 768),
             heads=model.get("num_heads", 12),
             prenet_depth=section.get("prenet_depth", 4),
@@ -255,27 +166,118 @@ def translate(tree: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], path:
         )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: its cfg makes no model: {error}") from error
+    tree.report()
+    return config
 
 
-def _modality(model: _Section, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The one modality whose weights the file holds; `supported_modality` must not disagree."""
+def _check(
+    tree: Tree, model: Section, section: Section, decoder: Section, modality: str, pretraining: bool
+) -> None:
+    """Refuse switches off the published path where they have an effect; note keys and sections without."""
+    parts: tuple[tuple[Section, tuple[str, ...], dict[str, str]], ...] = (
+        (model, ("",), _idle_drop_path(model, "depth", 8) | {"decoder_group": "a name of the optimizer's"}),
+        (section, ("modality", modality), _idle_settings(modality, section)),
+        (decoder, ("decoder",), {}),
+    )
+    for part, names, idle in parts:
+        for name in names:
+            part.require(SWITCHES.get(name, {}), idle)
+            part.require(PRETRAINING.get(name, {}) if pretraining else {}, idle)
+        written = frozenset() if pretraining or part is not model else _WRITTEN
+        part.ignore_unknown(written.union(*(KNOWN[name] for name in names)))
+    if modality == "AUDIO":
+        Section(tree, ("task",), optional=True).require(_SPEECH)
+        if section.get("use_alibi_encoder", False):
+            learned = {"learned_alibi_scale": True} if pretraining else {}
+            heads = {"learned_alibi_scale_per_head": True, "num_alibi_heads": model.get("num_heads", 12)}
+            section.require({**learned, **heads})
+    if pretraining and modality != "TEXT":
+        _check_loader(tree, model, section)
+    if modality == "TEXT" and not section.get("prenet_depth", 4) and section.get("prenet_dropout", 0.0):
+        section.ignore("prenet_dropout", "prenet_depth is 0")
+    for name, other in Section(tree, ("model", "modalities")).values.items():
+        if name not in ("_name", modality.lower()) and other is not None:
+            why = "another modality" if str(name).upper() in MODALITIES else "unknown to the original"
+            tree.ignore(f"model.modalities.{name}", why)
+
+
+def _idle_drop_path(section: Section, key: str, default: int) -> dict[str, str]:
+    """Rates grow linearly over the blocks: of none neither end counts, of one the first alone."""
+    depth = section.get(key, default)
+    ends = {0: ("start_drop_path_rate", "end_drop_path_rate"), 1: ("end_drop_path_rate",)}.get(depth, ())
+    return dict.fromkeys(ends, f"{key} is {depth}")
+
+
+def _idle_settings(modality: str, section: Section) -> dict[str, str]:
+    """Settings of a modality that nothing reads in a model like this, and why."""
+    idle = _idle_drop_path(section, "prenet_depth", 4) | {"remove_masks": "the original never reads it"}
+    if not section.get("prenet_depth", 4):
+        idle["prenet_layerdrop"] = "prenet_depth is 0"
+    if not section.get("use_alibi_encoder", False):
+        learned = ("learned_alibi", "learned_alibi_scale_per_layer")
+        idle |= dict.fromkeys(learned, "use_alibi_encoder is False")
+    least, most = section.get("mask_prob_min", None), section.get("mask_prob", 0.7)
+    if isinstance(least, (int, float)) and not 0 <= least < most:
+        idle["mask_prob_min"] = "not between 0 and mask_prob"
+    if modality != "AUDIO":
+        masked = ("encoder_zero_mask", "mask_channel_prob", "add_masks")
+        idle |= dict.fromkeys(masked, "the encoder reads no masked tokens")
+    if modality == "IMAGE" and not section.get("transformer_decoder", False):
+        idle["enc_dec_transformer"] = "transformer_decoder is False"
+    if modality == "TEXT":
+        chosen = ("inverse_mask", "keep_masked_pct", "mask_dropout")
+        idle |= dict.fromkeys(chosen, "single tokens are not masked with it")
+        idle["ema_local_encoder"] = "the teacher has blocks only"
+    return idle
+
+
+def _check_loader(tree: Tree, model: Section, section: Section) -> None:
+    """Masks may come from the data loader: its settings must be the model's, as they are by default."""
+    loader = Section(tree, ("task", "precompute_mask_config"), optional=True)
+    switches = {
+        "mask_prob": section.get("mask_prob", 0.7),
+        "mask_prob_adjust": section.get("mask_prob_adjust", 0.0),
+        "mask_length": section.get("mask_length", 5),
+        "inverse_mask": section.get("inverse_mask", False),
+        "clone_batch": model.get("clone_batch", 1),
+        "mask_dropout": 0,
+        "expand_adjacent": False,
+        "non_overlapping": False,
+    }
+    loader.require({key: value for key, value in switches.items() if loader.raw(key, None) is not None})
+
+
+def _mask(model: Section, section: Section, pretraining: bool) -> MaskConfig:
+    """Fine-tuning writes its own masks over those of pretraining: what would be none is left out."""
+    prob, length = section.get("mask_prob", 0.7), section.get("mask_length", 5)
+    if not pretraining:
+        prob, length = prob if 0 < prob < 1 else 0.7, max(1, length)
+    adjust, clones = section.get("mask_prob_adjust", 0.0), model.get("clone_batch", 1)
+    return MaskConfig(prob=prob, length=length, adjust=adjust, clones=clones)
+
+
+def _projection_layers(decoder: Section, modality: str) -> int:
+    layers: int = decoder.get("projection_layers", 1)
+    if modality != "IMAGE" or layers == 1:
+        return layers
+    decoder.ignore("projection_layers", "Decoder2d always has 1")
+    return 1
+
+
+def _modality(model: Section, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The one modality whose weights the file holds; what the config says of it must not disagree."""
     held = sorted({key.split(".")[1] for key in shapes if key.startswith("modality_encoders.")})
-    if len(held) != 1 or held[0] not in _MODALITIES:
-        raise CheckpointError(f"{model.path}: holds weights of {held}, supported is one of {_MODALITIES}")
-    stated = model.get("supported_modality", None)
-    name = stated
-    if isinstance(stated, Inert) and stated.args:  # an enum: by value, or by name
-        name = stated.args[0]
-    if isinstance(name, int) and 1 <= name <= len(_MODALITIES):
-        name = _MODALITIES[name - 1]
-    if name is not None and str(name).rsplit(".", 1)[-1].upper() != held[0]:
-        raise model.error("supported_modality", stated, f"{held[0]}, whose weights it holds")
+    path = model.tree.path
+    if len(held) != 1 or held[0] not in MODALITIES:
+        raise CheckpointError(f"{path}: holds weights of {held}, supported is one of {MODALITIES}")
+    section = Section(model.tree, ("model", "modalities", held[0].lower()))
+    for part, key in ((model, "supported_modality"), (section, "type")):
+        part.require_choice(key, MODALITIES, held[0], ", whose weights it holds")
     return held[0]
 
 
-def _front(modality: str, model: _Section, section: _Section, shapes: Mapping[str, tuple[int, ...]]) -> Front:
-    extra = section.get("num_extra_tokens", 0)
-    dim, heads = model.get("embed_dim", 768), model.get("num_heads", 12)
+def _front(modality: str, model: Section, section: Section, shapes: Mapping[str, tuple[int, ...]]) -> Front:
+    extra, dim = section.get("num_extra_tokens", 0), model.get("embed_dim", 768)
     if modality == "IMAGE":
         if section.get("embed_dim", 768) != dim:
             raise section.error("embed_dim", section.get("embed_dim", 768), f"only {dim}, as model.embed_dim")
@@ -288,21 +290,17 @@ def _front(modality: str, model: _Section, section: _Section, shapes: Mapping[st
             extra_tokens=extra,
         )
     if modality == "AUDIO":
-        alibi = section.get("use_alibi_encoder", False)
-        if alibi:
-            learned = {"learned_alibi_scale": True, "learned_alibi_scale_per_head": True}
-            section.require({**learned, "num_alibi_heads": heads})
         return WaveformFront(
             conv_layers=_conv_layers(section),
             position_width=section.get("conv_pos_width", 95),
             position_groups=section.get("conv_pos_groups", 16),
             position_layers=section.get("conv_pos_depth", 5),
-            alibi=alibi,
+            alibi=section.get("use_alibi_encoder", False),
             extra_tokens=extra,
         )
     tables = [f"modality_encoders.TEXT.local_encoder.embed_{name}.weight" for name in ("tokens", "positions")]
     if any(len(shapes.get(table, ())) != 2 for table in tables):
-        raise CheckpointError(f"{section.path}: missing or malformed {' or '.join(tables)}")
+        raise CheckpointError(f"{section.tree.path}: missing or malformed {' or '.join(tables)}")
     vocab, positions = (shapes[table][0] for table in tables)
     return TextFront(
         vocab_size=vocab,
@@ -312,21 +310,25 @@ def _front(modality: str, model: _Section, section: _Section, shapes: Mapping[st
     )
 
 
-def _targets(model: _Section) -> TargetConfig:
+def _targets(model: Section, pretraining: bool) -> TargetConfig:
     def one(kinds: dict[str, str]) -> Any:
         chosen = [kind for key, kind in kinds.items() if model.get(key, False)]
-        if len(chosen) > 1:
+        if len(chosen) > 1 and pretraining:
             raise model.error(" and ".join(kinds), True, "at most one of them")
         return chosen[0] if chosen else None
 
+    depth, top_k = model.get("depth", 8), model.get("average_top_k_layers", 8)
+    averaged = len(range(depth)[-top_k:])
+    if averaged != top_k:
+        model.ignore("average_top_k_layers", f"depth is {depth}: {averaged} layers are averaged")
     return TargetConfig(
-        top_k=model.get("average_top_k_layers", 8),
+        top_k=averaged,
         norm=one({f"{kind}_norm_target_layer": kind for kind in ("instance", "layer", "batch")}),
         final=one({f"{kind}_norm_targets": kind for kind in ("layer", "instance")}),
     )
 
 
-def _conv_layers(section: _Section) -> tuple[tuple[int, int, int], ...]:
+def _conv_layers(section: Section) -> tuple[tuple[int, int, int], ...]:
     """`"[(512, 10, 5)] + [(512, 3, 2)] * 4"` without eval: lists of triples, `+` and `* count` only."""
     spec = section.get("feature_encoder_spec", _CONV_LAYERS)
 

@@ -1,9 +1,9 @@
 """Reads files of `torch.save` without running anything they say.
 
 A `.pt` file is a pickle, and a pickle may name any function to be called on load. Here a name is
-either a plain container, a tensor (rebuilt by bounds-checked code of ours), or one of a short list
-of classes the original's checkpoints hold (OmegaConf's tree, fairseq's enums, numpy's scalars),
-each replaced by an inert object that only remembers what it was given. Every other name is refused.
+either a plain container, a tensor (rebuilt by bounds-checked code of ours), or one that the
+original's checkpoints hold (OmegaConf's tree, fairseq's classes, numpy's scalars), each replaced by
+an inert object that only remembers what it was given. Every other name is refused.
 Nothing is imported, and tensors are read from disk one by one when asked for, so the optimizer
 state of a 5 GB file costs nothing.
 """
@@ -40,26 +40,21 @@ _STORAGES = {
 }
 
 _INERT = frozenset(
-    [f"omegaconf.{name}" for name in (
-        "dictconfig.DictConfig", "listconfig.ListConfig", "base.Metadata", "base.ContainerMetadata",
-        "base.UnionNode", "base.SCMode", "nodes.AnyNode", "nodes.StringNode", "nodes.IntegerNode",
-        "nodes.FloatNode", "nodes.BooleanNode", "nodes.EnumNode", "nodes.BytesNode", "nodes.PathNode",
-        "nodes.InterpolationResultNode",
-    )]
-    + [f"typing.{name}" for name in ("Any", "Dict", "List", "Optional", "Tuple", "Union")]
-    + [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
-        "int", "long", "float", "bool", "str", "unicode", "bytes", "tuple", "complex", "object",
+    [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
+        "int", "long", "float", "bool", "str", "unicode", "bytes", "tuple", "complex", "object", "type",
     )]
     + [f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core")
        for name in ("scalar", "_reconstruct")]
+    + [f"torch.{str(dtype).removeprefix('torch.')}" for dtype in _STORAGES.values()]
     + ["numpy.dtype", "numpy.ndarray", "numpy.float64", "numpy.float32", "_codecs.encode",
-       "torch.Size", "torch.device", "torch.float32", "torch.float16", "torch.bfloat16", "torch.int64",
-       "argparse.Namespace", "fairseq.data.dictionary.Dictionary"]
+       "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
+       "argparse.Namespace", "types.GenericAlias", "types.UnionType"]
 )  # fmt: skip
 """global names that become inert objects"""
 
-_INERT_PATTERN = re.compile(r"(fairseq|examples)(\.\w+)*\.\w*(Config|Choices|CHOICES|Modality)")
-"""dataclasses and enums of the original that its configs mention"""
+_INERT_PATTERN = re.compile(r"(omegaconf|typing|fairseq|fairseq_cli|examples|data2vec)(\.\w+)+")
+"""packages all of whose names do: a structured config mentions its dataclasses, enums and annotations, the
+state of a task its dictionaries (`common.user_dir` imports examples/data2vec as data2vec too)"""
 
 
 class Inert:
@@ -157,8 +152,10 @@ class _Unpickler(pickle._Unpickler):
             return _STORAGES[name]
         if full == "torch._utils._rebuild_tensor_v2":
             return self._tensor
-        if full == "torch._utils._rebuild_parameter":
+        if full in ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"):
             return self._parameter
+        if full == "torch._tensor._rebuild_from_type_v2":
+            return self._with_attributes
         if full in ("builtins.getattr", "__builtin__.getattr", "operator.getitem", "_operator.getitem"):
             return self._member(full)
         raise self._refuse(full)
@@ -199,6 +196,12 @@ class _Unpickler(pickle._Unpickler):
 
     def _parameter(self, data: Any, *_: Any) -> Any:
         return data
+
+    def _with_attributes(self, make: Any, _kind: Any, args: Any, _attributes: Any) -> Any:
+        """Stands for torch._tensor._rebuild_from_type_v2: a tensor that had attributes, which are dropped."""
+        if make not in (self._tensor, self._parameter):
+            raise self._refuse("torch._tensor._rebuild_from_type_v2")
+        return make(*args)
 
 
 class PtFile:

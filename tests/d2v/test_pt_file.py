@@ -63,6 +63,20 @@ def test_getattr_reaches_nothing_real(tmp_path):
         load_original(path)
 
 
+def test_tensors_with_attributes_are_rebuilt_by_nothing_but_our_code(tmp_path):
+    """What makes the tensor is named in the file, so a file may name a class that is called instead."""
+    call = _Calls(torch._tensor._rebuild_from_type_v2, dict, torch.Tensor, ([("a", 1)],), {})
+    path = tiny(tmp_path, {"x": call})
+    with pytest.raises(CheckpointError, match="refusing to call `torch._tensor._rebuild_from_type_v2`"):
+        load_original(path)
+    marked = torch.nn.Parameter(torch.arange(3.0))
+    marked.note = {"lr_scale": 0.5}
+    for root in (marked, marked.detach().as_subclass(torch.Tensor)):
+        root.mark = 1
+        with PtFile(tiny(tmp_path, {"a": root})) as file:
+            assert torch.equal(file.tensor(file.root["a"]), torch.arange(3.0))
+
+
 @pytest.mark.parametrize(
     "stream",
     [
