@@ -162,7 +162,7 @@ class ImageSource(Source):
 
         value = self.normalisation
         assert value is not None  # of `prepare`
-        mean, std = (torch.tensor(v, device=source.device) for v in (value.mean, value.std))
+        mean, std = (_on_device(v, source.device) for v in (value.mean, value.std))
         return normalize(source, mean, std)
 
     def pixels(self, batch: Batch) -> Tensor:
@@ -214,17 +214,26 @@ def enlarge_and_flip(source: Tensor, size: Tensor, flip: Tensor) -> Tensor:
     rows = torch.arange(height, device=source.device) + 0.5
     columns = (torch.arange(width, device=source.device) + 0.5).expand(batch, -1)
     columns = torch.where(flip[:, None], width - columns, columns)
-    map_y = rows * size[:, :1] / height - 0.5
-    map_x = columns * size[:, 1:] / width - 0.5
+    y = rows * size[:, :1] / height - 0.5
+    x = columns * size[:, 1:] / width - 0.5
+    # in -1..1 between the outermost pixels: given pixels, kornia would copy their scale from the host
+    y = y * (2 / max(1, height - 1)) - int(height > 1)
+    x = x * (2 / max(1, width - 1)) - int(width > 1)
     shape = (batch, height, width)
     return remap(
         source,
-        map_x[:, None, :].expand(shape),
-        map_y[:, :, None].expand(shape),
+        x[:, None, :].expand(shape),
+        y[:, :, None].expand(shape),
         mode="bicubic",
         padding_mode="border",
         align_corners=True,
+        normalized_coordinates=True,
     )
+
+
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """[n] float32, filled in on the device: a copy from the host would wait for it."""
+    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def _digits(split: str) -> ArrayStore:

@@ -18,15 +18,16 @@ from .blocks import layer_norm, linear
 from .logmel import log_mel
 
 
-def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+def sincos_positions(dim: int, grid: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
     """[T, dim] fixed 2-D sine-cosine table, row-major; the first half encodes the column, as in MAE.
 
     Source: MAE, util/pos_embed.py, get_2d_sincos_pos_embed, computed in fp64.
     """
-    rows, columns = torch.meshgrid(
-        torch.arange(grid[0], dtype=torch.float64), torch.arange(grid[1], dtype=torch.float64), indexing="ij"
+    row, column, number = (
+        torch.arange(size, dtype=torch.float64, device=device) for size in (*grid, dim // 4)
     )
-    omega = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    rows, columns = torch.meshgrid(row, column, indexing="ij")
+    omega = 10_000.0 ** -(number / (dim / 4))
     halves = []
     for position in (columns, rows):
         angle = position.reshape(-1, 1) * omega

@@ -26,7 +26,7 @@ def mel_filters(front: LogMelFront, bins: int, device: torch.device | str = "cpu
 
     bins: frequencies of the power spectrum, n_fft // 2 + 1. Returns [bins, mels] float32.
     """
-    top = 2595.0 * torch.log10(torch.tensor(1.0 + front.sample_rate / 2 / 700.0, device=device))
+    top = 2595.0 * torch.log10(torch.full((), 1.0 + front.sample_rate / 2 / 700.0, device=device))
     mel = torch.linspace(0.0, 1.0, front.mels + 2, device=device) * top
     edge = 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
     frequency = torch.linspace(0.0, front.sample_rate / 2, bins, device=device)[:, None]

@@ -137,7 +137,7 @@ class MaskedAutoencoder(Pretraining):
         grid = torch.where(plan.mask.unsqueeze(2), self.mask_token.to(x.dtype), grid)
         positions = self.positions
         if positions is None:
-            positions = sincos_positions(x.shape[2], (1, plan.tokens)).to(x.device)
+            positions = sincos_positions(x.shape[2], (1, plan.tokens), x.device)
         x = torch.cat([x[:, :extra], grid + positions.to(x.dtype)], 1)
         context = AttentionContext(lengths=None if lengths is None else lengths + extra)
         for block in self.decoder_blocks:

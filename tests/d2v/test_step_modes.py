@@ -5,8 +5,10 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,15 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v import graph
 from d2v.cli import TrainOptions, _join_backends, _with_modes
-from d2v.config import Config, WaveformFront
-from d2v.data import Batch
+from d2v.config import Config, Objective, WaveformFront
+from d2v.data import Batch, Position, open_data
 from d2v.graph import StepGraphs
+from d2v.objectives import for_objective
 from d2v.profile import run_profile
 from d2v.step import Outcome, Trainer
 from d2v.train import run
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source
 from tests.d2v.tiny_runs import make_data, tiny
+from tests.d2v.transfers import META, no_transfers
 
 CPU = torch.device("cpu")
 MODALITIES = ["image", "audio", "text"]
@@ -109,6 +113,81 @@ def test_a_step_never_waits_for_the_device(modality: str, bad: bool, monkeypatch
             outcome = trainer.step(step, given)
     assert trainer.count_bad() == ((1, 1) if bad else (0, 0))
     assert bool(outcome.good) is not bad
+
+
+WAVEFORM = WaveformFront(conv_layers=((8, 10, 5), (8, 3, 2), (8, 2, 2)), position_groups=2)
+STEPS: dict[str, tuple[str, Objective, dict[str, Any]]] = {
+    "image": ("image", "data2vec2", {"cls_loss": 0.01}),
+    "image data2vec1": ("image", "data2vec1", {}),
+    "image mae": ("image", "mae", {}),
+    "log-mel": ("audio", "data2vec2", {}),
+    "log-mel data2vec1": ("audio", "data2vec1", {}),
+    "log-mel mae": ("audio", "mae", {}),
+    "waveform": ("audio", "data2vec2", {"front": WAVEFORM}),
+    "waveform data2vec1": ("audio", "data2vec1", {"front": WAVEFORM}),
+    "text": ("text", "data2vec2", {"layerdrop": 0.3, "encoder_dropout": 0.1}),
+    "text data2vec1": ("text", "data2vec1", {}),
+    "text mlm": ("text", "mlm", {}),
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_copies_nothing_to_or_from_the_device(case: str) -> None:
+    modality, objective, model = STEPS[case]
+    cfg = tiny(modality, model=model, train={"backend": "eager"}, optim={"clip": 1.0})
+    trainer = Trainer(for_objective(cfg, objective), META)
+    trainer.model.graph_safe = True  # layerdrop that a graph can record
+    given = batch(modality, 1, 2)
+    if modality != "image":
+        source = given.source[:, :4_000]
+        padding = torch.zeros(source.shape, dtype=torch.bool)
+        padding[1, -source.shape[1] // 4 :] = True
+        given = dataclasses.replace(given, source=source, padding_mask=padding)
+    given = given.to(META)
+    with no_transfers():
+        outcome = trainer.step(1, [given])
+    assert outcome.good.device == META
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_batches_are_finished_on_the_device(modality: str, tmp_path: Path) -> None:
+    """Cut, flipped, normalised: of the host come the samples alone."""
+    cfg = tiny(modality, train={"backend": "eager"})
+    pipeline = open_data(make_data(modality, tmp_path / "data"), cfg, device=META, run_dir=tmp_path)
+    with no_transfers(inputs=True):
+        batches = next(pipeline.micro_batches(Position(), 4))
+    assert all(part.source.device == META for part in batches)
+
+
+META_COPIES: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda x: torch.tensor(1.0, device=META),
+    "as_tensor": lambda x: torch.as_tensor([1.0], device=META),
+    "new_tensor": lambda x: x.new_tensor([1.0]), "to": lambda x: torch.ones(2).to(META),
+    "copy": lambda x: x.copy_(torch.ones(2)), "list": lambda x: x[[0, 1]], "mask": lambda x: x[[True, False]],
+    "mixed": lambda x: x * torch.ones(()), "back": lambda x: x.to("cpu", non_blocking=True),
+    "from numpy": lambda x: torch.from_numpy(np.ones(2)).to(META), "item": lambda x: x[0].item(),
+    "bool": lambda x: bool(x[0]), "tolist": lambda x: x.tolist(), "numpy": lambda x: x.numpy(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", META_COPIES)
+@pytest.mark.parametrize("inputs", [False, True])
+def test_the_watch_sees_copies(name: str, inputs: bool) -> None:
+    x = torch.ones(2, device=META)
+    with (
+        no_transfers(inputs=inputs),
+        pytest.raises((AssertionError, NotImplementedError, RuntimeError, TypeError)),
+    ):
+        META_COPIES[name](x)
+
+
+def test_the_watch_lets_pass_what_is_made_on_the_device() -> None:
+    x = torch.ones(2, device=META)
+    with no_transfers():
+        y = torch.where(x > 0, x * 2.0, 0.5) + torch.full((), 3.0, device=META) + torch.arange(2, device=META)
+        assert torch.as_tensor(y) is y
+    with no_transfers(inputs=True):
+        assert torch.ones(2).to(META, non_blocking=True).device == META
 
 
 READS: dict[str, Callable[[Tensor], Any]] = {
