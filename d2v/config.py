@@ -261,6 +261,9 @@ class DataConfig:
     """audio: shorter utterances are skipped and counted"""
     pad: bool = False
     """audio: pad a batch to its longest utterance (with lengths) instead of cropping to its shortest"""
+    wave_norm: Literal["fairseq", "transformers", "none"] = "fairseq"
+    """audio: every utterance gets zero mean and unit variance, with 1e-5 (fairseq) or 1e-7 (transformers)
+    added to its variance; none: waveforms stay as they are recorded"""
     bucket_seconds: float = 0.0
     """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
     any. Few shapes are what train.compile and train.cuda_graph need"""
@@ -274,6 +277,8 @@ class DataConfig:
         for name in ("batch", "prefetch", "block"):
             check(getattr(self, name) > 0, f"data.{name}", "positive", getattr(self, name))
         check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
+        norms = ("fairseq", "transformers", "none")
+        check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)
         check(self.workers >= 0, "data.workers", "at least 0", self.workers)
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", "0 < low <= high <= 1", self.crop_scale)

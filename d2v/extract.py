@@ -37,16 +37,18 @@ Weights = Literal["student", "teacher"]
 PREFIX = "hf:"
 """before the folder of a model of transformers"""
 BATCH = {"image": 64, "audio": 1, "text": 32}
-"""samples of a forward pass; utterances go alone, as the positional convolution of speech sees padding"""
+"""samples of a forward pass; utterances go alone, as padding reaches the features of speech"""
 
 
 def open_encoder(path: str | Path) -> tuple[Encoder, Config, Path | None]:
-    """As `open_model`, and `hf:FOLDER` opens a model of transformers."""
-    if str(path).startswith(PREFIX):
-        from .hf.encoder import open_hf
+    """As `open_model`, and `hf:FOLDER` opens a model of transformers, or what `d2v convert --to hf` wrote."""
+    if not str(path).startswith(PREFIX):
+        return open_model(path)
+    from .hf.encoder import open_hf
+    from .hf.folder import is_ours
 
-        return open_hf(str(path).removeprefix(PREFIX), pick_device("auto"))
-    return open_model(path)
+    folder = str(path).removeprefix(PREFIX)
+    return open_model(folder) if is_ours(folder) else open_hf(folder, pick_device("auto"))
 
 
 def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
@@ -82,6 +84,7 @@ def token_features(
 ) -> tuple[Tensor, Tensor | None]:
     """Features [B,E+T,D] fp32 of whole samples, extra tokens first, and the padding [B,T] (True) or None.
 
+    Of speech, our models see the padding of a batch (see `Pretraining.features`): give an utterance alone.
     layer: index of a main block, negative from the last, "mean", or "all" ([B,E+T,depth*D]). ValueError when
         there is no such block, or no teacher.
     """
@@ -116,15 +119,17 @@ def run_extract(
 
     Keys: `features` [n,D] float32, or with pool "none" the tokens of all samples [sum of lengths, D] with
     `lengths` [n] int64; `ids` [n] int64; `names` [n]. Of an embedded data set the held-out part is taken.
-    pool: mean over tokens; the last extra (CLS) token; none. Text counts <s> and </s> as tokens.
+    pool: mean over tokens; the CLS token (of our models the last extra one); none. Text counts <s> and </s>
+    as tokens.
     Raises ValueError (DataError), CheckpointError, OSError.
     """
     model, cfg, folder = open_encoder(path)
-    if str(path).startswith(PREFIX) and isinstance(cfg.model.front, TextFront):
+    if not isinstance(model, Pretraining) and isinstance(cfg.model.front, TextFront):
         raise ValueError(f"extract: {path}: of text, models of transformers can be probed alone")
     extra, out = model.cfg.front.extra_tokens, Path(out)
     if pool == "cls" and not extra:
         raise ValueError(f"extract: pool must be mean or none for a model without CLS token, got {pool!r}")
+    cls = extra - 1 if isinstance(model, Pretraining) else 0  # registers and the like come after it
     device = next(model.parameters()).device
     pipeline = open_data(data, cfg, device=device, purpose="eval", run_dir=folder)
     columns: dict[str, list[np.ndarray]] = {"features": [], "ids": [], "names": []}
@@ -138,7 +143,7 @@ def run_extract(
             columns["lengths"].append(np.array([len(row) for row in rows]))
             columns["features"] += rows
         else:
-            pooled = x[:, extra - 1] if pool == "cls" else mean_over_tokens(tokens, padding)
+            pooled = x[:, cls] if pool == "cls" else mean_over_tokens(tokens, padding)
             columns["features"].append(pooled.cpu().numpy())
         columns["ids"].append(batch.ids.cpu().numpy())
         columns["names"].append(np.array(names))

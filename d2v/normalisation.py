@@ -129,12 +129,16 @@ def _of_run(run: Path, front: ImageFront) -> Normalisation | None:
 
 
 def of_preprocessor(folder: Path, channels: int) -> Normalisation | None:
-    """What preprocessor_config.json of a folder for transformers does to pictures, of bytes as 0..1.
-
-    None where the file or its numbers are missing. Raises CheckpointError.
-    """
+    """What preprocessor_config.json of a folder we exported does to pictures; see `of_image_processor`."""
     file = folder / PREPROCESSOR
-    values = _json(file) if file.is_file() else {}
+    return of_image_processor(_json(file) if file.is_file() else {}, channels, str(file))
+
+
+def of_image_processor(values: Mapping[str, Any], channels: int, where: str) -> Normalisation | None:
+    """What an image processor of transformers does to pictures, of bytes as 0..1.
+
+    values: its settings; None where they hold no numbers. where: named in errors. Raises CheckpointError.
+    """
     mean, std = (values.get(f"image_{name}") for name in ("mean", "std"))
     rescale = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
     if not values.get("do_normalize", True):
@@ -143,11 +147,11 @@ def of_preprocessor(folder: Path, channels: int) -> Normalisation | None:
         return None
     mean, std = ([v] * channels if isinstance(v, (int, float)) else v for v in (mean, std))
     try:
-        value = checked(mean, std, "preprocessor", channels, f"{file}: image_")
+        value = checked(mean, std, "preprocessor", channels, f"{where}: image_")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     if not isinstance(rescale, (int, float)) or not 0 < rescale < math.inf:
-        raise CheckpointError(f"{file}: rescale_factor must be positive, got {rescale}")
+        raise CheckpointError(f"{where}: rescale_factor must be positive, got {rescale}")
     if math.isclose(rescale, 1 / 255, rel_tol=1e-6):
         return value
     mean, std = (tuple(v / (255 * rescale) for v in values) for values in (value.mean, value.std))

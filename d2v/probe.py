@@ -17,16 +17,8 @@ from torch import Tensor
 
 from .config import Config, TextFront
 from .data import DataError, Labelled, Split, open_labelled
-from .extract import (
-    BATCH,
-    PREFIX,
-    Encoder,
-    Layer,
-    Weights,
-    mean_over_tokens,
-    open_encoder,
-    token_features,
-)
+from .extract import BATCH, Encoder, Layer, Weights, mean_over_tokens, open_encoder, token_features
+from .model import Pretraining
 
 Kind = Literal["linear", "knn"]
 
@@ -201,19 +193,19 @@ def run_probe(
     one class), ValueError (no such layer, no tokenizer), CheckpointError.
     """
     model, cfg, folder = open_encoder(path)
-    labelled = _labelled(str(path), data, cfg, folder)
+    labelled = _labelled(model, data, cfg, folder)
     found = {**probe_model(model, labelled, layer=layer, weights=weights, kinds=kinds), "path": str(path)}
     found["raw"] = probe_raw(labelled, kinds)
     print("\n".join(_table(found, kinds)))
     return found
 
 
-def _labelled(path: str, data: str, cfg: Config, folder: Path | None) -> Labelled:
+def _labelled(model: Encoder, data: str, cfg: Config, folder: Path | None) -> Labelled:
     """The labelled data of an encoder; texts in the tokens of a model of transformers."""
-    if path.startswith(PREFIX) and isinstance(cfg.model.front, TextFront):
+    if not isinstance(model, Pretraining) and isinstance(cfg.model.front, TextFront):
         from .hf.encoder import open_hf_texts
 
-        return open_hf_texts(path.removeprefix(PREFIX), data, cfg)
+        return open_hf_texts(str(folder), data, cfg)
     return open_labelled(data, cfg, run_dir=folder)
 
 

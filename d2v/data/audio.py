@@ -19,7 +19,7 @@ from ..config import Config, DataConfig, LogMelFront, WaveformFront
 from ..model.logmel import log_mel
 from . import DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .audio_files import FileUtterances, Header, Utterances, in_threads, index_files
-from .audio_source import AudioSource, SpeechUtterances
+from .audio_source import AudioSource, SpeechUtterances, normalise_wave
 from .embedded import speech
 from .loading import Loader
 
@@ -168,7 +168,10 @@ class AudioSplit(Split):
         features, labels = [], []
         for _, batch in self.loader.in_order(1):
             label = self.labels[int(batch.ids)]
-            mel = log_mel(batch.source, front, normalise=bool(label.ndim))[0]
+            wave = batch.source
+            if self.cfg.data.wave_norm == "none":  # the baseline is the same for every encoder
+                wave = normalise_wave(wave[0], "fairseq")[None]
+            mel = log_mel(wave, front, normalise=bool(label.ndim))[0]
             if not label.ndim:
                 mel = torch.cat([mel.mean(0), mel.std(0, correction=0)])[None]
             features.append(mel.numpy())

@@ -1,10 +1,10 @@
 """Utterances as training samples: normalised whole, grouped by length, cropped or padded.
 
-An utterance is normalised (zero mean, unit variance) before it is cropped. A global step takes as many
-utterances of neighbouring length as fit into `data.batch` seconds and cuts them to the shortest, at an
-offset drawn from (seed, epoch, utterance), or with `data.pad` pads them to the longest. To what length is a
-matter of the whole step, so that micro-batches do not change it. With `data.bucket_seconds` it is a
-multiple of that, so that a run has few shapes.
+An utterance is normalised (zero mean, unit variance; see `data.wave_norm`) before it is cropped. A global
+step takes as many utterances of neighbouring length as fit into `data.batch` seconds and cuts them to the
+shortest, at an offset drawn from (seed, epoch, utterance), or with `data.pad` pads them to the longest. To
+what length is a matter of the whole step, so that micro-batches do not change it. With `data.bucket_seconds`
+it is a multiple of that, so that a run has few shapes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ from .loading import AUGMENT, ORDER, SUBSTITUTE, Source, generator
 
 BUCKET = 0.1
 """seconds: lengths closer than this count as equal, so that the company in a batch changes every epoch"""
+WAVE_EPS = {"fairseq": 1e-5, "transformers": 1e-7}
+"""added to a waveform's variance: fairseq/data/audio/raw_audio_dataset.py (layer_norm), and transformers'
+Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm"""
+
+
+def normalise_wave(wave: Tensor, norm: str) -> Tensor:
+    """A waveform [samples] as `data.wave_norm` says."""
+    return wave if norm == "none" else F.layer_norm(wave, wave.shape, eps=WAVE_EPS[norm])
 
 
 class SpeechUtterances(Utterances):
@@ -61,7 +69,7 @@ class AudioSource(Source):
         self.utterances = utterances
         assert isinstance(cfg.model.front, (WaveformFront, LogMelFront))
         self.rate = cfg.model.front.sample_rate
-        self.pad = cfg.data.pad
+        self.pad, self.wave_norm = cfg.data.pad, cfg.data.wave_norm
         self.multiple = max(1, round(cfg.data.bucket_seconds * self.rate))
         self.capped = np.minimum(utterances.lengths, int(cfg.data.max_seconds * self.rate))
         """[n] int64: samples of each utterance after the crop to data.max_seconds"""
@@ -89,9 +97,8 @@ class AudioSource(Source):
         return int(rng.choice(peers) if len(peers) > 1 else rng.integers(len(self)))
 
     def read(self, index: int, epoch: int | None) -> Tensor:
-        """[samples] float32 of unit variance: cropped when training, whole otherwise."""
-        wave = torch.from_numpy(self.utterances.wave(index))
-        wave = F.layer_norm(wave, wave.shape)
+        """[samples] float32, normalised: cropped when training, whole otherwise."""
+        wave = normalise_wave(torch.from_numpy(self.utterances.wave(index)), self.wave_norm)
         if epoch is None:
             return wave
         length = int(min(self._epoch(epoch).target[index], self.capped[index]))

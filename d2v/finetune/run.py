@@ -139,6 +139,7 @@ class _Run:
             if not isinstance(weights, Pretraining):  # whose dropouts are its own
                 drop = replace(cfg.drop, path=0.0)
                 cfg = replace(cfg, transformers=weights.architecture, drop=drop)
+            cfg = replace(cfg, data=replace(cfg.data, wave_norm=pretraining.data.wave_norm))
             known = self._of_encoder(cfg, pretraining.data, encoder)
         else:
             known = recorded(out, cfg.model.front)

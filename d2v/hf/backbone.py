@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .encoder import HuggingFaceEncoder, import_transformers
+from .encoder import HuggingFaceEncoder
+from .folder import import_transformers
 
 
 class HuggingFaceBackbone(nn.Module):
@@ -23,8 +24,10 @@ class HuggingFaceBackbone(nn.Module):
     def __init__(self, architecture: str, cfg: ModelConfig) -> None:
         super().__init__()
         transformers = import_transformers()
-        config = transformers.AutoConfig.for_model(**json.loads(architecture))
-        model = transformers.AutoModel.from_config(config)
+        values = json.loads(architecture)
+        values.pop("auto_map", None)
+        config = transformers.AutoConfig.for_model(**values)
+        model = transformers.AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         model.config.mask_time_prob = model.config.mask_feature_prob = 0.0
         self.encoder = HuggingFaceEncoder(model, cfg.front)
         self.compute_dtype = torch.float32
@@ -38,10 +41,14 @@ class HuggingFaceBackbone(nn.Module):
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As `Backbone.forward`, but masked frames become the model's own mask embedding, if it has one,
-        or 0; noise is not read."""
+        or 0; noise is not read.
+
+        In training utterances pass as one batch, see `HuggingFaceEncoder.last`; in eval mode one at a time.
+        """
+        together = self.training or time_mask is not None or channel_mask is not None
         with self._precision(source.device), self._masked(time_mask, channel_mask):
-            outputs, padding = self.encoder.outputs(source, padding_mask)
-        return outputs[-1].float(), padding
+            x, padding = self.encoder.last(source, padding_mask, together=together)
+        return x.float(), padding
 
     def fill(self, pretrained: HuggingFaceEncoder) -> None:
         """Take the weights of the opened model."""

@@ -166,6 +166,9 @@ class Pretraining(Network):
     ) -> Features:
         """Whole samples through the encoder, nothing masked; see `forward` for the arguments.
 
+        Of speech, padding reaches the real frames next to it through the convolutions that give positions:
+        features that are the same in every batch are those of one utterance at a time, as `d2v probe`,
+        `extract` and `eval` take them.
         teacher: use the EMA weights (speech and text read the student's local features, as in pretraining).
             ValueError for an objective without a teacher.
         """
