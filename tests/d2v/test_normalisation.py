@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from torch import Tensor
 
 import d2v
+from d2v.checkpoint import CheckpointError, read_settings
 from d2v.config import Config, ProbeConfig
-from d2v.convert import run_convert
+from d2v.convert import run_convert, save_folder
+from d2v.data import DataError, open_data
 from d2v.extract import open_model, run_extract
 from d2v.finetune.evaluate import run_eval
 from d2v.finetune.recipes import recipe
 from d2v.finetune.run import resume_finetune, run_finetune
+from d2v.fronts import ImageFront
 from d2v.model.encoder import ModalityEncoder
-from d2v.normalisation import Normalisation, recorded
+from d2v.normalisation import IMAGENET, Normalisation, of_preprocessor, recorded
 from d2v.probe import run_probe
 from d2v.race import run_race
 from d2v.train import run
@@ -28,6 +34,7 @@ from tests.d2v.tiny_runs import tiny
 TRAIN, OTHER = (7, 31, 81), (53, 211)
 """brightness of the pictures of two data sets; every picture is of one brightness, so crops are too"""
 MEASURED = Normalisation((float(np.mean(TRAIN)) / 255,), (float(np.std(TRAIN)) / 255,), "measured")
+GREY = ImageFront(channels=1)
 GIVEN = Normalisation((0.31, 0.62, 0.155), (0.2, 0.3, 0.11), "given")
 
 
@@ -70,7 +77,7 @@ class Spy:
 
 
 def config(channels: int, **sections: Any) -> Config:
-    cfg = tiny("image", steps=2, batch=4, **sections)
+    cfg = tiny("image", steps=3, batch=4, **sections)
     front = dataclasses.replace(cfg.model.front, channels=channels)
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, front=front, cls_rows=None))
 
@@ -80,7 +87,7 @@ def tune(encoder: Path, data: str, out: Path, **data_settings: Any) -> Path:
     opened = open_model(encoder)
     cfg = recipe("image_tiny").on("image_tiny", opened[0].cfg)
     plain = dataclasses.replace(cfg.augment, rand_ops=0, erase=0.0, mixup=0.0, cutmix=0.0)
-    train = dataclasses.replace(cfg.train, steps=2, evaluate_every=1, device="cpu")
+    train = dataclasses.replace(cfg.train, steps=3, evaluate_every=1, device="cpu")
     changed = dataclasses.replace(cfg.data, batch=4, **data_settings)
     cfg = dataclasses.replace(cfg, augment=plain, train=train, data=changed)
     run_finetune(cfg, encoder, data, out, opened=opened, stop=lambda step: step == 1)
@@ -149,3 +156,146 @@ def test_one_value_goes_through_everything(
     )  # fmt: skip
     assert spy.looked() and found["normalisation"] == value.record
     assert "the original does not" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def grey_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of one step on grey pictures, and its data."""
+    folder = tmp_path_factory.mktemp("grey")
+    data = pictures(folder / "train.npz", TRAIN, 1)
+    run(config(1), data, folder / "run", stop=one_step)
+    return folder / "run", data
+
+
+def copied(run_dir: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run_dir, to))
+
+
+def forget(run_dir: Path) -> None:
+    """Make it a run of a version that kept no record in config.toml."""
+    settings = read_settings(run_dir)
+    del settings["run"]["normalisation"]
+    (run_dir / "config.toml").write_text(tomli_w.dumps(settings))
+
+
+def test_older_runs_read_as_they_did(grey_run: tuple[Path, str], tmp_path: Path) -> None:
+    source, _ = grey_run
+    value = recorded(source, GREY)
+    old = copied(source, tmp_path / "old")
+    forget(old)
+    assert recorded(old, GREY) == value  # from data.json
+    (old / "data.json").unlink()
+    assert recorded(old, GREY) is None and open_model(old)[1].data.mean is None
+    run_convert(old, tmp_path / "folder", "safetensors")
+    assert recorded(tmp_path / "folder", GREY) is None
+
+
+def test_older_fine_tuned_runs_measure_on_their_own_pictures(
+    grey_run: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Where the encoder had no record: what they trained on, as long as it is there."""
+    source, data = grey_run
+    old = copied(source, tmp_path / "old")
+    forget(old)
+    (old / "data.json").unlink()
+    own = pictures(tmp_path / "own.npz", OTHER, 1)
+    tuned = tune(old, own, tmp_path / "tuned")
+    value = recorded(tuned, GREY)
+    assert value is not None and value.origin == "measured"
+    assert 0.45 < value.mean[0] < 0.6, "four fifths of them"
+    forget(tuned)
+    spy = Spy(monkeypatch, TRAIN).watch(value)
+    run_eval(tuned, data)
+    assert spy.looked()
+    Path(own).unlink()
+    monkeypatch.undo()
+    run_eval(tuned, data)
+    assert "recorded nowhere, and its data are gone" in capsys.readouterr().out
+
+
+def test_what_is_given_wins_and_is_said(grey_run: tuple[Path, str], tmp_path: Path, capsys: Any) -> None:
+    source, data = grey_run
+    tuned = tune(source, data, tmp_path / "a", mean=(0.25,), std=(0.5,))
+    assert recorded(tuned, GREY) == Normalisation((0.25,), (0.5,), "given")
+    said = capsys.readouterr().out
+    assert f"as given, with mean 0.25, std 0.5; {source} was trained with mean 0.155556, std 0.12" in said
+    value = recorded(source, GREY)
+    assert value is not None
+    tune(source, data, tmp_path / "b", mean=value.mean, std=value.std)
+    assert "as given" not in capsys.readouterr().out
+
+
+def test_files_of_the_original_have_imagenets(goldens: Path, tmp_path: Path) -> None:
+    """Float pictures too, which would be measured in pretraining."""
+    file = goldens / "ckpt_image_base.pt"
+    model, cfg, _ = open_model(file)
+    assert recorded(file, model.cfg.front) == IMAGENET
+    assert (cfg.data.mean, cfg.data.std) == (IMAGENET.mean, IMAGENET.std)
+    run_convert(file, tmp_path / "folder", "safetensors")
+    assert recorded(tmp_path / "folder", model.cfg.front) == IMAGENET
+    run_convert(file, tmp_path / "hf", "hf")
+    assert IMAGENET.same_as(recorded(tmp_path / "hf", model.cfg.front))
+
+
+@pytest.mark.parametrize(
+    ("said", "mean", "std"),
+    [
+        ({"image_mean": [0.2], "image_std": [0.4]}, 0.2, 0.4),
+        ({"image_mean": 0.2, "image_std": 0.4, "rescale_factor": 0.003921568627}, 0.2, 0.4),
+        ({"image_mean": [0.2], "image_std": [0.4], "do_normalize": False}, 0.0, 1.0),
+        ({"image_mean": [51.0], "image_std": [102.0], "do_rescale": False}, 0.2, 0.4),
+        ({"image_mean": [0.4], "image_std": [0.8], "rescale_factor": 2 / 255}, 0.2, 0.4),
+    ],
+)
+def test_preprocessors_of_transformers(said: dict[str, Any], mean: float, std: float, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    value = of_preprocessor(tmp_path, 1)
+    assert value is not None and value.mean + value.std == pytest.approx((mean, std))
+
+
+WRONG: list[tuple[list[float], list[float], str]] = [
+    ([0.1, 0.2], [1.0], r"mean must have 1 values \(front.channels\), got "),
+    ([0.1], [0.0], "std must be positive, got "),
+    ([float("nan")], [1.0], "mean must be finite numbers, got "),
+    ([0.1], [float("inf")], "std must be finite numbers, got "),
+]
+
+
+@pytest.mark.parametrize(("mean", "std", "words"), WRONG)
+def test_wrong_numbers_are_named_before_anything_is_made(
+    mean: list[float], std: list[float], words: str, grey_run: tuple[Path, str], tmp_path: Path
+) -> None:
+    source, data = grey_run
+    wish = {"mean": tuple(mean), "std": tuple(std)}
+    with pytest.raises(ValueError, match=rf"data: data\.{words}"):
+        run(config(1, data=wish), data, tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"data: data\.{words}"):
+        tune(source, data, tmp_path / "run", **wish)
+    assert not (tmp_path / "run").exists()
+    record = {"mean": mean, "std": std, "origin": "measured"}
+    bad = copied(source, tmp_path / "bad")
+    settings = read_settings(bad)
+    settings["run"]["normalisation"] = record
+    (bad / "config.toml").write_text(tomli_w.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"bad/config.toml: run.normalisation.{words}"):
+        open_model(bad)
+    save_folder(d2v.load(source), tmp_path / "folder")
+    file = tmp_path / "folder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "normalisation": record}))
+    with pytest.raises(CheckpointError, match=rf"folder/config.json: normalisation.{words}"):
+        open_model(tmp_path / "folder")
+    pt = {"d2v": {"normalisation": record}, "cfg": None, "model": {}}
+    torch.save(pt, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"a.pt: d2v.normalisation.{words}"):
+        recorded(tmp_path / "a.pt", GREY)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    with pytest.raises(CheckpointError, match=rf"preprocessor_config.json: image_{words}"):
+        of_preprocessor(tmp_path, 1)
+
+
+def test_pictures_that_have_no_mean_are_refused(tmp_path: Path) -> None:
+    images = np.zeros((4, 24, 24, 1), np.float32)
+    images[2, 3, 3] = np.nan
+    np.savez(tmp_path / "nan.npz", images=images)
+    with pytest.raises(DataError, match=r"nan.npz: measured mean must be finite numbers, got \[nan\]"):
+        open_data(str(tmp_path / "nan.npz"), config(1))
