@@ -35,6 +35,7 @@ def load(
     Raises `CheckpointError`, naming the file, when anything is missing, damaged or not supported.
     """
     from .checkpoint import (
+        CheckpointError,
         fill_model,
         find_checkpoint,
         is_tuned,
@@ -54,6 +55,8 @@ def load(
     if not path.is_dir():
         if step is not None:
             raise ValueError(f"load: step must be None for a file, got {step}")
+        if path.suffix in (".safetensors", ".json", ".toml") and path.is_file():
+            raise CheckpointError(f"{path}: a part of a model's folder: give {path.parent}")
         if is_finetuned(path):
             from .finetune.load import load_tuned_file
 

@@ -361,7 +361,7 @@ def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dic
         "ema_encoder_only": cfg.ema_encoder_only,
         "modalities": {cfg.modality: section},
     }
-    back = translate({"model": tree}, shapes, "convert")
+    back = translate({"model": tree}, shapes, "convert", quiet=True)
     # what the original does not have: the rows a CLS loss is scaled to, and the deviation of initial weights
     wanted = _flatten(to_dict(replace(cfg, cls_rows=None, init_std=back.init_std)))
     found = _flatten(to_dict(back))

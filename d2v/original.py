@@ -115,11 +115,12 @@ def translate(
     path: str | Path,
     *,
     tuned: Mapping[str, Any] | None = None,
+    quiet: bool = False,
 ) -> ModelConfig:
     """`ModelConfig` of a whole config tree; `shapes` of the weights give modality and vocabulary.
 
     tuned: the config of the fine-tuned file around it; then only what an evaluated encoder computes is
-    checked. Warns of what has no effect. Raises CheckpointError naming what changes the maths otherwise.
+    checked. Unless `quiet`, warns of what has no effect. Raises CheckpointError naming what changes maths.
     """
     tree, pretraining = Tree(values, path, tuned), tuned is None
     model = Section(tree, ("model",))
@@ -166,7 +167,8 @@ def translate(
         )
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: its cfg makes no model: {error}") from error
-    tree.report()
+    if not quiet:
+        tree.report()
     return config
 
 
@@ -193,8 +195,8 @@ def _check(
             section.require({**learned, **heads})
     if pretraining and modality != "TEXT":
         _check_loader(tree, model, section)
-    if modality == "TEXT" and not section.get("prenet_depth", 4) and section.get("prenet_dropout", 0.0):
-        section.ignore("prenet_dropout", "prenet_depth is 0")
+    elif pretraining and not section.get("prenet_depth", 4) and section.get("prenet_dropout", 0.0):
+        section.ignore("prenet_dropout", "prenet_depth is 0")  # kept, but read by nothing here either
     for name, other in Section(tree, ("model", "modalities")).values.items():
         if name not in ("_name", modality.lower()) and other is not None:
             why = "another modality" if str(name).upper() in MODALITIES else "unknown to the original"

@@ -43,18 +43,16 @@ _INERT = frozenset(
     [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
         "int", "long", "float", "bool", "str", "unicode", "bytes", "tuple", "complex", "object", "type",
     )]
-    + [f"{module}.multiarray.{name}" for module in ("numpy.core", "numpy._core")
-       for name in ("scalar", "_reconstruct")]
     + [f"torch.{str(dtype).removeprefix('torch.')}" for dtype in _STORAGES.values()]
-    + ["numpy.dtype", "numpy.ndarray", "numpy.float64", "numpy.float32", "_codecs.encode",
-       "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
+    + ["torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "_codecs.encode",
        "argparse.Namespace", "types.GenericAlias", "types.UnionType"]
 )  # fmt: skip
 """global names that become inert objects"""
 
-_INERT_PATTERN = re.compile(r"(omegaconf|typing|fairseq|fairseq_cli|examples|data2vec)(\.\w+)+")
+_INERT_PATTERN = re.compile(r"(omegaconf|typing|numpy|fairseq|fairseq_cli|examples|data2vec)(\.\w+)+")
 """packages all of whose names do: a structured config mentions its dataclasses, enums and annotations, the
-state of a task its dictionaries (`common.user_dir` imports examples/data2vec as data2vec too)"""
+state of a task its dictionaries, meters numpy's scalars (`common.user_dir` imports examples/data2vec as
+data2vec too)"""
 
 
 class Inert:

@@ -196,6 +196,10 @@ def test_load_errors(tmp_path):
     with pytest.raises(ValueError, match="step must be None for a file, got 5"):
         d2v.load(tmp_path / "x.pt", step=5)
     weights = tmp_path / "run" / "checkpoints" / "step_7" / "model.safetensors"
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: a part of a model's folder: give .*step_7$"
+    ):
+        d2v.load(weights)
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"model\.safetensors: has .*intact older .* is .*step_5"):
         d2v.load(tmp_path / "run")

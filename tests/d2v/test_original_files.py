@@ -229,6 +229,13 @@ def test_what_changes_the_maths_is_refused(
         translated(put(whole(published, name), key, value), name.split("_")[0])
 
 
+def test_the_prenets_dropout_of_text_without_one_is_named(published: dict[str, Any], warned: Any) -> None:
+    """It is kept, for our model does not read it either."""
+    tree = put(whole(published, "text_base"), TEXT + "prenet_dropout", 0.1)
+    assert translated(tree, "text").prenet_dropout == 0.1
+    assert TEXT + "prenet_dropout = 0.1 (prenet_depth is 0)" in warned()
+
+
 def test_drop_path_of_one_block_is_its_first_rate(published: dict[str, Any], warned: Any) -> None:
     tree = put(put(whole(published, "audio_base"), "model.depth", 1), "model.end_drop_path_rate", 0.1)
     assert translated(tree, "audio").depth == 1
@@ -272,17 +279,18 @@ def test_interpolations_lead_anywhere(published: dict[str, Any]) -> None:
             translated(put(tree, "model.embed_dim", value), "audio")
 
 
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "stream"])
+@pytest.mark.parametrize("zipped", [2, 4, 0], ids=["zip", "protocol 4", "stream"])
 @pytest.mark.parametrize("name", ["image_base", "audio_base", "text_base"])
 def test_what_a_trainer_saves_beside_the_model_is_left_alone(
-    published: dict[str, Any], tmp_path: Path, name: str, zipped: bool
+    published: dict[str, Any], tmp_path: Path, name: str, zipped: int
 ) -> None:
     flat = weights(shrunk_preset(name))
     tree = {**published[name], "model": shrunk(published[name]["model"], name.split("_")[0])}
     with pickled() as classes:
         state = trainer_state(classes.omega(tree), nested(flat), classes)
-        torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
-    if zipped:
+        torch.save(state, tmp_path / "x.pt", pickle_protocol=zipped or 2,
+                   _use_new_zipfile_serialization=bool(zipped))  # fmt: skip
+    if zipped == 2:
         with zipfile.ZipFile(tmp_path / "x.pt") as file:
             names = {arg for op, arg, _ in pickletools.genops(file.read("x/data.pkl")) if op.name == "GLOBAL"}
         assert names >= {
