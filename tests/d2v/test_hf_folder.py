@@ -15,6 +15,7 @@ from d2v.config import Config, ImageFront
 from d2v.data.image import ImageSource
 from d2v.data.image_store import ArrayStore, FolderStore
 from d2v.hf.export import write_folder
+from d2v.normalisation import Normalisation
 from tests.d2v.tiny_models import make_model
 from tests.d2v.tiny_runs import tiny
 
@@ -34,8 +35,8 @@ def picture_config(height: int, width: int, channels: int) -> Config:
 def picture_folder(cfg: Config, folder: Path) -> Path:
     folder.mkdir()
     assert isinstance(cfg.model.front, ImageFront)
-    mean, std = STATISTICS[cfg.model.front.channels]
-    write_folder(make_model("image", front=cfg.model.front), folder, mean=mean, std=std)
+    value = Normalisation(*STATISTICS[cfg.model.front.channels], "given")
+    write_folder(make_model("image", front=cfg.model.front), folder, normalisation=value)
     return folder
 
 
