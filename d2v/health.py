@@ -60,21 +60,27 @@ def deviation(rows: Tensor) -> Tensor:
 def effective_rank(rows: Tensor) -> Tensor:
     """exp(entropy) of the normalised singular values of the centred rows: [n, D] -> 0-dim fp64 <= D.
 
-    0 when all rows are equal. Computed in fp64 on the CPU: at these sizes (a few hundred rows) that is
-    milliseconds, and it waits for the device once, so call it on log steps only.
+    0 when all rows are equal, NaN when a value is NaN or inf. Computed on the rows' device, in fp64: singular
+    values are the roots of the eigenvalues of the smaller Gram matrix, which are right to about 1e-16 of the
+    largest, so the rank is that of the singular values to 4 digits and more. The eigenvalues are waited for,
+    so call it on log steps only.
     """
-    centred = rows.detach().cpu().double()
-    if centred.numel() == 0:
-        return torch.zeros((), dtype=torch.float64)
-    scale = centred.abs().amax()
-    centred = centred - centred.mean(dim=0)
-    values = torch.linalg.svdvals(centred)
-    # what is left of equal rows after the subtraction is rounding, not a direction
-    values = values[values > 1e-7 * scale * max(centred.shape) ** 0.5]
-    if values.numel() == 0:
-        return torch.zeros((), dtype=torch.float64)
-    share = values / values.sum()
-    return torch.special.entr(share).sum().exp()
+    if rows.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=rows.device)
+    x = rows.detach().double()
+    finite = torch.isfinite(x).all()
+    x = torch.where(finite, x, 0.0)
+    x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)  # whose squares neither overflow nor vanish
+    x = x - x.mean(dim=0)
+    small = x if x.shape[0] <= x.shape[1] else x.mT
+    squares = torch.linalg.eigvalsh(small @ small.mT)
+    # what is left of equal rows after the subtraction is rounding, not a direction; nor is what lies below
+    # the rounding of the largest eigenvalue
+    rounding = (squares[-1] * 32 * torch.finfo(x.dtype).eps).clamp(min=1e-14 * max(x.shape))
+    values = torch.where(squares > rounding, squares, 0.0).sqrt()
+    total = values.sum()
+    rank = torch.special.entr(values / total).sum().exp()
+    return torch.where(finite, torch.where(total > 0, rank, 0.0), torch.nan)
 
 
 @dataclass(frozen=True)
@@ -93,15 +99,15 @@ class Health:
 
 def measure(rows: Mapping[str, Tensor]) -> list[Health]:
     """The state of each part that `rows` (`out.health`: key -> [n, D]) has; non-finite rows are left out."""
-    states = []
-    for part in PARTS:
-        if part.key not in rows:
-            continue
-        x = rows[part.key].detach()
-        x = x[torch.isfinite(x).all(dim=1)]
-        most = max(min(x.shape[0] - 1, x.shape[1]), 0)
-        states.append(Health(part, x.shape[1], deviation(x).item(), effective_rank(x).item(), most))
-    return states
+    parts = [part for part in PARTS if part.key in rows]
+    kept = [x[torch.isfinite(x).all(dim=1)] for x in (rows[part.key].detach() for part in parts)]
+    if not kept:
+        return []
+    numbers = torch.stack([f(x).double() for x in kept for f in (deviation, effective_rank)]).tolist()
+    return [
+        Health(part, x.shape[1], variance, rank, max(min(x.shape[0] - 1, x.shape[1]), 0))
+        for part, x, variance, rank in zip(parts, kept, numbers[::2], numbers[1::2], strict=True)
+    ]
 
 
 @dataclass(frozen=True)

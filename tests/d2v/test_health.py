@@ -10,6 +10,7 @@ from d2v.config import LogMelFront, TrainConfig, WaveformFront
 from d2v.health import PARTS, REPEAT_AFTER, Alarm, AlarmLog, Health, deviation, effective_rank, judge, measure
 from d2v.train import run
 from tests.d2v.tiny_runs import tiny
+from tests.d2v.transfers import META, no_transfers
 
 CFG = TrainConfig(min_rank=0.05, min_variance=0.05)
 
@@ -58,6 +59,48 @@ def test_rank_ignores_a_common_offset():
 )
 def test_rank_of_nothing_or_of_equal_rows_is_zero(rows):
     assert effective_rank(rows).item() == 0.0
+
+
+SPECTRA = {
+    "flat": lambda i: torch.ones_like(i),
+    "1/i": lambda i: 1 / i,
+    "six decades": lambda i: 10 ** (-6 * i / i.numel()),
+    "a line and noise": lambda i: torch.where(i > 1, 1e-3, 1.0),
+    "a line and less": lambda i: torch.where(i > 1, 1e-6, 1.0),
+    "a few": lambda i: (i < 6).double(),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("shape", [(96, 40), (40, 96), (64, 64)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+def test_rank_is_that_of_the_singular_values(spectrum, shape, scale):
+    """To more than three digits, though it comes from squares of them, and for fp32 rows off centre too."""
+    n, d = shape
+    values = SPECTRA[spectrum](torch.arange(1, min(n, d) + 1, dtype=torch.float64))
+    left, right = (torch.linalg.qr(torch.randn(m, min(n, d)).double())[0] for m in (n, d))
+    rows = scale * ((left * values) @ right.T + 0.1)
+    for given in (rows, rows.float()):
+        centred = given.double() - given.double().mean(0)
+        found = torch.linalg.svdvals(centred)
+        # rounding of the rows themselves is no direction
+        found = found[found > 1e-7 * given.abs().amax().double() * max(n, d) ** 0.5]
+        share = found / found.sum()
+        expected = torch.special.entr(share).sum().exp().item()
+        assert effective_rank(given).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rank_of_what_is_not_finite_is_nan(bad):
+    rows = torch.randn(8, 4)
+    rows[2, 1] = bad
+    assert math.isnan(effective_rank(rows).item())
+
+
+def test_rank_is_computed_on_the_device():
+    rows = torch.randn(8, 4, device=META)
+    with no_transfers():
+        assert effective_rank(rows).device == deviation(rows).device == META
 
 
 def test_rank_needs_no_contiguous_rows():
