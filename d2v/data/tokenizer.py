@@ -74,13 +74,19 @@ def _from_gpt2(folder: Path) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """A tokenizers .json, or a folder with GPT-2's files. Raises DataError."""
+    """A tokenizers .json, whose own truncation and padding are left out, or a folder with GPT-2's files.
+
+    Raises DataError.
+    """
     if path.is_dir():
         return _from_gpt2(path)
     try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception on a bad file
         raise DataError(f"data: {path}: not a readable tokenizer: {error}") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, where: str, front: TextFront) -> None:
@@ -103,4 +109,5 @@ def check_tokenizer(tokenizer: Tokenizer, where: str, front: TextFront) -> Token
             )
     if front.pad_id != PAD:
         raise DataError(f"data: tokenizer {where} pads with id {PAD}, front.pad_id is {front.pad_id}")
+    tokenizer.add_special_tokens(list(SPECIALS))  # where a file has them as ordinary added tokens
     return tokenizer

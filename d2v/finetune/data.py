@@ -191,7 +191,7 @@ def _spoken(
             f"data: {path}: data.batch must hold the longest utterance, {source.capped.max() / rate:g} s, "
             f"got {base.data.batch} s"
         )
-    parts: dict[str, Part] = {name: SpokenPart(part, path, base) for name, part in found.items()}
+    parts: dict[str, Part] = {name: SpokenPart(part, path, base, vocabulary) for name, part in found.items()}
     return TuneData(
         Loader(source, base.data, device, train.report),
         lambda ids: [letters[i] for i in ids.tolist()],

@@ -8,20 +8,20 @@ bar behind it, or at the end of the utterance, which is a sentence of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-WORD = "|"
-"""ends a word, in fairseq's dictionaries"""
+from .letters import WORD
+
 LN10 = math.log(10.0)
 
 
 class LanguageModel:
     """path: an ARPA file or kenlm's binary. letters: of the vocabulary that a search uses, by id.
 
-    Words are looked up in lower case if the model knows "the" and not "THE". Raises ValueError where kenlm is
-    missing, the file is none of its models, or the vocabulary has no bar.
+    Words are looked up in the case in which the model knows "the", if it is one alone. Raises ValueError
+    where kenlm is missing, the file is none of its models, or the vocabulary has no bar.
     """
 
     def __init__(
@@ -42,7 +42,8 @@ class LanguageModel:
         self._new_state = kenlm.State
         self.letters, self.weight, self.bonus = tuple(letters), weight, bonus
         self.bar = self.letters.index(WORD)
-        self._lower = "the" in self._model and "THE" not in self._model
+        lower, upper = "the" in self._model, "THE" in self._model
+        self._case: Callable[[str], str] = str if lower == upper else str.lower if lower else str.upper
         self._known: dict[tuple[int, ...], tuple[float, Any]] = {}
 
     def begin(self) -> None:
@@ -84,6 +85,5 @@ class LanguageModel:
 
     def _add(self, state: Any, word: str) -> tuple[float, Any]:
         following = self._new_state()
-        word = word.lower() if self._lower else word
-        score = self._model.BaseScore(state, word, following)
+        score = self._model.BaseScore(state, self._case(word), following)
         return self.weight * LN10 * score + self.bonus, following

@@ -35,10 +35,8 @@ from ..data.audio_source import AudioSource, SpeechUtterances
 from ..data.embedded import speech
 from ..data.loading import Loader
 from .decode import BLANK
-from .language_model import WORD
+from .letters import SPECIALS, WORD, normalise, spell, to_letters
 
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-"""fairseq's first entries of a dictionary; <s> is CTC's blank"""
 HELD_OUT = ("dev", "valid", "val", "test")
 
 
@@ -52,7 +50,7 @@ class Vocabulary:
     @classmethod
     def of(cls, texts: Sequence[str]) -> Vocabulary:
         """The letters of some texts, most frequent first, as fairseq's dictionaries are sorted."""
-        counts = Counter(letter for text in texts for letter in to_letters(text))
+        counts = Counter(letter for text in texts for letter in to_letters(normalise(text)))
         ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
         return cls((*SPECIALS, *ranked))
 
@@ -77,26 +75,19 @@ class Vocabulary:
         path.write_text(json.dumps(self.letters, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def encode(self, text: str) -> np.ndarray:
-        """[n] int64; a letter that is not in it is <unk>."""
+        """[n] int64; a letter that is in it in neither case is <unk>."""
         number = {letter: i for i, letter in enumerate(self.letters)}
         unknown = number["<unk>"]
-        return np.array([number.get(letter, unknown) for letter in to_letters(text)], dtype=np.int64)
+        return np.array([number.get(c, unknown) for c in to_letters(self.spell(text))], dtype=np.int64)
+
+    def spell(self, text: str) -> str:
+        """The text as `decode` would write it."""
+        return spell(text, set(self.letters))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of letters without blanks and repeats."""
         letters = (self.letters[i] for i in ids if i >= len(SPECIALS))
         return " ".join("".join(letters).replace(WORD, " ").split())
-
-
-def to_letters(text: str) -> list[str]:
-    """The letters of a normalised text, a bar after every word (fairseq's libri_labels.py)."""
-    return list("".join(f"{word}{WORD}" for word in normalise(text).split()))
-
-
-def normalise(text: str) -> str:
-    """Upper case; only letters, digits and apostrophes, other marks are spaces."""
-    kept = (c if c.isalnum() or c == "'" else " " for c in text.upper().replace("\u2019", "'"))
-    return " ".join("".join(kept).split())
 
 
 @dataclass
@@ -232,11 +223,11 @@ def _lines(file: Path) -> list[str]:
 
 
 class SpokenPart:
-    """A held-out part: whole utterances with their texts, in order."""
+    """A held-out part: whole utterances with their texts, in order, as the vocabulary spells them."""
 
-    def __init__(self, spoken: Spoken, path: str, cfg: Config) -> None:
+    def __init__(self, spoken: Spoken, path: str, cfg: Config, vocabulary: Vocabulary) -> None:
         source = AudioSource(path, spoken.utterances, cfg)
-        self.texts = [normalise(text) for text in spoken.texts]
+        self.texts = [vocabulary.spell(text) for text in spoken.texts]
         self.loader = Loader(source, cfg.data, torch.device("cpu"), spoken.report)
 
     def __len__(self) -> int:

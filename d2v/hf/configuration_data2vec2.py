@@ -54,7 +54,7 @@ class Data2Vec2Config(PretrainedConfig):
         self.alibi = alibi
         self.vocab_size = vocab_size
         self.max_positions = max_positions
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(pad_token_id=pad_token_id, **{"tie_word_embeddings": False, **kwargs})
 
     @property
     def strides(self):

@@ -10,15 +10,12 @@ the model's own config too, so that `d2v.load` opens the folder again.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 
 from ..config import ModelConfig, to_dict
@@ -27,13 +24,14 @@ from ..finetune.model import FineTuned
 from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..model import Pretraining
 from ..normalisation import IMAGENET, PREPROCESSOR, Normalisation
+from .preprocessors import copy_code, write_json, write_speech, write_tokenizer
 
 if TYPE_CHECKING:
     from ..extract import Weights
 
 CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
 PICTURES = ("image_processing_data2vec2.py", "../data/eval_picture.py")
-"""code of a folder, from beside this file; where it imports from `d2v.data` it does so from the folder"""
+"""code of a folder, from beside this file"""
 PRETRAINING = "pretraining.safetensors"
 HEADS = {
     ("classify", "image"): "ImageClassification",
@@ -89,25 +87,16 @@ def write_folder(
             values |= _labels(model.head_cfg.outputs, labels, model.head_cfg.regression)
         values["auto_map"][f"AutoModelFor{head}"] = f"modeling_data2vec2.Data2Vec2{name}"
     values["architectures"] = [f"Data2Vec2{name}"]
-    _write(folder / "config.json", values)
-    _copy_code(CODE, folder)
+    write_json(folder / "config.json", values)
+    copy_code(CODE, folder)
     if isinstance(cfg.front, ImageFront):
-        _copy_code(PICTURES, folder)
-        _write(folder / PREPROCESSOR, _pictures(cfg.front, normalisation))
+        copy_code(PICTURES, folder)
+        write_json(folder / PREPROCESSOR, _pictures(cfg.front, normalisation))
     elif isinstance(cfg.front, (WaveformFront, LogMelFront)):
-        _write(folder / PREPROCESSOR, _waves(cfg.front))
-        if isinstance(model, FineTuned) and model.head_cfg.task == "ctc" and labels:
-            _write(folder / "vocab.json", {letter: number for number, letter in enumerate(labels)})
-            _write(folder / "tokenizer_config.json", _letters())
+        spoken = isinstance(model, FineTuned) and model.head_cfg.task == "ctc"
+        write_speech(cfg.front, labels if spoken else None, folder)
     elif tokenizer is not None:
-        _tokens(tokenizer, folder, cfg.front)
-
-
-def _copy_code(files: tuple[str, ...], folder: Path) -> None:
-    for file in files:
-        source = Path(__file__).parent / file
-        code = source.read_text(encoding="utf-8").replace("from ..data.", "from .")
-        (folder / source.name).write_text(code, encoding="utf-8")
+        write_tokenizer(tokenizer, folder, cfg.front)
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -221,57 +210,3 @@ def _pictures(front: ImageFront, normalisation: Normalisation | None) -> dict[st
         "image_mean": list(known.mean),
         "image_std": list(known.std),
     }
-
-
-def _waves(front: WaveformFront | LogMelFront) -> dict[str, Any]:
-    return {
-        "feature_extractor_type": "Wav2Vec2FeatureExtractor",
-        "feature_size": 1,
-        "sampling_rate": front.sample_rate,
-        "padding_value": 0.0,
-        "padding_side": "right",
-        "do_normalize": True,
-        "return_attention_mask": True,
-    }
-
-
-def _letters() -> dict[str, Any]:
-    """CTC's blank is what transformers calls the padding token."""
-    return {
-        "tokenizer_class": "Wav2Vec2CTCTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<s>",
-        "word_delimiter_token": "|",
-        "do_lower_case": False,
-    }
-
-
-def _tokens(tokenizer: Path, folder: Path, front: TextFront) -> None:
-    """The tokenizer, with <s> text </s> and <s> a </s> </s> b </s> put together as in training."""
-    loaded = Tokenizer.from_file(str(tokenizer))
-    ids = {token: loaded.token_to_id(token) for token in ("<s>", "</s>")}
-    if None not in ids.values():
-        loaded.post_processor = TemplateProcessing(
-            single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=list(ids.items())
-        )
-    loaded.save(str(folder / "tokenizer.json"))
-    _write(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "cls_token": "<s>",
-            "sep_token": "</s>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
-            "model_max_length": front.max_positions,
-            "model_input_names": ["input_ids", "attention_mask"],
-        },
-    )
-
-
-def _write(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -206,6 +206,26 @@ def test_vocabulary(tmp_path: Path) -> None:
         Vocabulary.read(tmp_path / "bad.json")
 
 
+@pytest.mark.parametrize(
+    ("letters", "text", "spelled"),
+    [
+        ("|helo", "Hello, HELLO", "hello hello"),
+        ("|HELO", "Hello, hello", "HELLO HELLO"),
+        ("|HhELelo", "Hello HELLO", "Hello HELLo"),
+        ("|ßSTRAßE", "straße STRASSE", "STRAßE STRASSE"),
+        ("|STRAE", "straße", "STRASSE"),
+        ("|εγώ'", "ΕΓΏ", "εγώ"),
+    ],
+)
+def test_texts_take_the_case_of_the_vocabulary(letters: str, text: str, spelled: str) -> None:
+    vocabulary = Vocabulary((*["<s>", "<pad>", "</s>", "<unk>"], *dict.fromkeys(letters)))
+    ids = vocabulary.encode(text).tolist()
+    assert vocabulary.spell(text) == vocabulary.decode(ids) == spelled
+    assert vocabulary.letters.index("<unk>") not in ids
+    assert vocabulary.encode("zx y").tolist() == [3, 3, 4, 3, 4]
+    assert vocabulary.spell("z\u2019s </s>") == vocabulary.spell("Z'S  S")
+
+
 @pytest.mark.parametrize(("prob", "length"), [(0.65, 10), (0.2, 5), (0.1, 64)])
 def test_span_masks_are_fairseqs(prob: float, length: int) -> None:
     """compute_mask_indices: spans of a length, their starts distinct, equally many places in every row."""

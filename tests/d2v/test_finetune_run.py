@@ -103,6 +103,18 @@ def config(encoder: Path, modality: str, **train: Any) -> FineTuneConfig:
     return with_drops(cfg)
 
 
+@pytest.mark.parametrize("letters", ["|ab", "|AB"])
+def test_transcripts_and_scores_take_the_case_of_the_vocabulary(
+    letters: str, encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "dict.txt").write_text("".join(f"{letter} 1\n" for letter in letters))
+    cfg = dataclasses.replace(config(encoders["audio"], "audio"), vocabulary=str(tmp_path / "dict.txt"))
+    found = open_tune_data(data["audio"], cfg, device=torch.device("cpu"), encoder_dir=None, run_dir=tmp_path)
+    assert set(np.concatenate(found.labels(torch.arange(24)))) == {4, 5, 6}
+    texts = [text for _, _, some in found.parts["dev"].batches(4) for text in some]
+    assert set("".join(texts)) == set(letters[1:])
+
+
 @pytest.mark.parametrize("modality", RECIPES)
 def test_a_loss_waits_for_no_device(
     modality: str,

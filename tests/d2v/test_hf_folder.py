@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from d2v.config import Config, ImageFront
+from d2v.data import open_data
 from d2v.data.image import ImageSource
 from d2v.data.image_store import ArrayStore, FolderStore
+from d2v.finetune.config import HeadConfig
+from d2v.finetune.decode import BLANK, greedy
+from d2v.finetune.letters import SPECIALS
+from d2v.finetune.model import FineTuned
+from d2v.finetune.transcripts import Vocabulary
 from d2v.hf.export import write_folder
 from d2v.normalisation import Normalisation
 from tests.d2v.tiny_models import make_model
@@ -133,3 +142,98 @@ def test_pictures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for picture, message in wrong:
         with pytest.raises(ValueError, match=message):
             grey([picture])
+
+
+def spoken_folder(letters: str | None, folder: Path) -> tuple[Path, Vocabulary]:
+    """A folder of CTC, or of an encoder alone."""
+    folder.mkdir()
+    vocabulary = Vocabulary((*SPECIALS, *(letters or "")))
+    if letters is None:
+        write_folder(make_model("audio"), folder)
+    else:
+        head = HeadConfig(task="ctc", outputs=len(vocabulary.letters))
+        write_folder(FineTuned(tiny("audio").model, head), folder, labels=list(vocabulary.letters))
+    return folder, vocabulary
+
+
+def test_waves_are_read_as_in_evaluation(tmp_path: Path) -> None:
+    """Quiet ones too, whose variance is not far above what is added to it."""
+    (tmp_path / "data").mkdir()
+    waves = []
+    for number, loudness in enumerate((0.3, 0.01, 0.003, 0.0)):
+        wave = loudness * np.random.default_rng(number).standard_normal(9_000 + 2_000 * number) + 0.01
+        soundfile.write(tmp_path / "data" / f"{number}.wav", wave.astype(np.float32), 16_000, subtype="FLOAT")
+        waves.append(wave.astype(np.float32))
+    ((_, batch),) = open_data(str(tmp_path / "data"), tiny("audio"), purpose="eval").in_order(4)
+    assert batch.padding_mask is not None
+    for letters in (None, "|AB"):
+        folder, _ = spoken_folder(letters, tmp_path / f"hf-{letters}")
+        extractor = transformers.AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
+        made = extractor(waves, sampling_rate=16_000, padding=True, return_tensors="pt")
+        assert torch.equal(made["input_values"], batch.source)
+        assert torch.equal(made["attention_mask"] == 0, batch.padding_mask)
+        alone = extractor(waves[2], sampling_rate=16_000)["input_values"][0]
+        assert np.array_equal(alone, batch.source[2, : len(waves[2])].numpy())
+
+
+TEXTS = ["hello", "Hello, World!", "HELLO", "a </s> <s> <unk> b|", "it\u2019s  me", "", "w\u00f6rld 1"]
+
+
+@pytest.mark.parametrize("letters", ["|helowrdab'", "|HELOWRDAB'", "|HhelowrdABab"])
+def test_letters_are_ours(letters: str, tmp_path: Path) -> None:
+    folder, vocabulary = spoken_folder(letters, tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert isinstance(processor, transformers.Wav2Vec2Processor)
+    assert isinstance(processor.feature_extractor, transformers.Wav2Vec2FeatureExtractor)
+    processor.save_pretrained(tmp_path / "again")
+    again = transformers.AutoProcessor.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    for tokenizer in (processor.tokenizer, again.tokenizer):
+        for text in TEXTS:
+            ids = tokenizer(text)["input_ids"]
+            assert ids == vocabulary.encode(text).tolist()
+            assert tokenizer.decode(ids, group_tokens=False) == vocabulary.decode(ids)
+        logits = torch.randn(20, 30, len(vocabulary.letters))
+        wanted = [vocabulary.decode(ids) for ids in greedy(logits, None)]
+        assert tokenizer.batch_decode(logits.argmax(-1)) == wanted
+        assert tokenizer.batch_decode(logits.argmax(-1), skip_special_tokens=True) == wanted
+    both = processor(audio=np.ones(400), sampling_rate=16_000, text="hello", return_tensors="pt")
+    assert both["labels"].tolist() == [vocabulary.encode("hello").tolist()]
+
+
+def test_without_the_code_transformers_own_classes_decode(tmp_path: Path) -> None:
+    folder, vocabulary = spoken_folder("|ab", tmp_path / "hf")
+    tokenizer = transformers.Wav2Vec2CTCTokenizer.from_pretrained(folder)
+    assert tokenizer("a ab")["input_ids"] == vocabulary.encode("a ab").tolist()[:-1]
+    assert tokenizer.decode([5, 5, 0, 5, 4, 6, 0, 0]) == "aa b"
+    stock = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+    assert type(stock) is transformers.Wav2Vec2Processor
+
+
+def test_beam_decoders_take_the_blank_for_one(tmp_path: Path) -> None:
+    """pyctcdecode looks for a label like <pad> or [PAD], at any number, and takes | for a space."""
+    folder, vocabulary = spoken_folder("|ab", tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    numbers = processor.tokenizer.get_vocab()
+    assert sorted(numbers.values()) == list(range(len(vocabulary.letters)))
+    labels = sorted(numbers, key=numbers.__getitem__)
+    assert [number for number, label in enumerate(labels) if re.match(r"^[<\[]pad[>\]]$", label)] == [BLANK]
+    assert labels[2:] == list(vocabulary.letters[2:]) and "" not in labels and " " not in labels
+    assert processor.tokenizer.pad_token_id == BLANK == 0
+
+
+def test_beam_decoders_give_our_text(tmp_path: Path) -> None:
+    pyctcdecode = pytest.importorskip("pyctcdecode")
+    folder, vocabulary = spoken_folder("|ab", tmp_path / "hf")
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    labels = ["<pad>", "<s>", *vocabulary.letters[2:]]
+    decoder = pyctcdecode.build_ctcdecoder(labels)
+    with_lm = transformers.Wav2Vec2ProcessorWithLM(processor.feature_extractor, processor.tokenizer, decoder)
+    path = torch.tensor([5, 0, 5, 5, 4, 0, 6, 6, 0])
+    logits = 10.0 * F.one_hot(path, len(labels))
+    assert with_lm.decode(logits.numpy()).text == processor.tokenizer.decode(path) == "aa b"
+
+
+def test_vocabularies_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    model = FineTuned(tiny("audio").model, HeadConfig(task="ctc", outputs=4))
+    with pytest.raises(ValueError, match="a CTC vocabulary begins with <s>, <pad>, </s>, <unk>, got"):
+        write_folder(model, tmp_path, labels=["<pad>", "<s>", "</s>", "<unk>"])

@@ -137,9 +137,10 @@ def test_utterances_do_not_see_each_other(arpa: Path) -> None:
     ]
 
 
-def test_words_are_looked_up_in_the_case_of_the_model(arpa: Path) -> None:
-    arpa.write_text(re.sub(r"\bab\b", "the", arpa.read_text()))
-    words = LanguageModel(arpa, ("<s>", "|", "T", "H", "E"), 1.0, 0.0)
+@pytest.mark.parametrize(("known", "spelled"), [("the", "THE"), ("THE", "the"), ("the", "the")])
+def test_words_are_looked_up_in_the_case_of_the_model(arpa: Path, known: str, spelled: str) -> None:
+    arpa.write_text(re.sub(r"\bab\b", known, arpa.read_text()))
+    words = LanguageModel(arpa, ("<s>", "|", *spelled), 1.0, 0.0)
     words.begin()
     assert words.score((2, 3, 4, 1)) == pytest.approx(-0.2 * math.log(10))
     assert words.score((2, 3, 4)) == 0.0
