@@ -109,6 +109,11 @@ class StepGraphs:
         recorded.replay()
         return recorded.outcome
 
+    def forget(self) -> None:
+        """Drop all graphs: the tensors that they were recorded with are no longer the trainer's."""
+        self._graphs.clear()
+        self._seen.clear()
+
     def _record(self, batches: list[Batch]) -> _Recorded:
         ours = [batch.clone() for batch in batches]
         epochs = [torch.zeros((), dtype=torch.int64, device=self.trainer.device) for _ in batches]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d2vkern import AdamWEMA
 
 from . import rng
-from .checkpoint import Checkpoint, fill_model
+from .checkpoint import Checkpoint, CheckpointError, fill_model
 from .optim import clip_factor, set_learning_rate
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +29,11 @@ class Learner(Generic[Model]):
         self.parameters = list(self._named.values())
         self.bad = torch.zeros(2, dtype=torch.int64, device=device)
         """bad steps so far, and bad steps in a row now"""
+
+    @staticmethod
+    def decides_on(device: torch.device) -> bool:
+        """Whether decisions are taken on the device unless told: except on a CPU, where reading is free."""
+        return device.type != "cpu"
 
     def update(
         self,
@@ -65,10 +70,27 @@ class Learner(Generic[Model]):
         }
 
     def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint: weights (a teacher's too), optimizer and random states."""
+        """Continue from a checkpoint: weights (a teacher's too), optimizer and random states.
+
+        It may have been saved on another kind of device. CheckpointError for what does not fit the model.
+        """
+        if unknown := checkpoint.optimizer.keys() - self._named.keys():
+            raise CheckpointError(
+                f"{checkpoint.path}: optimizer state of {min(unknown)}, which is not trained"
+            )
         fill_model(self.model, checkpoint.model, checkpoint.path)
+        groups = self.optimizer.state_dict()["param_groups"]
+        numbers = {
+            p: number
+            for group, described in zip(self.optimizer.param_groups, groups, strict=True)
+            for p, number in zip(group["params"], described["params"], strict=True)
+        }
+        state = {}
         for name, fields in checkpoint.optimizer.items():
-            p = self._named[name]
-            # a step count lives where the optimizer keeps it, the moments beside their parameter
-            self.optimizer.state[p] = {k: v if v.ndim == 0 else v.to(p.device) for k, v in fields.items()}
+            p = self._named[name]  # beside which moments lie; where the count does the optimizer knows
+            state[numbers[p]] = {
+                key: value if value.ndim == 0 else value.to(p.device, copy=True)
+                for key, value in fields.items()
+            }
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         rng.restore(checkpoint.rng, self.device)

@@ -18,6 +18,7 @@ from d2vkern._nvtx import phase
 
 from . import rng
 from .backends import use_backends
+from .checkpoint import Checkpoint
 from .config import Config
 from .data import Batch
 from .graph import CudaCapture, StepGraphs
@@ -49,8 +50,7 @@ class Outcome:
 class Trainer(Learner[Pretraining]):
     """Model, optimizer and the global step; knows nothing of files, signals or terminals.
 
-    capturable: take decisions on the device, reading nothing there; None: except on a CPU, where reading is
-        free.
+    capturable: take decisions on the device, reading nothing there; None: see `decides_on`.
     Seeds the global random generators with `train.seed`. ValueError for train.cuda_graph without a GPU and
     for backends that are not known.
     """
@@ -62,7 +62,7 @@ class Trainer(Learner[Pretraining]):
             pass  # names are checked before anything is made
         self.cfg = cfg
         if capturable is None:
-            capturable = device.type != "cpu"
+            capturable = self.decides_on(device)
         rng.seed_all(cfg.train.seed)
         model = build_model(cfg.model).to(device)
         model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
@@ -85,6 +85,12 @@ class Trainer(Learner[Pretraining]):
             lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
             decay = teacher_decay(self.cfg.ema, number)
             return self.work(batches, [batch.epoch for batch in batches], lr, decay)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """See `Learner.load`; graphs are recorded anew, as the optimizer's state lies elsewhere."""
+        super().load(checkpoint)
+        if self.graphs is not None:
+            self.graphs.forget()
 
     def work(
         self,

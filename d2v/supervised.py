@@ -64,8 +64,9 @@ class SupervisedTrainer:
             if not name.startswith(trained) or ".decoder." in name:
                 p.requires_grad_(False)
         module.train()
-        optimizer = build_optimizer(module, cfg, capturable=device.type != "cpu")
-        self.learner = Learner(module, optimizer, device, capturable=device.type != "cpu")
+        capturable = Learner.decides_on(device)
+        optimizer = build_optimizer(module, cfg, capturable=capturable)
+        self.learner = Learner(module, optimizer, device, capturable=capturable)
         self.size = cfg.data.batch
         if cfg.model.modality == "audio":
             self.size = max(1, round(cfg.data.batch / cfg.data.max_seconds))

@@ -74,7 +74,7 @@ class Tuner(Learner[FineTuned]):
         if cfg.train.freeze_front:
             model.freeze_front()
         model.train()
-        capturable = device.type != "cpu"
+        capturable = self.decides_on(device)
         optimizer = AdamWEMA(
             list(param_groups(model, cfg)),
             lr=cfg.optim.lr,

@@ -7,7 +7,8 @@ can.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from d2vkern.ops.ema import check_lists, ema_update_
 from d2vkern.reference.adamw_ema import decay_unless
 
 _MASTER_DTYPES = (torch.float32, torch.float64)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", *_MOMENTS)
 _Attached = Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
 _T = TypeVar("_T")
 
@@ -47,18 +50,28 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     return select("adamw_ema", backend, *grads).grad_norm(grads)
 
 
-class _History(NamedTuple):
-    """Parameters of one history have one step count, which a capturable optimizer may not read.
+@dataclass(slots=True)
+class _History:
+    """What is known of a step count without reading it, which a capturable optimizer may not.
 
-    It changes only when a gradient is missing, so that compiled steps need not be compiled anew.
+    Parameters that agree in all but `step` and `version` have the same count. Those change only when a
+    gradient is missing or somebody changes the state, so that compiled steps need not be compiled anew.
     """
 
-    loaded: float
-    """step count in the loaded state"""
+    step: Tensor
+    """the count in the optimizer's state"""
+    version: int
+    """of its memory, as our last step left it"""
+    first: float
+    """the count when it was last looked at"""
     begun: int
-    """states that there were before the call that made this one"""
+    """which look that was: counts that were not seen together are not compared"""
     missed: int = 0
     """steps since then without a gradient; steps that found inf are skipped by all"""
+
+    def stale(self) -> bool:
+        """Whether somebody else has written to the count since."""
+        return not torch.compiler.is_compiling() and self.step._version != self.version
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -78,7 +91,9 @@ class AdamWEMA(torch.optim.Optimizer):
         tensor.
 
     State dicts are torch.optim.AdamW's (step, exp_avg, exp_avg_sq) and go both ways; teachers are not part of
-    them. amsgrad, maximize and sparse gradients are refused. Parameters may be DTensors (FSDP2), each process
+    them, and `capturable` stays what it is here. State may also be put into `state[p]` by hand: before a step
+    uses it, it gets the dtypes, devices and strides that steps need, bf16 and fp16 parameters a master.
+    amsgrad, maximize and sparse gradients are refused. Parameters may be DTensors (FSDP2), each process
     works on its shards; their gradients, teachers and copies must be distributed like them.
     """
 
@@ -112,6 +127,7 @@ class AdamWEMA(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.backend = backend
         self._histories: dict[Tensor, _History] = {}
+        self._looks = 0
         self._teachers = self._by_param("teacher", teacher)
         self._copies = self._by_param("copies", copies)
         self._teacher_copies = self._by_param("teacher_copies", teacher_copies)
@@ -147,10 +163,23 @@ class AdamWEMA(torch.optim.Optimizer):
         check_range("adamw_ema", "weight_decay", group["weight_decay"], minimum=0.0)
         check_choice("adamw_ema", "eps_mode", group["eps_mode"], ("torch", "fairseq"))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """torch's, and what is attached: a copied or unpickled optimizer goes on as this one does."""
+        attached = ("backend", "_masters", "_teachers", "_copies", "_teacher_copies")
+        return super().__getstate__() | {name: getattr(self, name) for name in attached}
+
+    @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also takes the groups and steps of a torch.optim.AdamW state dict."""
+        # of an optimizer that is there it changes groups and states
+        for group, loaded in zip(self.__dict__.get("param_groups", ()), state["param_groups"], strict=False):
+            loaded["capturable"] = group["capturable"]
+            if isinstance(group["lr"], Tensor):  # which a CUDA graph may read
+                loaded["lr"] = group["lr"].copy_(torch.as_tensor(loaded["lr"]))
+            elif isinstance(loaded["lr"], Tensor) and not group["capturable"]:
+                loaded["lr"] = float(loaded["lr"])
         super().__setstate__(state)
-        self._histories = {}
+        self._histories, self._looks = {}, 1
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -158,11 +187,8 @@ class AdamWEMA(torch.optim.Optimizer):
             group.setdefault("eps_mode", self.defaults["eps_mode"])
             group.setdefault("capturable", self.defaults["capturable"])
             for p in group["params"]:
-                if p in self.state:
-                    device = p.device if group["capturable"] else torch.device("cpu")
-                    step = torch.as_tensor(self.state[p]["step"], dtype=torch.float32)
-                    self._histories[p] = _History(float(step), 0)
-                    self.state[p]["step"] = step.to(device)
+                if self.state.get(p):
+                    self._begin(p, group["capturable"], self._looks)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but moments and masters of bf16 and fp16 parameters stay fp32.
@@ -172,14 +198,49 @@ class AdamWEMA(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
-                if p.dtype in _MASTER_DTYPES or key not in state_dict["state"]:
+                if p.dtype in _MASTER_DTYPES or not state_dict["state"].get(key):
                     continue
                 given, state = state_dict["state"][key], self.state[p]
                 for name in ("exp_avg", "exp_avg_sq", "master"):
                     # torch has cast them to the parameter's dtype
-                    state[name] = (
-                        given.get(name, p).detach().to(device=p.device, dtype=torch.float32, copy=True)
-                    )
+                    state[name] = torch.empty_like(p, dtype=torch.float32).copy_(given.get(name, p).detach())
+
+    def _begin(self, p: Tensor, capturable: bool, look: int) -> _History:
+        """Make a parameter's state, or bring what somebody put there to where and how steps need it.
+
+        look: number of the look at step counts that this is part of.
+        """
+        state, wide = self.state[p], p.dtype if p.dtype in _MASTER_DTYPES else torch.float32
+        given = [name for name in _STATE if name in state]
+        if given and len(given) < len(_STATE):
+            raise ValueError(
+                f"adamw_ema: the state of a parameter must have {', '.join(_STATE)}, got {', '.join(given)}"
+            )
+        device = p.device if capturable else torch.device("cpu")
+        first = 0.0
+        if not given:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for name in _MOMENTS:
+                state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+        else:
+            for name in _MOMENTS:
+                state[name] = _beside(p, name, state[name], wide)
+            count = torch.as_tensor(state["step"])
+            if count.numel() != 1:
+                check_shape("adamw_ema", "the state's step", count, ())
+            if _is_hidden(count):
+                self._looks = look = self._looks + 1
+            else:
+                first = float(count)
+                check_range("adamw_ema", "the state's step", first, minimum=0.0)
+            known = self._histories.get(p)
+            if known is None or known.step is not count:  # else written to in place, as graphs know it
+                state["step"] = count.detach().reshape(()).to(device, torch.float32, copy=True)
+        if wide != p.dtype:
+            state["master"] = _beside(p, "master", state.get("master", p.detach()), wide)
+        version = 0 if torch.compiler.is_compiling() else state["step"]._version
+        self._histories[p] = history = _History(state["step"], version, first, look)
+        return history
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -262,32 +323,36 @@ class AdamWEMA(torch.optim.Optimizer):
     ) -> list[tuple[float | list[Tensor], list[Tensor]]]:
         """(steps, parameters) of each call: parameters with a gradient, of one step, dtype and device."""
         buckets: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        begun, counts = len(self._histories), []
+        counts: list[Tensor] = []
+        histories: list[_History] = []
+        capturable, look = group["capturable"], None
         for p in group["params"]:
+            history = self._histories.get(p)
             if p.grad is None:
-                if p in self._histories:
-                    self._histories[p] = self._histories[p]._replace(missed=self._histories[p].missed + 1)
+                if history is not None:
+                    history.missed += 1
                 continue
             if p.grad.is_sparse:
                 raise ValueError("adamw_ema: gradients must be dense, got a sparse one")
             state = self.state[p]
-            if not state:
-                device = p.device if group["capturable"] else torch.device("cpu")
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                self._histories[p] = _History(0.0, begun)
-                wide = p.dtype if p.dtype in _MASTER_DTYPES else torch.float32
-                for name in ("exp_avg", "exp_avg_sq"):
-                    state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-                if wide != p.dtype:
-                    state["master"] = p.detach().to(wide)
-            counts.append(state["step"])
-            step: float | _History = self._histories[p] if group["capturable"] else float(state["step"]) + 1
-            buckets[step, p.dtype, p.device].append(p)
+            if history is None or history.step is not state.get("step") or (capturable and history.stale()):
+                if look is None:
+                    self._looks = look = self._looks + 1
+                history = self._begin(p, capturable, look)
+            counts.append(history.step)
+            histories.append(history)
+            if capturable:
+                buckets[history.first, history.begun, history.missed, p.dtype, p.device].append(p)
+            else:
+                buckets[float(history.step) + 1, p.dtype, p.device].append(p)
         if counts:
             taken = 1.0 if found_inf is None else [(found_inf == 0).float()] * len(counts)
             torch._foreach_add_(counts, taken)
+        if capturable and not torch.compiler.is_compiling():
+            for history in histories:
+                history.version = history.step._version
         return [
-            ([self.state[p]["step"] for p in params] if group["capturable"] else step, params)
+            ([self.state[p]["step"] for p in params] if capturable else step, params)
             for (step, *_), params in buckets.items()
         ]
 
@@ -318,3 +383,19 @@ class AdamWEMA(torch.optim.Optimizer):
                 f"adamw_ema: {name} must have {len(params)} entries like params, got {len(given)}"
             )
         return {p: tensor for p, tensor in zip(params, given, strict=True) if tensor is not None}
+
+
+def _beside(p: Tensor, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of a parameter's state in `dtype`, with its device and strides: itself where it is so."""
+    check_shape("adamw_ema", f"the state's {name}", value, tuple(p.shape), like="its parameter")
+    check_same_shards("adamw_ema", f"the state's {name}", value, "its parameter", p)
+    if (value.dtype, value.device, value.stride()) == (dtype, p.device, p.stride()):
+        return value
+    return torch.empty_like(p, dtype=dtype).copy_(value)
+
+
+def _is_hidden(count: Tensor) -> bool:
+    """Whether its value cannot be read now."""
+    if torch.compiler.is_compiling() or count.is_meta:
+        return True
+    return count.is_cuda and torch.cuda.is_current_stream_capturing()

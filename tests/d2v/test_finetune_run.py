@@ -215,9 +215,10 @@ def test_a_step_does_not_depend_on_the_micro_batch(
         assert (first["time_mask"].sum(1) == first["noise"].shape[1]).all()
 
 
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("modality", RECIPES)
 def test_resumed_runs_are_bitwise_the_unbroken_one(
-    modality: str, encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+    modality: str, capturable: bool, encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
 ) -> None:
     cfg = config(encoders[modality], modality)
 

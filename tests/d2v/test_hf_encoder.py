@@ -168,6 +168,7 @@ def said(folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")  # WavLM's own
+@pytest.mark.usefixtures("no_plots", "capturable")
 @pytest.mark.parametrize("name", ["wav2vec 2.0", "HuBERT", "WavLM"])
 def test_transcripts_are_learned_on_speech_models(name: str, tmp_path: Path) -> None:
     """The best score is found again by `d2v eval`, and a stopped run goes on bit for bit."""

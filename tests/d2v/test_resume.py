@@ -13,12 +13,18 @@ import safetensors.torch
 import torch
 
 from d2v import rng
-from d2v.checkpoint import latest_checkpoint, read_config, write_config
+from d2v.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, read_config, write_config
 from d2v.cli import main
+from d2v.data import Position, open_data
+from d2v.learner import Learner
 from d2v.progress import METRICS, TIMING, read_metrics, truncate_metrics
+from d2v.step import Trainer
 from d2v.train import run
 from tests.d2v.tiny_runs import make_data, tiny
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+CPU = torch.device("cpu")
 RANDOM = {"encoder_dropout": 0.1, "attention_dropout": 0.1, "post_mlp_dropout": 0.1, "layerdrop": 0.3}
 
 
@@ -56,7 +62,7 @@ def assert_same_run(a, b):
         ("text", 2, {}),
     ],
 )
-def test_resumed_runs_are_bitwise_the_unbroken_one(modality, workers, model, tmp_path):
+def test_resumed_runs_are_bitwise_the_unbroken_one(capturable, modality, workers, model, tmp_path):
     """Stopped twice: inside the first epoch and, where the data are few, after it."""
     data = make_data(modality, tmp_path / "data")
     cfg = tiny(modality, steps=9, model=model, data={"workers": workers}, train={"log_every": 2})
@@ -67,6 +73,54 @@ def test_resumed_runs_are_bitwise_the_unbroken_one(modality, workers, model, tmp
         assert (part.step, part.finished, part.exit_code) == (last, False, 0)
     assert run(cfg, data, tmp_path / "parts", resume=True).finished
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_goes_on_on_another_kind_of_device(capturable, tmp_path, images, monkeypatch):
+    """Saved on a GPU and continued on a CPU, or the other way round: the counts move, the sums round anew."""
+    cfg = tiny("image", steps=6, optim={"eps": 1e-4})  # the key bias has no gradient but rounding
+    run(cfg, images, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "decides_on", staticmethod(lambda device: not capturable))
+        run(cfg, images, tmp_path / "parts", stop=lambda step: step == 3)
+    assert run(cfg, images, tmp_path / "parts", resume=True).finished
+    whole, parts = (
+        {
+            f"{file}/{name}": tensor
+            for file in ("model", "optimizer")
+            for name, tensor in safetensors.torch.load_file(
+                latest_checkpoint(tmp_path / out) / f"{file}.safetensors"
+            ).items()
+        }
+        for out in ("whole", "parts")
+    )
+    assert {float(t) for name, t in parts.items() if name.endswith(".step")} == {6}
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_trainer_that_has_stepped_loads_a_checkpoint(capturable, tmp_path, images):
+    """Nothing of what it was before shows, and it says which state it has no parameter for."""
+    cfg = tiny("image", steps=8)
+    run(cfg, images, tmp_path / "r", stop=lambda step: step == 3)
+    checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "r"))
+    stream = open_data(images, cfg, device=CPU, run_dir=tmp_path / "r").micro_batches(Position(), 8)
+    batches = [next(stream) for _ in range(4)]
+    states = []
+    for before in (0, 2):
+        trainer = Trainer(cfg, CPU)
+        for number in range(before):
+            trainer.step(number + 1, batches[number])
+        trainer.load(checkpoint)
+        assert {float(trainer.optimizer.state[p]["step"]) for p in trainer.parameters} == {3}
+        for number in (4, 5):
+            trainer.step(number, batches[number - 2])
+        states.append(trainer)
+    fresh, used = states
+    for name, p in fresh.model.state_dict().items():
+        assert torch.equal(p, used.model.state_dict()[name]), name
+    stranger = dataclasses.replace(checkpoint, optimizer={"decoder.x": {}, **checkpoint.optimizer})
+    with pytest.raises(CheckpointError, match=r"optimizer state of decoder\.x, which is not trained"):
+        fresh.load(stranger)
 
 
 def test_dropout_really_draws(tmp_path, images):
@@ -87,7 +141,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, images):
     assert_same_run(tmp_path / "0", tmp_path / "2")
 
 
-def test_micro_batches_are_kept_over_a_resume(tmp_path, monkeypatch, images):
+def test_micro_batches_are_kept_over_a_resume(capturable, tmp_path, monkeypatch, images):
     """They follow the free memory, and another split of the batch would round differently."""
     cfg = tiny("image", steps=4, train={"precision": "bf16"})
     monkeypatch.setattr("d2v.train.micro_batch", lambda *_: 3)
@@ -98,7 +152,7 @@ def test_micro_batches_are_kept_over_a_resume(tmp_path, monkeypatch, images):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_what_was_logged_after_the_checkpoint_is_written_again(tmp_path, images):
+def test_what_was_logged_after_the_checkpoint_is_written_again(capturable, tmp_path, images):
     """A run killed between checkpoints left lines that the resumed one repeats."""
     cfg = tiny("image", steps=5, train={"save_every": 2})
     run(cfg, images, tmp_path / "r")
@@ -113,7 +167,7 @@ def test_what_was_logged_after_the_checkpoint_is_written_again(tmp_path, images)
     assert [(r["step"], r["loss"]) for r in resumed.metrics] == [(r["step"], r["loss"]) for r in whole]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, images):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(capturable, tmp_path, images):
     cfg = tiny("image", steps=2)
     run(cfg, images, tmp_path / "whole")
     (tmp_path / "killed").mkdir()
@@ -122,7 +176,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path, images)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_a_finished_run_stays_as_it_is(tmp_path, images):
+def test_a_finished_run_stays_as_it_is(capturable, tmp_path, images):
     cfg = tiny("image", steps=2)
     run(cfg, images, tmp_path / "r")
     before = (tmp_path / "r" / METRICS).read_bytes()
@@ -157,7 +211,7 @@ def test_changed_maths_are_refused_with_both_values(tmp_path, capsys, images):
     assert {p: p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()} == before
 
 
-def test_data_may_move_but_not_change(tmp_path):
+def test_data_may_move_but_not_change(capturable, tmp_path):
     make_data("text", tmp_path / "before")
     cfg = tiny("text", steps=4)
     run(cfg, make_data("text", tmp_path / "whole_data"), tmp_path / "whole")
@@ -175,7 +229,7 @@ def test_data_may_move_but_not_change(tmp_path):
     assert read_config(tmp_path / "parts")[1] == str(tmp_path / "after")
 
 
-def test_what_does_not_change_the_maths_may_change(tmp_path, images):
+def test_what_does_not_change_the_maths_may_change(capturable, tmp_path, images):
     cfg = tiny("image", steps=4)
     run(cfg, images, tmp_path / "whole")
     run(cfg, images, tmp_path / "parts", stop=lambda step: step == 2)
@@ -189,12 +243,21 @@ def test_what_does_not_change_the_maths_may_change(tmp_path, images):
     assert read_config(tmp_path / "parts")[0].train.save_every == 1
 
 
-def start(out, cfg, data, workers=0):
+PROGRAM = """
+import sys
+from d2v.cli import main
+from d2v.learner import Learner
+Learner.decides_on = staticmethod(lambda device: {capturable})
+sys.exit(main())
+"""
+
+
+def start(out, cfg, data, workers, capturable):
     """`d2v train --resume` of a run with nothing but its config, in a process group, at line 3 of its log."""
     out.mkdir()
     write_config(out, dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=workers)), data)
     process = subprocess.Popen(
-        [sys.executable, "-m", "d2v", "train", "--resume", str(out)],
+        [sys.executable, "-c", PROGRAM.format(capturable=capturable), "train", "--resume", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )  # fmt: skip
@@ -207,11 +270,15 @@ def start(out, cfg, data, workers=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGINT, 2)])
-def test_a_signal_saves_prints_the_resume_line_and_exits_0(number, workers, tmp_path, images):
+@pytest.mark.parametrize(
+    ("number", "workers", "capturable"),
+    [(signal.SIGTERM, 0, True), (signal.SIGINT, 2, False)],
+    indirect=["capturable"],
+)
+def test_a_signal_saves_prints_the_resume_line_and_exits_0(capturable, number, workers, tmp_path, images):
     """Ctrl-C reaches the whole process group, loader workers included."""
     cfg = tiny("image", steps=400, model=RANDOM)
-    process = start(tmp_path / "r", cfg, images, workers)
+    process = start(tmp_path / "r", cfg, images, workers, capturable)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "")

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2v import graph
+from d2v import graph, rng
+from d2v.checkpoint import load_checkpoint, save_checkpoint
 from d2v.cli import TrainOptions, _join_backends, _with_modes
 from d2v.config import Config, Objective, WaveformFront
 from d2v.data import Batch, Position, open_data
@@ -305,6 +306,34 @@ def test_replayed_steps_equal_plain_ones(modality: str) -> None:
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6, equal_nan=True)
     for name, value in expected.items():
         torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_replayed_steps_go_on_from_a_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a new trainer, and of one that has graphs of another state."""
+    monkeypatch.setattr(graph, "WARMUP", 1)
+    cfg = quiet(tiny("image", steps=12, optim={"eps": 1e-3}))
+    saver = Trainer(cfg, CPU, capturable=False)
+    for step in (1, 2, 3):
+        saver.step(step, [batch("image", step)])
+    folder = save_checkpoint(tmp_path, 3, saver.model, saver.optimizer_state(), {}, rng.capture(CPU), keep=1)
+    plain = Trainer(cfg, CPU, capturable=True)
+    plain.model.graph_safe = True
+    fresh, used = graphed(cfg), graphed(cfg)
+    for step in (1, 2, 3):
+        used[0].step(step, [batch("image", step + 5)])
+    assert used[1].replayed == 2
+    results = []
+    for trainer in (plain, fresh[0], used[0]):
+        trainer.load(load_checkpoint(folder))
+        for step in range(4, 8):
+            assert trainer.step(step, [batch("image", step)]).good
+        counts = {float(fields["step"]) for fields in trainer.optimizer.state.values()}
+        assert counts == {7}
+        results.append(trainer.model.state_dict())
+    assert (fresh[1].recorded, fresh[1].replayed) == (1, 3) and (used[1].recorded, used[1].replayed) == (2, 5)
+    for state in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_a_replay_draws_anew_and_follows_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
