@@ -2,7 +2,8 @@
 
 A sample is `<s> a </s>`, a pair `<s> a </s> </s> b </s>` (RoBERTa's, and the original's GLUE configs); for a
 model of transformers it is what its tokenizer says, BERT's `[CLS] a [SEP] b [SEP]`. It is cut to data.block
-tokens from the end of the longer text. Labels are class names, or numbers for regression.
+tokens from the end of the longer text, as the tokenizers library does (longest_first). Labels are class
+names, or numbers for regression.
 """
 
 from __future__ import annotations
@@ -203,8 +204,11 @@ def _join(texts: list[list[int]], block: int, specials: Specials) -> np.ndarray:
     if len(texts) == 1:
         return np.array([begin, *texts[0][: block - 2], end], dtype=np.int64)
     a, b = texts
-    while len(a) + len(b) > block - 2 - len(between):
-        (a if len(a) >= len(b) else b).pop()
+    room = block - 2 - len(between)
+    if len(a) + len(b) > room:
+        shorter = min(len(a), len(b), room // 2)
+        kept = shorter if len(a) <= len(b) else room - shorter
+        a, b = a[:kept], b[: room - kept]
     return np.array([begin, *a, *between, *b, end], dtype=np.int64)
 
 

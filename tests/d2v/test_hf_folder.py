@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +15,23 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer
 
-from d2v.config import Config, ImageFront
+from d2v.config import Config, ImageFront, TextFront
 from d2v.data import open_data
 from d2v.data.image import ImageSource
 from d2v.data.image_store import ArrayStore, FolderStore
+from d2v.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from d2v.finetune.config import HeadConfig
 from d2v.finetune.decode import BLANK, greedy
 from d2v.finetune.letters import SPECIALS
 from d2v.finetune.model import FineTuned
+from d2v.finetune.sentences import Sentence, Specials, encode
 from d2v.finetune.transcripts import Vocabulary
 from d2v.hf.export import write_folder
 from d2v.normalisation import Normalisation
 from tests.d2v.tiny_models import make_model
-from tests.d2v.tiny_runs import tiny
+from tests.d2v.tiny_runs import LINES, tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp())
@@ -237,3 +242,58 @@ def test_vocabularies_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     model = FineTuned(tiny("audio").model, HeadConfig(task="ctc", outputs=4))
     with pytest.raises(ValueError, match="a CTC vocabulary begins with <s>, <pad>, </s>, <unk>, got"):
         write_folder(model, tmp_path, labels=["<pad>", "<s>", "</s>", "<unk>"])
+
+
+def with_mask(tokenizer: Tokenizer) -> None:
+    tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+
+
+def cut_and_padded(tokenizer: Tokenizer) -> None:
+    tokenizer.enable_truncation(7)
+    tokenizer.enable_padding(length=9)
+
+
+def ordinary(tokenizer: Tokenizer) -> None:
+    """The file says that <s> and its like are no special tokens, and so are matched in texts."""
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = False
+    tokenizer.__setstate__(json.dumps(state).encode())
+
+
+SENTENCES = [
+    "the cat </s> sat",
+    "<s>the<pad> <unk>, <mask> mat",
+    " </s>",
+    "",
+    "  the  cat </s></s>",
+    "caf\u00e9 \u2603 it's .",
+]
+
+
+@pytest.mark.parametrize("changed", [lambda _: None, with_mask, cut_and_padded, ordinary])
+def test_tokens_are_ours(changed: Callable[[Tokenizer], None], tmp_path: Path) -> None:
+    """Special tokens in a sentence stay text; pairs are joined and cut alike."""
+    file, folder = tmp_path / "tokenizer.json", tmp_path / "hf"
+    made = train_tokenizer(iter(LINES), 300)
+    changed(made)
+    made.save(str(file))
+    folder.mkdir()
+    write_folder(make_model("text"), folder, tokenizer=file)
+    front = tiny("text").model.front
+    assert isinstance(front, TextFront)
+    loaded = check_tokenizer(load_tokenizer(file), "it", front)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    # an empty second text is none to transformers
+    texts = [(a, b) for a, b in zip(SENTENCES, SENTENCES[1:] + SENTENCES[:1], strict=True) if b]
+    for tokenizer in (theirs, again):
+        for block in (8, 11, 400):
+            singles = encode([Sentence((a,), "") for a in SENTENCES], loaded, block, Specials())
+            pairs = encode([Sentence(pair, "") for pair in texts], loaded, block, Specials())
+            given = {"truncation": block < 400, "max_length": block}
+            assert tokenizer(SENTENCES, **given)["input_ids"] == [ids.tolist() for ids in singles]
+            assert [tokenizer(*p, **given)["input_ids"] for p in texts] == [ids.tolist() for ids in pairs]
+        for sentence, ids in zip(SENTENCES, singles, strict=True):
+            assert tokenizer.decode(ids, skip_special_tokens=True) == sentence
