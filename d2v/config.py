@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from .fronts import FRONTS, Front, ImageFront, Modality, check, check_probability
 from .fronts import LogMelFront as LogMelFront
@@ -15,6 +15,7 @@ from .fronts import TextFront as TextFront
 from .fronts import WaveformFront as WaveformFront
 
 Objective = Literal["data2vec2", "data2vec1", "mae", "mlm"]
+WaveNorm = Literal["fairseq", "transformers", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +262,9 @@ class DataConfig:
     """audio: shorter utterances are skipped and counted"""
     pad: bool = False
     """audio: pad a batch to its longest utterance (with lengths) instead of cropping to its shortest"""
-    wave_norm: Literal["fairseq", "transformers", "none"] = "fairseq"
+    wave_norm: WaveNorm = "fairseq"
     """audio: every utterance gets zero mean and unit variance, with 1e-5 (fairseq) or 1e-7 (transformers)
-    added to its variance; none: waveforms stay as they are recorded"""
+    added to its variance; none: waveforms stay as they are recorded; fine-tuning takes over the encoder's"""
     bucket_seconds: float = 0.0
     """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
     any. Few shapes are what train.compile and train.cuda_graph need"""
@@ -277,7 +278,7 @@ class DataConfig:
         for name in ("batch", "prefetch", "block"):
             check(getattr(self, name) > 0, f"data.{name}", "positive", getattr(self, name))
         check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
-        norms = ("fairseq", "transformers", "none")
+        norms = get_args(WaveNorm)
         check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)
         check(self.workers >= 0, "data.workers", "at least 0", self.workers)
         low, high = self.crop_scale

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from .atomic import replacing
 from .checkpoint import CheckpointError, _flatten, check_fits, fill_model, find_run
-from .config import ModelConfig, from_dict, to_dict
-from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
+from .config import ModelConfig, WaveNorm, from_dict, to_dict
+from .fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import Pretraining, build_model
 from .model.encoder import Network
-from .normalisation import IMAGENET, KEY, Normalisation, recorded
+from .normalisation import IMAGENET, KEY, OURS, WAVES, Normalisation, recorded, recorded_waves
 from .original import translate
+from .pt_file import PtFile
 
 if TYPE_CHECKING:
     from .extract import Weights
@@ -53,7 +54,8 @@ def run_convert(
     """Write the model at `source` to `out`; see `d2v.load` for what source may be.
 
     safetensors: a folder with model.safetensors, config.json and, for text, the tokenizer.json that lies
-    beside the source; of a fine-tuned model with labels.json. original: a `.pt` file.
+    beside the source; of a fine-tuned model with labels.json. original: a `.pt` file, and beside it the
+    tokenizer.json that the source has.
     hf: a folder for transformers, see `d2v.hf.export`. step: of a run's checkpoint; none: the newest, or the
     best of a fine-tuned one. weights: whose encoder transformers reads of hf: the student's (none) or the
     teacher's. encoder_only: hf without what pretraining alone needs; d2v does not open it again.
@@ -72,18 +74,73 @@ def run_convert(
     model = load(source, step=step)
     if not isinstance(model, Pretraining) and not isinstance(model.backbone, Network):
         raise ValueError(f"convert: {source} has an encoder of transformers: only ours are converted")
-    home, normalisation = _home(source), recorded(source, model.cfg.front)
+    facts = Facts.of(source, model)
     if target == "original":
-        save_original(model, out, normalisation)
+        beside = _beside(facts.tokenizer, out.parent / TOKENIZER)
+        save_original(model, out, facts)
+        if beside is not None:
+            shutil.copyfile(beside, out.parent / TOKENIZER)
     elif target == "hf":
         with _making(out) as folder:
-            _write_hf(model, folder, home, normalisation, weights or "student", encoder_only)
+            _write_hf(model, folder, facts, weights or "student", encoder_only)
     else:
-        save_folder(model, out, home, normalisation)
+        save_folder(model, out, facts)
     print(f"{out}: {sum(t.numel() for t in model.state_dict().values()):,} values")
     if isinstance(model.cfg.front, ImageFront):
-        _say_normalisation(source, target, normalisation)
+        _say_normalisation(source, target, facts.normalisation)
     return out
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What belongs to a model beside its weights and its config."""
+
+    normalisation: Normalisation | None = None
+    waves: WaveNorm | None = None
+    tokenizer: Path | None = None
+    """of text: the file"""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """of a fine-tuned model: name of a file (labels, vocabulary) -> what stands in it"""
+
+    @classmethod
+    def of(cls, source: Path, model: Pretraining | FineTuned) -> Facts:
+        """Those of the model at `source`. Raises CheckpointError."""
+        front, home = model.cfg.front, _home(source)
+        texts: dict[str, str] = {}
+        if not isinstance(model, Pretraining):
+            files = [home / name for name in (LABELS, VOCABULARY) if (home / name).is_file()]
+            texts = {file.name: file.read_text(encoding="utf-8") for file in files}
+            texts |= {} if source.is_dir() else _texts_of_file(source)
+        tokenizer = home / TOKENIZER
+        return cls(
+            recorded(source, front),
+            recorded_waves(source, front),
+            tokenizer if isinstance(front, TextFront) and tokenizer.is_file() else None,
+            texts,
+        )
+
+
+def _texts_of_file(file: Path) -> dict[str, str]:
+    with PtFile(file) as held:
+        ours = held.root.get(OURS)
+    known = ours if isinstance(ours, dict) else {}
+    return {name: known[name] for name in (LABELS, VOCABULARY) if isinstance(known.get(name), str)}
+
+
+def _beside(tokenizer: Path | None, there: Path) -> Path | None:
+    """The tokenizer, where it is to be copied to lie beside a `.pt` file.
+
+    ValueError where another one lies there already.
+    """
+    if tokenizer is None or not there.exists():
+        return tokenizer
+    from .data.tokenizer import load_tokenizer
+
+    read = ("model", "normalizer", "pre_tokenizer")
+    one, other = (json.loads(load_tokenizer(path).to_str()) for path in (tokenizer, there))
+    if any(one[key] != other[key] for key in read):
+        raise ValueError(f"convert: {there} is another tokenizer than {tokenizer}: choose another folder")
+    return None
 
 
 def _say_normalisation(source: Path, target: Target, value: Normalisation | None) -> None:
@@ -100,31 +157,29 @@ def _home(source: Path) -> Path:
     return find_run(source if source.is_dir() else source.parent)[0]
 
 
-def save_folder(
-    model: Pretraining | FineTuned,
-    out: Path,
-    home: Path | None = None,
-    normalisation: Normalisation | None = None,
-) -> None:
-    """A folder that `d2v.load` opens, whole or not at all. home: folder of the tokenizer and the labels."""
+NOTHING = Facts()
+
+
+def save_folder(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTHING) -> None:
+    """A folder that `d2v.load` opens, whole or not at all."""
     with _making(out) as folder:
         safetensors.torch.save_file(for_file(model.state_dict()), folder / WEIGHTS)
         config: dict[str, Any] = {"format": FORMAT, "model": to_dict(model.cfg)}
-        if normalisation is not None:
-            config[KEY] = normalisation.record
-        names = [TOKENIZER] if isinstance(model.cfg.front, TextFront) else []
+        if facts.normalisation is not None:
+            config[KEY] = facts.normalisation.record
+        if facts.waves is not None:
+            config[WAVES] = facts.waves
         if not isinstance(model, Pretraining):
             config["head"] = to_dict(model.head_cfg)
-            names += [LABELS, VOCABULARY]
         (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        _take_along(names, home, folder)
+        if facts.tokenizer is not None:
+            shutil.copyfile(facts.tokenizer, folder / TOKENIZER)
+        _write_texts(facts, folder)
 
 
-def _take_along(names: list[str], home: Path | None, folder: Path) -> None:
-    """Copy those of the files that lie in `home`."""
-    for name in names:
-        if home is not None and (home / name).is_file():
-            shutil.copyfile(home / name, folder / name)
+def _write_texts(facts: Facts, folder: Path) -> None:
+    for name, text in facts.texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 @contextmanager
@@ -141,28 +196,23 @@ def _making(out: Path) -> Iterator[Path]:
 
 
 def _write_hf(
-    model: Pretraining | FineTuned,
-    folder: Path,
-    home: Path,
-    normalisation: Normalisation | None,
-    weights: Weights,
-    encoder_only: bool,
+    model: Pretraining | FineTuned, folder: Path, facts: Facts, weights: Weights, encoder_only: bool
 ) -> None:
-    """The folder's files, with what lies beside the source: tokenizer and labels."""
+    """The folder's files, with the labels as d2v reads them."""
     from .hf.export import write_folder
 
-    tokenizer, labels = home / TOKENIZER, home / LABELS
+    labels = facts.texts.get(LABELS)
     write_folder(
         model,
         folder,
         weights=weights,
         encoder_only=encoder_only,
-        normalisation=normalisation,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        labels=json.loads(labels.read_text(encoding="utf-8")) if labels.is_file() else None,
+        normalisation=facts.normalisation,
+        waves=facts.waves or "fairseq",
+        tokenizer=facts.tokenizer,
+        labels=None if labels is None else json.loads(labels),
     )
-    if not isinstance(model, Pretraining):
-        _take_along([LABELS, VOCABULARY], home, folder)
+    _write_texts(facts, folder)
 
 
 def is_folder(path: Path) -> bool:
@@ -254,9 +304,7 @@ TUNED = {
 """task and modality -> the original's model, prefix of the encoder's keys, where its config is"""
 
 
-def save_original(
-    model: Pretraining | FineTuned, out: Path, normalisation: Normalisation | None = None
-) -> None:
+def save_original(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTHING) -> None:
     """A `.pt` file as the original's trainer writes it: plain containers, the teacher under `_ema`.
 
     Of a fine-tuned model the encoder's config stands inside its own, as there, with what `d2v.load` reads of
@@ -264,14 +312,19 @@ def save_original(
     Raises ValueError naming what the original has no words for.
     """
     tensors = for_file(model.state_dict())
-    ours = {} if normalisation is None else {"d2v": {KEY: normalisation.record}}
+    known: dict[str, Any] = dict(facts.texts)
+    if facts.normalisation is not None:
+        known[KEY] = facts.normalisation.record
+    if facts.waves == "transformers":  # the original has one way to normalise
+        known[WAVES] = facts.waves
+    ours, task = {OURS: known} if known else {}, _task(model.cfg.front, facts.waves)
     if not isinstance(model, Pretraining):
         head = model.head_cfg
         if (head.task, model.modality) not in TUNED:
             raise ValueError(f"convert: the original has no {head.task} of {model.modality}")
         name, prefix, place = TUNED[head.task, model.modality]
         shapes = {key.removeprefix(prefix): tuple(t.shape) for key, t in tensors.items()}
-        tuned: dict[str, Any] = {"_name": name, place: {"model": original_config(model.cfg, shapes)}}
+        tuned: dict[str, Any] = {"_name": name, place: {"model": original_config(model.cfg, shapes), **task}}
         if head.task != "ctc":
             tuned["num_classes"] = head.outputs
         with replacing(out) as file:
@@ -280,9 +333,17 @@ def save_original(
     student = {name: t for name, t in tensors.items() if not name.startswith("_ema.")}
     teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
     tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})
-    state = {"args": None, "cfg": {"model": tree}, "model": {**student, "_ema": teacher}, **ours}
+    state = {"args": None, "cfg": {"model": tree, **task}, "model": {**student, "_ema": teacher}, **ours}
     with replacing(out) as file:
         torch.save(state, file)
+
+
+def _task(front: Front, waves: WaveNorm | None = None) -> dict[str, Any]:
+    """The original's `cfg.task`, of what says how speech is read."""
+    if not isinstance(front, WaveformFront):
+        return {}
+    read = {"sample_rate": front.sample_rate, "normalize": waves != "none"}
+    return {"task": {"_name": "audio_pretraining", **read}}
 
 
 def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -361,7 +422,7 @@ def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dic
         "ema_encoder_only": cfg.ema_encoder_only,
         "modalities": {cfg.modality: section},
     }
-    back = translate({"model": tree}, shapes, "convert", quiet=True)
+    back = translate({"model": tree, **_task(front)}, shapes, "convert", quiet=True)
     # what the original does not have: the rows a CLS loss is scaled to, and the deviation of initial weights
     wanted = _flatten(to_dict(replace(cfg, cls_rows=None, init_std=back.init_std)))
     found = _flatten(to_dict(back))

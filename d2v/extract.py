@@ -23,7 +23,7 @@ from .config import Config, DataConfig, TextFront
 from .convert import is_folder
 from .data import open_data
 from .model import Pretraining
-from .normalisation import normalised, recorded
+from .normalisation import as_recorded
 from .train import pick_device
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def open_encoder(path: str | Path) -> tuple[Encoder, Config, Path | None]:
 def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     """A model, its config and the folder of its tokenizer, from a run, a checkpoint folder or a `.pt` file.
 
-    Pictures are normalised as they were in training, where that is known. An original text model needs
-    `tokenizer.json` beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
+    Pictures and waves are normalised as they were in training, where that is known. An original text model
+    needs `tokenizer.json` beside its file. Raises CheckpointError, and ValueError for the missing tokenizer.
     """
     if str(path).startswith(PREFIX):
         raise ValueError(f"{path}: one of our models is needed, not one of transformers")
@@ -68,14 +68,13 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
     if path.is_dir() and not is_folder(path):
         run = find_run(path)[0]
         cfg, _ = read_config(run)
-        return model, normalised(cfg, recorded(run, cfg.model.front)), run
+        return model, as_recorded(cfg, run), run
     front, data, home = model.cfg.front, DataConfig(), path if path.is_dir() else path.parent
     if isinstance(front, TextFront):
         if not (home / "tokenizer.json").is_file():
             raise ValueError(f"{path}: tokenizer.json must lie beside a text model of the original")
         data = dataclasses.replace(data, block=min(data.block, front.max_positions))
-    cfg = Config(preset=path.stem, model=model.cfg, data=data)
-    return model, normalised(cfg, recorded(path, front)), home
+    return model, as_recorded(Config(preset=path.stem, model=model.cfg, data=data), path), home
 
 
 @torch.no_grad()

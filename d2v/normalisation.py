@@ -1,4 +1,4 @@
-"""How pictures were normalised: one value, made when a run begins and kept beside its weights ever after.
+"""How pictures and waveforms were normalised: made when a run begins and kept beside its weights ever after.
 
 A model sees (picture - mean) / std, channel by channel, bytes as 0..1; with other numbers it is another one.
 So pretraining measures once, on its training pictures (or takes what it is given, or ImageNet's), and all
@@ -10,6 +10,9 @@ evaluation on other data, and every conversion. It lies
 - in a folder for transformers: `preprocessor_config.json`, image_mean and image_std;
 - in a `.pt` file of ours: "d2v", which the original does not read: it normalises with ImageNet's. Of its own
   files, which hold none, that is the value.
+
+Of speech the same holds for `data.wave_norm` (and the sample rate, which is the front end's): among a run's
+settings, "wave_norm" of a folder's `config.json`, task.normalize of a `.pt` file.
 """
 
 from __future__ import annotations
@@ -20,11 +23,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from .checkpoint import SETTINGS, CheckpointError, find_run, read_settings
-from .config import DataConfig
-from .fronts import Front, ImageFront
+from .config import DataConfig, WaveNorm
+from .fronts import Front, ImageFront, LogMelFront, WaveformFront
+from .original import wave_norm
 from .pt_file import PtFile
 
 Origin = Literal["imagenet", "measured", "given", "encoder", "preprocessor"]
@@ -34,6 +38,9 @@ encoder that was fine-tuned; of a folder for transformers"""
 PREPROCESSOR = "preprocessor_config.json"
 KEY = "normalisation"
 """of the record, in our own files"""
+WAVES = "wave_norm"
+OURS = "d2v"
+"""what the original does not read of a `.pt` file"""
 C = TypeVar("C", bound=Any)
 
 
@@ -88,6 +95,16 @@ def normalised(cfg: C, value: Normalisation | None) -> C:
     return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, mean=value.mean, std=value.std))
 
 
+def as_recorded(cfg: C, path: Path) -> C:
+    """The config whose pictures and waveforms are read as those that the model at `path` was trained on."""
+    cfg, waves = normalised(cfg, recorded(path, cfg.model.front)), recorded_waves(path, cfg.model.front)
+    return (
+        cfg
+        if waves is None
+        else dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, wave_norm=waves))
+    )
+
+
 def recorded(path: Path, front: Front) -> Normalisation | None:
     """The record of a run (or a checkpoint folder), a converted folder or a `.pt` file; None without one.
 
@@ -97,9 +114,9 @@ def recorded(path: Path, front: Front) -> Normalisation | None:
         return None
     if not path.is_dir():
         with PtFile(path) as held:
-            ours = held.root.get("d2v") if isinstance(held.root, dict) else None
+            ours = held.root.get(OURS) if isinstance(held.root, dict) else None
         if isinstance(ours, dict) and KEY in ours:
-            return _parsed(ours[KEY], front, path, f"d2v.{KEY}")
+            return _parsed(ours[KEY], front, path, f"{OURS}.{KEY}")
         return IMAGENET if front.channels == len(IMAGENET.mean) else None
     path = find_run(path)[0]
     if (path / SETTINGS).is_file():
@@ -109,6 +126,32 @@ def recorded(path: Path, front: Front) -> Normalisation | None:
     file = path / "config.json"
     values = _json(file)
     return _parsed(values[KEY], front, file, KEY) if KEY in values else None
+
+
+def recorded_waves(path: Path, front: Front) -> WaveNorm | None:
+    """As `recorded`, how waveforms were normalised: fairseq's way if nothing is said; None without waves."""
+    if not isinstance(front, (WaveformFront, LogMelFront)):
+        return None
+    if not path.is_dir():
+        with PtFile(path) as held:
+            ours = held.root.get(OURS) if isinstance(held.root, dict) else None
+            if not isinstance(ours, dict) or WAVES not in ours:
+                return wave_norm(held.root, path)
+        file, values = path, ours
+    else:
+        path = find_run(path)[0]
+        if (path / SETTINGS).is_file():
+            file, values = path / SETTINGS, read_settings(path).get("data", {})
+        else:
+            file = path / "config.json"
+            values = _json(file)
+            values = values.get("d2v", values)
+    found = values.get(WAVES, "fairseq")
+    if found not in get_args(WaveNorm):
+        raise CheckpointError(
+            f"{file}: {WAVES} must be one of {', '.join(get_args(WaveNorm))}, got {found!r}"
+        )
+    return cast(WaveNorm, found)
 
 
 def _of_run(run: Path, front: ImageFront) -> Normalisation | None:

@@ -27,6 +27,7 @@ from .config import (
     TargetConfig,
     TextFront,
     WaveformFront,
+    WaveNorm,
 )
 from .original_config import KNOWN, MODALITIES, PRETRAINING, SWITCHES, Section, Tree, plain
 from .pt_file import LazyTensor, PtFile
@@ -36,9 +37,6 @@ _CONV_LAYERS = "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]"
 
 _FINE_TUNED = ("model.", "w2v_encoder.")
 """key prefixes of fine-tuned files"""
-
-_SPEECH = {"normalize": True, "sample_rate": 16_000}
-"""of the task: how waveforms are read here"""
 
 _WRITTEN = frozenset(("drop_path_rate", "checkpoint_activations"))
 """keys that the original's fine-tuning adds to the model's section"""
@@ -188,7 +186,7 @@ def _check(
         written = frozenset() if pretraining or part is not model else _WRITTEN
         part.ignore_unknown(written.union(*(KNOWN[name] for name in names)))
     if modality == "AUDIO":
-        Section(tree, ("task",), optional=True).require(_SPEECH)
+        _normalises(tree)
         if section.get("use_alibi_encoder", False):
             learned = {"learned_alibi_scale": True} if pretraining else {}
             heads = {"learned_alibi_scale_per_head": True, "num_alibi_heads": model.get("num_heads", 12)}
@@ -299,6 +297,7 @@ def _front(modality: str, model: Section, section: Section, shapes: Mapping[str,
             position_layers=section.get("conv_pos_depth", 5),
             alibi=section.get("use_alibi_encoder", False),
             extra_tokens=extra,
+            sample_rate=_task(model.tree).get("sample_rate", 16_000),
         )
     tables = [f"modality_encoders.TEXT.local_encoder.embed_{name}.weight" for name in ("tokens", "positions")]
     if any(len(shapes.get(table, ())) != 2 for table in tables):
@@ -310,6 +309,24 @@ def _front(modality: str, model: Section, section: Section, shapes: Mapping[str,
         dropout=section.get("dropout", 0.1),
         extra_tokens=extra,
     )
+
+
+def _task(tree: Tree) -> Section:
+    return Section(tree, ("task",), optional=True)
+
+
+def _normalises(tree: Tree) -> bool:
+    """Whether each waveform gets unit variance, as of all published models."""
+    return bool(_task(tree).get("normalize", True))
+
+
+def wave_norm(root: Mapping[str, Any], path: str | Path) -> WaveNorm:
+    """How the waveforms of a file's model were normalised. CheckpointError."""
+    values = config_tree(root, path)
+    encoders = [values["model"].get(place) for place in ("w2v_args", "pretrained_model_args")]
+    tuned = next((inner for inner in encoders if isinstance(inner, dict)), None)
+    tree = Tree(values, path) if tuned is None else Tree(tuned, path, values)
+    return "fairseq" if _normalises(tree) else "none"
 
 
 def _targets(model: Section, pretraining: bool) -> TargetConfig:

@@ -14,7 +14,7 @@ from ..checkpoint import (
     parse_settings,
     read_settings,
 )
-from ..normalisation import normalised, recorded
+from ..normalisation import as_recorded
 from .config import FineTuneConfig
 from .model import FineTuned, build_tuned
 from .original import load_original_tuned
@@ -42,7 +42,7 @@ def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, F
     cfg, data, _ = read_tuned_config(run)
     model = build_tuned(cfg)
     fill_model(model, load_checkpoint(folder).model, folder)
-    return model.eval(), normalised(cfg, recorded(run, cfg.model.front)), data
+    return model.eval(), as_recorded(cfg, run), data
 
 
 def load_tuned_file(path: str | Path) -> FineTuned:

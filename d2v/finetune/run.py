@@ -139,7 +139,7 @@ class _Run:
             if not isinstance(weights, Pretraining):  # whose dropouts are its own
                 drop = replace(cfg.drop, path=0.0)
                 cfg = replace(cfg, transformers=weights.architecture, drop=drop)
-            cfg = replace(cfg, data=replace(cfg.data, wave_norm=pretraining.data.wave_norm))
+            cfg = self._waves_of_encoder(cfg, pretraining.data, encoder)
             known = self._of_encoder(cfg, pretraining.data, encoder)
         else:
             known = recorded(out, cfg.model.front)
@@ -165,6 +165,18 @@ class _Run:
         self.saved = None if checkpoint is None else checkpoint.step
         self.scores: dict[str, float] = {}
         truncate_metrics(out, self.place.step)
+
+    def _waves_of_encoder(
+        self, cfg: FineTuneConfig, pretraining: DataConfig, encoder: str | Path
+    ) -> FineTuneConfig:
+        """With the encoder's data.wave_norm, unless another than the usual one is asked for."""
+        wanted, theirs = cfg.data.wave_norm, pretraining.wave_norm
+        if wanted in (theirs, DataConfig().wave_norm) or cfg.model.modality != "audio":
+            return replace(cfg, data=replace(cfg.data, wave_norm=theirs))
+        print(
+            f"waveforms are normalised as given, data.wave_norm {wanted}; {encoder} was trained with {theirs}"
+        )
+        return cfg
 
     def _of_encoder(
         self, cfg: FineTuneConfig, pretraining: DataConfig, encoder: str | Path

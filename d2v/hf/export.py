@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from ..config import ModelConfig, to_dict
+from ..config import ModelConfig, WaveNorm, to_dict
 from ..convert import WEIGHTS, for_file
 from ..finetune.model import FineTuned
 from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..model import Pretraining
-from ..normalisation import IMAGENET, PREPROCESSOR, Normalisation
+from ..normalisation import IMAGENET, PREPROCESSOR, WAVES, Normalisation
 from .preprocessors import copy_code, write_json, write_speech, write_tokenizer
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def write_folder(
     weights: Weights = "student",
     encoder_only: bool = False,
     normalisation: Normalisation | None = None,
+    waves: WaveNorm = "fairseq",
     tokenizer: Path | None = None,
     labels: list[str] | None = None,
 ) -> None:
@@ -63,8 +64,9 @@ def write_folder(
 
     weights: whose encoder transformers reads. encoder_only: leave out pretraining.safetensors, without which
     `d2v.load` does not open what was pretrained.
-    normalisation: of pictures; none: ImageNet's for three channels, 0.5 otherwise. tokenizer: of text.
-    labels: class names, or a CTC vocabulary. Raises ValueError for what a folder cannot hold.
+    normalisation: of pictures; none: ImageNet's for three channels, 0.5 otherwise. waves: data.wave_norm of
+    speech. tokenizer: of text. labels: class names, or a CTC vocabulary. Raises ValueError for what a folder
+    cannot hold.
     """
     cfg, values, name = model.cfg, _config(model.cfg), "Model"
     if not isinstance(model, FineTuned):
@@ -86,6 +88,8 @@ def write_folder(
         else:
             values |= _labels(model.head_cfg.outputs, labels, model.head_cfg.regression)
         values["auto_map"][f"AutoModelFor{head}"] = f"modeling_data2vec2.Data2Vec2{name}"
+    if cfg.modality == "audio":
+        values["d2v"][WAVES] = waves
     values["architectures"] = [f"Data2Vec2{name}"]
     write_json(folder / "config.json", values)
     copy_code(CODE, folder)
@@ -94,7 +98,7 @@ def write_folder(
         write_json(folder / PREPROCESSOR, _pictures(cfg.front, normalisation))
     elif isinstance(cfg.front, (WaveformFront, LogMelFront)):
         spoken = isinstance(model, FineTuned) and model.head_cfg.task == "ctc"
-        write_speech(cfg.front, labels if spoken else None, folder)
+        write_speech(cfg.front, labels if spoken else None, folder, waves)
     elif tokenizer is not None:
         write_tokenizer(tokenizer, folder, cfg.front)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenizers.processors import TemplateProcessing
 
+from ..config import WaveNorm
 from ..data.tokenizer import load_tokenizer
 from ..finetune.letters import SPECIALS, WORD
 from ..fronts import LogMelFront, TextFront, WaveformFront
@@ -32,13 +33,18 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_speech(front: WaveformFront | LogMelFront, letters: Sequence[str] | None, folder: Path) -> None:
+def write_speech(
+    front: WaveformFront | LogMelFront, letters: Sequence[str] | None, folder: Path, waves: WaveNorm
+) -> None:
     """The feature extractor, and with the letters of a CTC vocabulary its tokenizer and the two's processor.
 
     Who trusts the folder's code gets its classes; who does not, transformers' own, which scale quiet waves
-    otherwise and leave spelling to the caller. ValueError for letters that are no vocabulary of ours.
+    otherwise and leave spelling to the caller. waves: data.wave_norm. ValueError for letters that are no
+    vocabulary of ours.
     """
-    classes: dict[str, Any] = {"AutoFeatureExtractor": "processing_data2vec2.Wav2Vec2FeatureExtractor"}
+    classes: dict[str, Any] = {}
+    if waves == "fairseq":
+        classes["AutoFeatureExtractor"] = "processing_data2vec2.Wav2Vec2FeatureExtractor"
     values: dict[str, Any] = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "auto_map": classes,
@@ -46,7 +52,7 @@ def write_speech(front: WaveformFront | LogMelFront, letters: Sequence[str] | No
         "sampling_rate": front.sample_rate,
         "padding_value": 0.0,
         "padding_side": "right",
-        "do_normalize": True,
+        "do_normalize": waves != "none",
         "return_attention_mask": True,
     }
     if letters:

@@ -20,6 +20,7 @@ from d2v.checkpoint import CheckpointError
 from d2v.finetune.config import DropConfig, HeadConfig
 from d2v.finetune.model import FineTuned, tuned_model_config
 from d2v.model import Data2Vec
+from d2v.normalisation import recorded_waves
 from d2v.original import translate
 from d2v.original_config import KNOWN
 from tests.d2v.original_files import (
@@ -205,8 +206,8 @@ def test_what_has_no_effect_is_named(
         ("audio_base", AUDIO + "type", 2),
         ("audio_base", AUDIO + "decoder.add_positions_all", True),
         ("audio_base", AUDIO + "decoder", None),
-        ("audio_base", "task.normalize", False),
-        ("audio_base", "task.sample_rate", 8_000),
+        ("audio_base", "task.normalize", "often"),
+        ("audio_base", "task.sample_rate", "fast"),
         ("audio_base", "task.precompute_mask_config.mask_prob", 0.7),
         ("audio_base", "task.precompute_mask_config.non_overlapping", True),
         ("audio_base", "model.end_drop_path_rate", 0.1),
@@ -227,6 +228,21 @@ def test_what_changes_the_maths_is_refused(
 ) -> None:
     with pytest.raises(CheckpointError, match=re.escape(key)):
         translated(put(whole(published, name), key, value), name.split("_")[0])
+
+
+def test_speech_is_read_as_the_file_says(published: dict[str, Any], tmp_path: Path) -> None:
+    tree = put(put(whole(published, "audio_base"), "task.normalize", False), "task.sample_rate", 8_000)
+    front = translated(tree, "audio").front
+    assert front.sample_rate == 8_000
+    for inner, norm in (
+        (tree, "none"),
+        (whole(published, "audio_base"), "fairseq"),
+        ({"model": {}}, "fairseq"),
+    ):
+        tuned = {"model": {"w2v_args": inner}, "task": {"normalize": norm != "fairseq"}}
+        for cfg in (inner, tuned):
+            torch.save({"cfg": cfg, "model": {}}, tmp_path / "x.pt")
+            assert recorded_waves(tmp_path / "x.pt", front) == norm
 
 
 def test_the_prenets_dropout_of_text_without_one_is_named(published: dict[str, Any], warned: Any) -> None:
@@ -388,7 +404,6 @@ def test_every_fine_tuned_model_opens(
         ("text_base", "pooler_activation_fn", "relu"),
         ("text_base", "spectral_norm_classification_head", True),
         ("audio_base", "blank_weight", 2.0),
-        ("audio_base", "w2v_args.task.normalize", False),
         ("audio_base", "w2v_args.model.modalities.audio.extractor_mode", "default"),
         ("image_base", "pretrained_model_args.model.layer_norm_first", True),
     ],
