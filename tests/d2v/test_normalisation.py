@@ -20,8 +20,9 @@ from d2v.checkpoint import CheckpointError, read_settings
 from d2v.config import Config, ProbeConfig
 from d2v.convert import run_convert, save_folder
 from d2v.data import DataError, open_data
+from d2v.data.image import ImageSource
 from d2v.data.tokenizer import load_tokenizer
-from d2v.extract import open_model, run_extract
+from d2v.extract import open_encoder, open_model, run_extract
 from d2v.finetune.config import HeadConfig
 from d2v.finetune.evaluate import run_eval
 from d2v.finetune.load import read_tuned_config
@@ -88,9 +89,9 @@ def config(channels: int, **sections: Any) -> Config:
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, front=front, cls_rows=None))
 
 
-def tune(encoder: Path, data: str, out: Path, **data_settings: Any) -> Path:
+def tune(encoder: str | Path, data: str, out: Path, **data_settings: Any) -> Path:
     """A run of one step, stopped before its end (which would draw plots)."""
-    opened = open_model(encoder)
+    opened = open_encoder(encoder)
     cfg = recipe("image_tiny").on("image_tiny", opened[0].cfg)
     plain = dataclasses.replace(cfg.augment, rand_ops=0, erase=0.0, mixup=0.0, cutmix=0.0)
     train = dataclasses.replace(cfg.train, steps=3, evaluate_every=1, device="cpu")
@@ -307,6 +308,32 @@ def test_pictures_that_have_no_mean_are_refused(tmp_path: Path) -> None:
         open_data(str(tmp_path / "nan.npz"), config(1))
 
 
+def test_models_of_transformers_bring_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vit = transformers.ViTConfig(image_size=24, patch_size=12, num_channels=1, **small)
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
+    said = {"image_mean": [0.31], "image_std": [0.2]}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(said))
+    spy = Spy(monkeypatch, TRAIN + OTHER).watch(Normalisation((0.31,), (0.2,), "encoder"))
+    normalise = ImageSource.normalise
+
+    def look(source: ImageSource, pixels: Tensor) -> Tensor:
+        made = normalise(source, pixels)
+        spy.take(made)
+        return made
+
+    monkeypatch.setattr(ImageSource, "normalise", look)
+    data, other = (pictures(tmp_path / f"{levels[0]}.npz", levels, 1) for levels in (TRAIN, OTHER))
+    run_extract(f"hf:{tmp_path / 'vit'}", other, tmp_path / "features.npz")
+    assert spy.looked()
+    tuned = tune(f"hf:{tmp_path / 'vit'}", data, tmp_path / "tuned")
+    assert spy.looked() and recorded(tuned, GREY) == spy.value
+    resume_finetune(tuned, stop=lambda step: step == 2)
+    run_eval(tuned, other)
+    assert spy.looked()
+
+
 SOUND = WaveformFront(
     conv_layers=((8, 10, 5), (8, 3, 2), (8, 2, 2)), position_groups=2, position_layers=2, sample_rate=8_000
 )
@@ -323,7 +350,9 @@ def sounds(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("norm", ["none", "transformers"])
-def test_speech_is_read_alike_everywhere(norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speech_is_read_alike_everywhere(
+    norm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Sample rate and wave_norm, as pictures' mean and deviation."""
     data = sounds(tmp_path / "sounds")
     cfg = tiny("audio", steps=3, model={"front": SOUND}, data={"wave_norm": norm})
@@ -364,6 +393,11 @@ def test_speech_is_read_alike_everywhere(norm: Any, tmp_path: Path, monkeypatch:
         tuned = tmp_path / f"tuned{number}"
         run_finetune(tuned_cfg, place, data, tuned, opened=opened, stop=one_step)
         assert looked() and read_tuned_config(tuned)[0].data.wave_norm == norm
+    changed = dataclasses.replace(changed, wave_norm="none" if norm == "transformers" else "transformers")
+    wish = dataclasses.replace(tuned_cfg, data=changed)
+    run_finetune(wish, place, data, tmp_path / "wish", opened=opened, stop=one_step)
+    assert f"normalised as given, data.wave_norm {changed.wave_norm}; {place} was" in capsys.readouterr().out
+    seen.clear()
     run_eval(tuned, data)
     assert looked()
     run_convert(tuned, tmp_path / "tuned-folder", "safetensors")
@@ -412,9 +446,28 @@ def test_tokens_are_the_same_everywhere(tmp_path: Path) -> None:
             assert kept.ids == ids
 
 
-def labelled_texts(folder: Path) -> str:
+def labelled_texts(folder: Path, part: str = "dev") -> str:
+    """Texts of two classes. part: what the held-out ones are called."""
     folder.mkdir()
-    for part in ("train", "dev"):
+    for name in ("train", part):
         lines = [{"text": f"{LINES[i % 4]} {i}", "label": "ab"[i % 2]} for i in range(12)]
-        (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return str(folder)
+
+
+def test_a_race_takes_its_tokens_from_what_it_trains_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, other = make_data("text", tmp_path / "data"), labelled_texts(tmp_path / "other", part="test")
+    cfg = tiny("text", steps=3)
+    run(cfg, data, tmp_path / "run", stop=one_step)
+    monkeypatch.setattr("d2v.race_report.plot_race", lambda *_: None)
+    raced = dataclasses.replace(cfg, probe=ProbeConfig(data=other))
+    short: dict[str, Any] = {"minutes": 1e-4, "seeds": 1, "lr_scales": (1.0,), "evaluations": 1}
+    run_race(raced, data, tmp_path / "race", objectives=("mlm",), supervised=False, **short)
+    tokens = [(tmp_path / name / "tokenizer.json").read_text() for name in ("run", "race")]
+    assert tokens[0] == tokens[1]
+    wrong = dataclasses.replace(cfg, probe=ProbeConfig(data=data))
+    with pytest.raises(DataError, match="labels missing"):
+        run_race(wrong, data, tmp_path / "none", objectives=("mlm",), **short)
+    assert not (tmp_path / "none").exists()
