@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | results | wheel | wheel-matrix | aot-cuda | sanitize | clean: each creates what it
+# make demo | test | lint | bench | results | peers | wheel | wheel-matrix | aot-cuda | sanitize | clean: each creates what it
 # needs, in .venv beside this file.
 # Another Python or torch: make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),'torch==2.13.0$(comma)!=2.13.0+cpu','torch==2.13.0')
 comma := ,
 
-.PHONY: demo test lint bench results wheel wheel-matrix aot-cuda sanitize clean
+.PHONY: demo test lint bench results peers wheel wheel-matrix aot-cuda sanitize clean
 
 demo: $(INSTALLED)
 	$(RUN) -m d2v demo
@@ -35,6 +35,20 @@ bench: $(INSTALLED)
 # README's tables and the plots, from benchmarks/results/*.json
 results: $(INSTALLED)
 	$(RUN) -m benchmarks.results_table
+
+# Models of transformers, and the folders we write for it, beside an old and the newest release of it, in environments of
+# their own under build/.
+PEERS ?= 4.57 newest
+REQUIRES := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("d2vkern") if "extra ==" in r))
+peers: $(INSTALLED)
+	@for version in $(PEERS); do \
+	  folder=build/peers/$$version; peer=transformers; test $$version = newest || peer="transformers==$$version.*"; \
+	  echo "== $$peer"; test -x $$folder/bin/python || $(PYTHON) -m venv $$folder || exit 1; \
+	  pip="$$folder/bin/python -m pip install --quiet --disable-pip-version-check"; \
+	  $$pip $(TORCH) numpy nvtx || exit 1; $$pip --upgrade "$$peer" || exit 1; \
+	  $$pip $$($(RUN) -c '$(REQUIRES)') || exit 1; \
+	  OMP_NUM_THREADS=1 $$folder/bin/python -m pytest -q -n $(JOBS) tests/d2v/test_hf*.py || exit 1; \
+	done
 
 # with CUDA kernels where there is nvcc; one line says what was built
 wheel: $(INSTALLED)

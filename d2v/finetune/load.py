@@ -14,6 +14,7 @@ from ..checkpoint import (
     parse_settings,
     read_settings,
 )
+from ..hf.backbone import naming_release
 from ..normalisation import as_recorded
 from .config import FineTuneConfig
 from .model import FineTuned, build_tuned
@@ -41,7 +42,8 @@ def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, F
     run, folder = find_checkpoint(path, step)
     cfg, data, _ = read_tuned_config(run)
     model = build_tuned(cfg)
-    fill_model(model, load_checkpoint(folder).model, folder)
+    with naming_release(cfg.transformers):
+        fill_model(model, load_checkpoint(folder).model, folder)
     return model.eval(), as_recorded(cfg, run), data
 
 

@@ -17,9 +17,11 @@ from d2vkern._nvtx import phase
 
 from .. import rng
 from ..backends import use_backends
+from ..checkpoint import Checkpoint
 from ..data import Batch
 from ..data.loading import CHANNEL_MASK, MIX, NOISE, TIME_MASK, generator
 from ..fronts import LogMelFront, WaveformFront
+from ..hf.backbone import naming_release
 from ..learner import Learner
 from ..optim import is_exempt, learning_rate
 from .config import FineTuneConfig
@@ -84,6 +86,11 @@ class Tuner(Learner[FineTuned]):
             capturable=capturable,
         )
         super().__init__(model, optimizer, device, capturable=capturable)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """As `Learner.load`; of a model of transformers an error says which release made it."""
+        with naming_release(self.cfg.transformers):
+            super().load(checkpoint)
 
     def step(self, number: int, batches: list[Batch]) -> Outcome:
         """Step `number`, counted from 1; a NaN or inf in loss or gradient leaves everything as it was."""

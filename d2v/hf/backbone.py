@@ -7,12 +7,14 @@ no more once it has begun. Dropouts are those of that config; its random masks g
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CheckpointError
 from ..config import ModelConfig
 from .encoder import HuggingFaceEncoder
 from .folder import import_transformers
@@ -83,6 +85,24 @@ class HuggingFaceBackbone(nn.Module):
             return (changed(made[0]), *made[1:]) if isinstance(made, tuple) else changed(made)
 
         return _Hook(projection, hook)
+
+
+@contextmanager
+def naming_release(architecture: str | None) -> Iterator[None]:
+    """Weights that do not fit inside the block: CheckpointError says so if another release named them.
+
+    Files of transformers keep their names from release to release, its modules do not (ViT's in 5.x).
+    architecture: as of `HuggingFaceBackbone`; None: a model of ours.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        made = None if architecture is None else json.loads(architecture).get("transformers_version")
+        if made is None or made == (here := import_transformers().__version__):
+            raise
+        raise CheckpointError(
+            f"{error}; the run was made with transformers {made}, this is {here}, whose names may differ"
+        ) from error
 
 
 class _Hook(AbstractContextManager[None]):

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from d2v.checkpoint import CheckpointError
 from d2v.cli import main
 from d2v.data import open_data
 from d2v.data.audio_files import resample
@@ -21,6 +22,7 @@ from d2v.extract import open_encoder, token_features
 from d2v.finetune.config import HeadConfig
 from d2v.finetune.load import load_run
 from d2v.finetune.model import FineTuned
+from d2v.finetune.run import resume_finetune
 from d2v.fronts import ImageFront, WaveformFront
 from d2v.hf.backbone import HuggingFaceBackbone
 from d2v.hf.encoder import HuggingFaceEncoder
@@ -139,7 +141,7 @@ def test_every_patch_reaches_mae_in_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_folders_open_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_folders_open_in_fp32(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever they were saved in; bf16 is what train.precision makes of it."""
     folder = tmp_path / "model"
     model = transformers.ViTModel(transformers.ViTConfig(**PICTURES)).to(dtype)
@@ -157,6 +159,16 @@ def test_folders_open_in_fp32(dtype: torch.dtype, tmp_path: Path) -> None:
     assert main([*tune, "--train.steps", "1", "--data.batch", "8", "--train.precision", "bf16"]) == 0
     tuned, _, _ = load_run(tmp_path / "run")
     assert {p.dtype for p in tuned.parameters()} == {torch.float32}
+
+    config = tmp_path / "run" / "config.toml"  # as if another release had named the weights
+    config.write_text(config.read_text().replace(transformers.__version__, "4.0.0"))
+    load_run(tmp_path / "run")
+    monkeypatch.setattr(HuggingFaceBackbone, "state_dict", lambda self, **more: {})
+    said = rf"transformers 4.0.0, this is {transformers.__version__}, whose names may differ"
+    with pytest.raises(CheckpointError, match=said):
+        load_run(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=said):
+        resume_finetune(tmp_path / "run")
 
 
 def preprocessor(folder: Path, *, nested: bool = False, **values: Any) -> Any:
