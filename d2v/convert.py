@@ -28,7 +28,7 @@ from .config import ModelConfig, WaveNorm, from_dict, to_dict
 from .fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import Pretraining, build_model
 from .model.encoder import Network
-from .normalisation import IMAGENET, KEY, OURS, WAVES, Normalisation, recorded, recorded_waves
+from .normalisation import IMAGENET, KEY, OURS, WAVES, Normalisation, ours, recorded, recorded_waves
 from .original import translate
 from .pt_file import PtFile
 
@@ -122,8 +122,7 @@ class Facts:
 
 def _texts_of_file(file: Path) -> dict[str, str]:
     with PtFile(file) as held:
-        ours = held.root.get(OURS)
-    known = ours if isinstance(ours, dict) else {}
+        known = ours(held)
     return {name: known[name] for name in (LABELS, VOCABULARY) if isinstance(known.get(name), str)}
 
 
@@ -317,7 +316,7 @@ def save_original(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTH
         known[KEY] = facts.normalisation.record
     if facts.waves == "transformers":  # the original has one way to normalise
         known[WAVES] = facts.waves
-    ours, task = {OURS: known} if known else {}, _task(model.cfg.front, facts.waves)
+    extra, task = {OURS: known} if known else {}, _task(model.cfg.front, facts.waves)
     if not isinstance(model, Pretraining):
         head = model.head_cfg
         if (head.task, model.modality) not in TUNED:
@@ -328,12 +327,12 @@ def save_original(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTH
         if head.task != "ctc":
             tuned["num_classes"] = head.outputs
         with replacing(out) as file:
-            torch.save({"args": None, "cfg": {"model": tuned}, "model": tensors, **ours}, file)
+            torch.save({"args": None, "cfg": {"model": tuned}, "model": tensors, **extra}, file)
         return
     student = {name: t for name, t in tensors.items() if not name.startswith("_ema.")}
     teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
     tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})
-    state = {"args": None, "cfg": {"model": tree, **task}, "model": {**student, "_ema": teacher}, **ours}
+    state = {"args": None, "cfg": {"model": tree, **task}, "model": {**student, "_ema": teacher}, **extra}
     with replacing(out) as file:
         torch.save(state, file)
 

@@ -40,7 +40,7 @@ KEY = "normalisation"
 """of the record, in our own files"""
 WAVES = "wave_norm"
 OURS = "d2v"
-"""what the original does not read of a `.pt` file"""
+"""what the original does not read of a `.pt` file, nor transformers of a config"""
 C = TypeVar("C", bound=Any)
 
 
@@ -97,12 +97,10 @@ def normalised(cfg: C, value: Normalisation | None) -> C:
 
 def as_recorded(cfg: C, path: Path) -> C:
     """The config whose pictures and waveforms are read as those that the model at `path` was trained on."""
-    cfg, waves = normalised(cfg, recorded(path, cfg.model.front)), recorded_waves(path, cfg.model.front)
-    return (
-        cfg
-        if waves is None
-        else dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, wave_norm=waves))
-    )
+    cfg = normalised(cfg, recorded(path, cfg.model.front))
+    if (waves := recorded_waves(path, cfg.model.front)) is None:
+        return cfg
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, wave_norm=waves))
 
 
 def recorded(path: Path, front: Front) -> Normalisation | None:
@@ -114,9 +112,9 @@ def recorded(path: Path, front: Front) -> Normalisation | None:
         return None
     if not path.is_dir():
         with PtFile(path) as held:
-            ours = held.root.get(OURS) if isinstance(held.root, dict) else None
-        if isinstance(ours, dict) and KEY in ours:
-            return _parsed(ours[KEY], front, path, f"{OURS}.{KEY}")
+            known = ours(held)
+        if KEY in known:
+            return _parsed(known[KEY], front, path, f"{OURS}.{KEY}")
         return IMAGENET if front.channels == len(IMAGENET.mean) else None
     path = find_run(path)[0]
     if (path / SETTINGS).is_file():
@@ -128,16 +126,21 @@ def recorded(path: Path, front: Front) -> Normalisation | None:
     return _parsed(values[KEY], front, file, KEY) if KEY in values else None
 
 
+def ours(file: PtFile) -> dict[str, Any]:
+    """What `d2v convert` has put into a file beside what the original reads."""
+    found = file.root.get(OURS) if isinstance(file.root, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def recorded_waves(path: Path, front: Front) -> WaveNorm | None:
     """As `recorded`, how waveforms were normalised: fairseq's way if nothing is said; None without waves."""
     if not isinstance(front, (WaveformFront, LogMelFront)):
         return None
     if not path.is_dir():
         with PtFile(path) as held:
-            ours = held.root.get(OURS) if isinstance(held.root, dict) else None
-            if not isinstance(ours, dict) or WAVES not in ours:
+            file, values = path, ours(held)
+            if WAVES not in values:
                 return wave_norm(held.root, path)
-        file, values = path, ours
     else:
         path = find_run(path)[0]
         if (path / SETTINGS).is_file():
@@ -145,7 +148,7 @@ def recorded_waves(path: Path, front: Front) -> WaveNorm | None:
         else:
             file = path / "config.json"
             values = _json(file)
-            values = values.get("d2v", values)
+            values = values.get(OURS, values)
     found = values.get(WAVES, "fairseq")
     if found not in get_args(WaveNorm):
         raise CheckpointError(

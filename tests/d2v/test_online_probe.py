@@ -16,6 +16,7 @@ from d2v.checkpoint import latest_checkpoint, load_checkpoint, read_config
 from d2v.cli import main
 from d2v.config import Config, ProbeConfig
 from d2v.data import DataError, open_labelled
+from d2v.extract import open_model
 from d2v.model import Data2Vec
 from d2v.online_probe import evenly
 from d2v.probe import probe_model
@@ -75,7 +76,7 @@ def test_probes_see_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert row.keys() == {"step", "feature_rank_layer0", "feature_rank_layer1", *names}
     model = d2v.load(tmp_path / "run")
     assert isinstance(model, Data2Vec)
-    labelled = open_labelled(data, cfg)
+    labelled = open_labelled(data, open_model(tmp_path / "run")[1])  # read as the run reads its own
     for number in (0, 1):
         wanted = probe_model(model, labelled, layer=number)["linear"]["test"]
         assert row[f"probe/layer{number}/test/linear"] == wanted
