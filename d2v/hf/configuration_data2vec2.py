@@ -1,5 +1,7 @@
 """Configuration of data2vec 2.0 encoders (Baevski et al., 2022) for Hugging Face transformers."""
 
+import math
+
 from transformers import PretrainedConfig
 
 
@@ -55,6 +57,11 @@ class Data2Vec2Config(PretrainedConfig):
         self.vocab_size = vocab_size
         self.max_positions = max_positions
         super().__init__(pad_token_id=pad_token_id, **{"tie_word_embeddings": False, **kwargs})
+
+    @property
+    def inputs_to_logits_ratio(self):
+        """Samples a frame, by which transformers' pipelines cut long speech into chunks."""
+        return math.prod(stride for _, stride in self.strides)
 
     @property
     def strides(self):

@@ -20,16 +20,19 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, WaveNorm, to_dict
 from ..convert import WEIGHTS, for_file
+from ..finetune.config import HeadConfig
+from ..finetune.decode import BLANK
 from ..finetune.model import FineTuned
 from ..fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..model import Pretraining
 from ..normalisation import IMAGENET, PREPROCESSOR, WAVES, Normalisation
-from .preprocessors import copy_code, write_json, write_speech, write_tokenizer
+from .card import card
+from .preprocessors import copy_code, ctc_vocabulary, write_json, write_speech, write_tokenizer
 
 if TYPE_CHECKING:
     from ..extract import Weights
 
-CODE = ("configuration_data2vec2.py", "modeling_data2vec2.py")
+CODE = ("configuration_data2vec2.py", "fronts_data2vec2.py", "modeling_data2vec2.py")
 PICTURES = ("image_processing_data2vec2.py", "../data/eval_picture.py")
 """code of a folder, from beside this file"""
 PRETRAINING = "pretraining.safetensors"
@@ -40,6 +43,7 @@ HEADS = {
     ("sentence", "text"): "SequenceClassification",
 }
 """task and modality -> what the class is called after `Data2Vec2For` and after `AutoModelFor`"""
+_MODELS = "modeling_data2vec2.Data2Vec2"
 _RENAMED = (
     ("w2v_encoder.w2v_model.", "data2vec2."),
     ("w2v_encoder.proj.", "lm_head."),
@@ -65,42 +69,53 @@ def write_folder(
     weights: whose encoder transformers reads. encoder_only: leave out pretraining.safetensors, without which
     `d2v.load` does not open what was pretrained.
     normalisation: of pictures; none: ImageNet's for three channels, 0.5 otherwise. waves: data.wave_norm of
-    speech. tokenizer: of text. labels: class names, or a CTC vocabulary. Raises ValueError for what a folder
-    cannot hold.
+    speech. tokenizer: of text. labels: class names, or a CTC vocabulary, which may have fewer letters than
+    there are outputs. Raises ValueError for what a folder cannot hold.
     """
     cfg, values, name = model.cfg, _config(model.cfg), "Model"
+    head: tuple[str, HeadConfig] | None = None
     if not isinstance(model, FineTuned):
-        encoder, rest = split(model, weights)
-        _save(encoder, folder / WEIGHTS)
+        held, rest = split(model, weights)
         if not encoder_only:
             _save(rest, folder / PRETRAINING)
         values["d2v"]["weights"] = weights
+        heads = [called for (_, modality), called in HEADS.items() if modality == cfg.modality]
     else:
         if weights == "teacher" or encoder_only:
             asked = "weights must be student" if weights == "teacher" else "encoder_only must be left out"
             raise ValueError(f"convert: {asked} for a fine-tuned model")
-        _save(_renamed(model), folder / WEIGHTS)
-        head = HEADS[model.head_cfg.task, cfg.modality]
-        name = f"For{head}"
+        held = _renamed(model)
+        head = HEADS[model.head_cfg.task, cfg.modality], model.head_cfg
+        name, heads = f"For{head[0]}", [head[0]]
         values["d2v"]["head"] = asdict(model.head_cfg)
-        if head == "CTC":
-            values["vocab_size"] = model.head_cfg.outputs
-        else:
-            values |= _labels(model.head_cfg.outputs, labels, model.head_cfg.regression)
-        values["auto_map"][f"AutoModelFor{head}"] = f"modeling_data2vec2.Data2Vec2{name}"
+        values |= _outputs(head, labels)
     if cfg.modality == "audio":
         values["d2v"][WAVES] = waves
     values["architectures"] = [f"Data2Vec2{name}"]
+    values["auto_map"] |= {f"AutoModelFor{called}": f"{_MODELS}For{called}" for called in heads}
+    _save(held, folder / WEIGHTS)
     write_json(folder / "config.json", values)
     copy_code(CODE, folder)
-    if isinstance(cfg.front, ImageFront):
+    front = cfg.front
+    if isinstance(front, ImageFront):
+        normalisation = normalisation or _usual(front.channels)
         copy_code(PICTURES, folder)
-        write_json(folder / PREPROCESSOR, _pictures(cfg.front, normalisation))
-    elif isinstance(cfg.front, (WaveformFront, LogMelFront)):
-        spoken = isinstance(model, FineTuned) and model.head_cfg.task == "ctc"
-        write_speech(cfg.front, labels if spoken else None, folder, waves)
+        write_json(folder / PREPROCESSOR, _pictures(front, normalisation))
+    elif isinstance(front, (WaveformFront, LogMelFront)):
+        write_speech(front, labels if head is not None and head[0] == "CTC" else None, folder, waves)
     elif tokenizer is not None:
-        write_tokenizer(tokenizer, folder, cfg.front)
+        write_tokenizer(tokenizer, folder, front)
+    text = card(
+        cfg,
+        parameters=sum(t.numel() for t in held.values()),
+        weights=weights,
+        head=head,
+        names=() if head is not None and head[1].regression else labels or (),
+        normalisation=normalisation,
+        waves=waves,
+        prepared=not isinstance(front, TextFront) or tokenizer is not None,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
@@ -164,7 +179,7 @@ def _config(cfg: ModelConfig) -> dict[str, Any]:
         "model_type": "data2vec2",
         "auto_map": {
             "AutoConfig": "configuration_data2vec2.Data2Vec2Config",
-            "AutoModel": "modeling_data2vec2.Data2Vec2Model",
+            "AutoModel": f"{_MODELS}Model",
         },
         "dtype": "float32",
         "modality": cfg.modality,
@@ -196,21 +211,31 @@ def _config(cfg: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _labels(outputs: int, labels: list[str] | None, regression: bool) -> dict[str, Any]:
-    names = labels if labels and len(labels) == outputs else [f"LABEL_{i}" for i in range(outputs)]
-    named = {
+def _outputs(head: tuple[str, HeadConfig], labels: list[str] | None) -> dict[str, Any]:
+    """What a head's outputs are. ValueError for more letters than outputs."""
+    called, cfg = head
+    if called == "CTC":
+        if labels and len(ctc_vocabulary(labels)) > cfg.outputs:
+            raise ValueError(f"convert: a head of {cfg.outputs} outputs has {len(labels)} letters")
+        return {"vocab_size": cfg.outputs, "pad_token_id": BLANK}
+    names = labels if labels and len(labels) == cfg.outputs else [f"LABEL_{i}" for i in range(cfg.outputs)]
+    return {
         "id2label": {str(i): name for i, name in enumerate(names)},
         "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "regression" if cfg.regression else "single_label_classification",
     }
-    return named | {"problem_type": "regression" if regression else "single_label_classification"}
 
 
-def _pictures(front: ImageFront, normalisation: Normalisation | None) -> dict[str, Any]:
-    half = (0.5,) * front.channels
-    known = normalisation or (IMAGENET if front.channels == 3 else Normalisation(half, half, "preprocessor"))
+def _usual(channels: int) -> Normalisation:
+    """Where none is known."""
+    half = (0.5,) * channels
+    return IMAGENET if channels == len(IMAGENET.mean) else Normalisation(half, half, "preprocessor")
+
+
+def _pictures(front: ImageFront, normalisation: Normalisation) -> dict[str, Any]:
     return {
         "auto_map": {"AutoImageProcessor": "image_processing_data2vec2.Data2Vec2ImageProcessor"},
         "size": {"height": front.height, "width": front.width},
-        "image_mean": list(known.mean),
-        "image_std": list(known.std),
+        "image_mean": list(normalisation.mean),
+        "image_std": list(normalisation.std),
     }

@@ -3,7 +3,7 @@
 Pictures: pixel_values [B,C,H,W]. Speech: input_values [B,samples], normalised per utterance, with
 attention_mask [B,samples]. Text: input_ids [B,T] that begin with <s>, with attention_mask [B,T]. Masks are 1
 for what is real and end in padding. Of pictures the first token is CLS. Parameters carry the original's
-names. Inference and fine-tuning with dropout 0; no pretraining.
+names. Inference and fine-tuning with dropout 0, in any dtype, with gradient checkpointing; no pretraining.
 """
 
 import math
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     CausalLMOutput,
@@ -20,6 +21,9 @@ from transformers.modeling_outputs import (
 )
 
 from .configuration_data2vec2 import Data2Vec2Config
+from .fronts_data2vec2 import LogMelSpectra, PatchEmbed, TextEmbedding, WaveformEncoder
+
+INPUTS = {"image": "pixel_values", "audio": "input_values", "text": "input_ids"}
 
 
 class Attention(nn.Module):
@@ -47,7 +51,7 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """Post-norm: x -> norm1(x + attention(x)) = r -> norm2(r + mlp(r))."""
 
     def __init__(self, config):
@@ -62,93 +66,6 @@ class Block(nn.Module):
         return self.norm2(x + self.mlp(x))
 
 
-class PatchEmbed(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.size = tuple(config.image_size)
-        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, config.patch_size, config.patch_size)
-
-    def forward(self, pixel_values, mask=None):
-        if tuple(pixel_values.shape[2:]) != self.size:
-            raise ValueError(f"pixel_values must be {self.size} pixels, got {tuple(pixel_values.shape[2:])}")
-        return self.proj(pixel_values).flatten(2).transpose(1, 2)
-
-
-class WaveformEncoder(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.conv_layers = nn.ModuleList()
-        channels = 1
-        for width, kernel, stride in config.conv_layers:
-            conv = nn.Conv1d(channels, width, kernel, stride, bias=False)
-            norm = nn.Sequential(nn.Identity(), nn.LayerNorm(width))
-            self.conv_layers.append(nn.ModuleDict({"0": conv, "2": norm}))
-            channels = width
-        self.width = channels
-
-    def forward(self, input_values, mask=None):
-        x = input_values.unsqueeze(1)
-        for layer in self.conv_layers:
-            x = F.gelu(layer["2"](layer["0"](x).transpose(1, 2))).transpose(1, 2)
-        return x.transpose(1, 2)
-
-
-class LogMelSpectra(nn.Module):
-    """Log-mel spectra, `stack` of them a frame, each band normalised over what is no padding."""
-
-    floor, eps = 1e-2, 1e-5
-
-    def __init__(self, config):
-        super().__init__()
-        for name, value in config.log_mel.items():
-            setattr(self, name, value)
-        self.width = self.mels * self.stack
-
-    def filters(self, bins, device):
-        """[bins, mels]: triangles on the scale 2595 log10(1 + f / 700), up to half the sample rate."""
-        top = 2595.0 * torch.log10(torch.tensor(1.0 + self.sample_rate / 2 / 700.0, device=device))
-        mel = torch.linspace(0.0, 1.0, self.mels + 2, device=device) * top
-        edge = 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
-        frequency = torch.linspace(0.0, self.sample_rate / 2, bins, device=device)[:, None]
-        rising = (frequency - edge[:-2]) / (edge[1:-1] - edge[:-2])
-        falling = (edge[2:] - frequency) / (edge[2:] - edge[1:-1])
-        return torch.minimum(rising, falling).clamp(min=0.0)
-
-    def forward(self, input_values, mask=None):
-        wave = input_values.float()
-        spectra = ((wave.shape[1] - self.window) // self.hop + 1) // self.stack * self.stack
-        size = 1 << (self.window - 1).bit_length()
-        frames = wave.unfold(1, self.window, self.hop)[:, :spectra]
-        window = torch.hann_window(self.window, device=wave.device)
-        power = torch.fft.rfft(frames * window, n=size).abs().square()
-        mel = (power @ self.filters(size // 2 + 1, wave.device) + self.floor).log()
-        weight = torch.ones_like(mel[..., :1])
-        if mask is not None:
-            frames = ((mask.sum(1) - self.window).div(self.hop, rounding_mode="floor") + 1) // self.stack
-            weight = (torch.arange(spectra, device=wave.device) < (frames * self.stack)[:, None])[..., None]
-            weight = weight.to(mel.dtype)
-        count = weight.sum(1, keepdim=True).clamp(min=1.0)
-        centred = mel - (mel * weight).sum(1, keepdim=True) / count
-        variance = (centred.square() * weight).sum(1, keepdim=True) / count
-        mel = centred * (variance + self.eps).rsqrt() * weight
-        return mel.reshape(len(wave), -1, self.width).to(input_values.dtype)
-
-
-class TextEmbedding(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.pad = config.pad_token_id
-        rows = config.max_positions + self.pad + 1
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.pad)
-        self.embed_positions = nn.Embedding(rows, config.hidden_size, self.pad)
-        self.layernorm_embedding = nn.LayerNorm(config.hidden_size)
-
-    def forward(self, input_ids, mask=None):
-        real = input_ids.ne(self.pad)
-        positions = torch.cumsum(real, 1) * real + self.pad
-        return self.layernorm_embedding(self.embed_tokens(input_ids) + self.embed_positions(positions))
-
-
 class ContextEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -160,8 +77,17 @@ class ContextEncoder(nn.Module):
 class FixedPositions(nn.Module):
     def __init__(self, config):
         super().__init__()
-        rows, columns = (side // config.patch_size for side in config.image_size)
-        self.positions = nn.Parameter(torch.zeros(1, rows * columns, config.hidden_size), requires_grad=False)
+        self.grid = [side // config.patch_size for side in config.image_size]
+        table = torch.zeros(1, self.grid[0] * self.grid[1], config.hidden_size)
+        self.positions = nn.Parameter(table, requires_grad=False)
+
+
+def sincos_positions(width, rows, columns):
+    """[T, width]: sine and cosine of a token's column, then of its row (MAE's pos_embed.py)."""
+    place = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (rows, columns)))
+    omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = [place[:, axis : axis + 1] * omega for axis in (1, 0)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
 class ModalityEncoder(nn.Module):
@@ -199,7 +125,7 @@ class ModalityEncoder(nn.Module):
         if self.config.modality == "image":
             x = x + self.fixed_positional_encoder.positions
         elif self.config.modality == "audio":
-            x = self.project_features(x)
+            x = self.project_features(x.to(self.project_features[2].weight.dtype))
             x = x + self._positions(x)
             mask = self._frames(mask, x.shape[1])
         bias = self._bias(x, mask)
@@ -241,7 +167,7 @@ class ModalityEncoder(nn.Module):
         if mask is not None and not bool(mask.all()):
             seen = F.pad(mask.bool(), (extra, 0), value=True)[:, None, None]
             hidden = torch.zeros(seen.shape, device=x.device).masked_fill(~seen, torch.finfo(x.dtype).min)
-            bias = hidden if bias is None else bias + hidden
+            bias = hidden if bias is None else (bias + hidden).clamp(min=torch.finfo(x.dtype).min)
         return bias
 
 
@@ -259,14 +185,25 @@ def alibi_slopes(heads):
 class Data2Vec2PreTrainedModel(PreTrainedModel):
     config_class = Data2Vec2Config
     base_model_prefix = "data2vec2"
-    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = (
+        False  # losses are means over a batch, which Trainer divides by its accumulation steps
+    )
     _supports_sdpa = True
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.main_input_name = INPUTS[config.modality]
+
     def _init_weights(self, module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        super()._init_weights(module)
+        if isinstance(module, FixedPositions):
+            module.positions.data.copy_(sincos_positions(module.positions.shape[2], *module.grid))
+        elif isinstance(module, ModalityEncoder):
+            if module.extra_tokens is not None:
+                nn.init.normal_(module.extra_tokens)
+            if hasattr(module, "alibi_scale"):
+                nn.init.ones_(module.alibi_scale)
 
 
 class Data2Vec2Model(Data2Vec2PreTrainedModel):
@@ -288,121 +225,152 @@ class Data2Vec2Model(Data2Vec2PreTrainedModel):
         input_values=None,
         input_ids=None,
         attention_mask=None,
-        output_hidden_states=False,
-        return_dict=True,
+        output_hidden_states=None,
+        return_dict=None,
         **kwargs,
     ):
-        name = {"image": "pixel_values", "audio": "input_values", "text": "input_ids"}[self.config.modality]
-        source = {"pixel_values": pixel_values, "input_values": input_values, "input_ids": input_ids}[name]
+        source = {"image": pixel_values, "audio": input_values, "text": input_ids}[self.config.modality]
         if source is None:
-            raise ValueError(f"a model of {self.config.modality} needs {name}")
+            raise ValueError(f"a model of {self.config.modality} needs {self.main_input_name}")
         encoder = self.modality_encoders[self.config.modality.upper()]
         x, bias = encoder(source, attention_mask)
-        states = [x]
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = (x,) if wanted else None
         for block in [*encoder.context_encoder.blocks, *self.blocks]:
             x = block(x, bias)
-            states.append(x)
-        hidden = tuple(states) if output_hidden_states else None
-        if not return_dict:
-            return (x, hidden) if output_hidden_states else (x,)
-        return BaseModelOutput(last_hidden_state=x, hidden_states=hidden)
+            states = (*states, x) if wanted else None
+        return in_form(BaseModelOutput(last_hidden_state=x, hidden_states=states), self.config, return_dict)
 
 
-def mean_over_tokens(x, encoder, attention_mask):
-    """[B,T,D] without extra tokens -> [B,D], padding left out."""
-    real = encoder._frames(attention_mask, x.shape[1]) if attention_mask is not None else None
-    if real is None:
-        return x.mean(1)
-    real = real.unsqueeze(2)
-    return (x * real).sum(1) / real.sum(1).clamp(min=1)
+def in_form(output, config, return_dict):
+    """As transformers hands it out: a dict by default, or a tuple of what is there."""
+    return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
-class _Classifier(Data2Vec2PreTrainedModel):
-    """LayerNorm of the mean over tokens, then a linear layer."""
+class _Head(Data2Vec2PreTrainedModel):
+    """What heads share: the encoder runs, `_logits` reads its tokens, `_loss` compares with labels."""
+
+    output_class = SequenceClassifierOutput
 
     def __init__(self, config):
         super().__init__(config)
         self.data2vec2 = Data2Vec2Model(config)
+
+    def _run(self, source, attention_mask, labels, output_hidden_states, return_dict):
+        made = self.data2vec2(
+            **{self.main_input_name: source},
+            attention_mask=attention_mask,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        x, real = made.last_hidden_state[:, self.config.extra_tokens :], None
+        if self.config.modality == "audio":
+            real = self.data2vec2.modality_encoders["AUDIO"]._frames(attention_mask, x.shape[1])
+        logits = self._logits(x, real)
+        loss = None if labels is None else self._loss(logits, labels, real)
+        output = self.output_class(loss=loss, logits=logits, hidden_states=made.hidden_states)
+        return in_form(output, self.config, return_dict)
+
+    def _loss(self, logits, labels, real):
+        """Squared error for one output, cross-entropy otherwise."""
+        if self.config.num_labels == 1:
+            return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype))
+        return F.cross_entropy(logits, labels)
+
+
+class _Classifier(_Head):
+    """LayerNorm of the mean over tokens, padding left out, then a linear layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
         self.fc_norm = nn.LayerNorm(config.hidden_size, eps=1e-6)
         self.head = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def _logits(self, attention_mask=None, **source):
-        x = self.data2vec2(attention_mask=attention_mask, **source).last_hidden_state
-        encoder = self.data2vec2.modality_encoders[self.config.modality.upper()]
-        pooled = mean_over_tokens(x[:, self.config.extra_tokens :], encoder, attention_mask)
-        return self.head(self.fc_norm(pooled))
-
-
-def classification_loss(config, logits, labels):
-    """Squared error for one output, cross-entropy otherwise; None without labels."""
-    if labels is None:
-        return None
-    if config.num_labels == 1:
-        return F.mse_loss(logits.flatten(), labels.flatten().to(logits.dtype))
-    return F.cross_entropy(logits, labels)
+    def _logits(self, x, real):
+        if real is None:
+            pooled = x.mean(1)
+        else:
+            real = real.unsqueeze(2)
+            pooled = (x * real).sum(1) / real.sum(1).clamp(min=1)
+        return self.head(self.fc_norm(pooled)).float()
 
 
 class Data2Vec2ForImageClassification(_Classifier):
-    def forward(self, pixel_values=None, labels=None, return_dict=True, **kwargs):
-        logits = self._logits(pixel_values=pixel_values)
-        loss = classification_loss(self.config, logits, labels)
-        return ImageClassifierOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
+    output_class = ImageClassifierOutput
+
+    def forward(self, pixel_values=None, labels=None, output_hidden_states=None, return_dict=None, **kwargs):
+        return self._run(pixel_values, None, labels, output_hidden_states, return_dict)
 
 
 class Data2Vec2ForAudioClassification(_Classifier):
-    main_input_name = "input_values"
+    def forward(
+        self,
+        input_values=None,
+        attention_mask=None,
+        labels=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        return self._run(input_values, attention_mask, labels, output_hidden_states, return_dict)
 
-    def forward(self, input_values=None, attention_mask=None, labels=None, return_dict=True, **kwargs):
-        logits = self._logits(input_values=input_values, attention_mask=attention_mask)
-        loss = classification_loss(self.config, logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
 
-
-class Data2Vec2ForSequenceClassification(Data2Vec2PreTrainedModel):
+class Data2Vec2ForSequenceClassification(_Head):
     """The first token through a hidden layer with tanh."""
-
-    main_input_name = "input_ids"
 
     def __init__(self, config):
         super().__init__(config)
-        self.data2vec2 = Data2Vec2Model(config)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, return_dict=True, **kwargs):
-        x = self.data2vec2(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.out_proj(torch.tanh(self.dense(x[:, self.config.extra_tokens])))
-        loss = classification_loss(self.config, logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
+    def _logits(self, x, real):
+        return self.out_proj(torch.tanh(self.dense(x[:, 0]))).float()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        return self._run(input_ids, attention_mask, labels, output_hidden_states, return_dict)
 
 
-class Data2Vec2ForCTC(Data2Vec2PreTrainedModel):
-    """A linear layer over frames; padded frames are blank (id 0)."""
+class Data2Vec2ForCTC(_Head):
+    """A linear layer over frames; padded frames are blank (id 0). labels: [B,L], negative where none is."""
 
-    main_input_name = "input_values"
+    output_class = CausalLMOutput
 
     def __init__(self, config):
         super().__init__(config)
-        self.data2vec2 = Data2Vec2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def forward(self, input_values=None, attention_mask=None, labels=None, return_dict=True, **kwargs):
-        """labels: [B,L] token ids, negative where there is none."""
-        x = self.data2vec2(input_values=input_values, attention_mask=attention_mask).last_hidden_state
-        logits = self.lm_head(x[:, self.config.extra_tokens :]).float()
-        lengths = torch.full((len(logits),), logits.shape[1], device=logits.device)
-        if attention_mask is not None:
-            encoder = self.data2vec2.modality_encoders["AUDIO"]
-            real = encoder._frames(attention_mask, logits.shape[1])
-            blank = torch.full(logits.shape[2:], float("-inf"), device=logits.device)
-            blank[0] = 0.0
-            logits, lengths = torch.where(real.unsqueeze(2), logits, blank), real.sum(1)
-        loss = None
-        if labels is not None:
-            log_probs = F.log_softmax(logits, 2).transpose(0, 1)
-            wanted = labels >= 0
-            loss = F.ctc_loss(log_probs, labels[wanted], lengths, wanted.sum(1), blank=0, zero_infinity=True)
-        return CausalLMOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
+    def _logits(self, x, real):
+        logits = self.lm_head(x).float()
+        if real is None:
+            return logits
+        blank = torch.full(logits.shape[2:], float("-inf"), device=logits.device)
+        blank[0] = 0.0
+        return torch.where(real.unsqueeze(2), logits, blank)
+
+    def _loss(self, logits, labels, real):
+        frames = torch.full((len(logits),), logits.shape[1], device=logits.device)
+        frames = frames if real is None else real.sum(1)
+        log_probs, wanted = F.log_softmax(logits, 2).transpose(0, 1), labels >= 0
+        return F.ctc_loss(log_probs, labels[wanted], frames, wanted.sum(1), blank=0, zero_infinity=True)
+
+    def forward(
+        self,
+        input_values=None,
+        attention_mask=None,
+        labels=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        return self._run(input_values, attention_mask, labels, output_hidden_states, return_dict)

@@ -43,8 +43,9 @@ def write_speech(
     vocabulary of ours.
     """
     classes: dict[str, Any] = {}
-    if waves == "fairseq":
-        classes["AutoFeatureExtractor"] = "processing_data2vec2.Wav2Vec2FeatureExtractor"
+    if waves != "transformers":
+        extractor = "processing_data2vec2.Wav2Vec2FeatureExtractor"
+        classes |= {"AutoFeatureExtractor": extractor, "AutoProcessor": extractor}
     values: dict[str, Any] = {
         "feature_extractor_type": "Wav2Vec2FeatureExtractor",
         "auto_map": classes,
