@@ -5,6 +5,7 @@ Backends: ``backend=`` argument, ``use_backend(...)``, environment ``D2VKERN_BAC
 """
 
 from d2vkern._backend import BackendError, use_backend
+from d2vkern._context import keep_backend
 from d2vkern.ops.adamw_ema import AdamWEMA, grad_norm
 from d2vkern.ops.attention import multimask_attention
 from d2vkern.ops.conv_block import conv_block_1d, conv_block_2d
@@ -34,6 +35,7 @@ __all__ = [
     "gelu_mlp",
     "grad_norm",
     "inverse_block_mask",
+    "keep_backend",
     "layer_targets",
     "linear",
     "masked_regression_loss",

@@ -16,7 +16,6 @@ import importlib.util
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from d2vkern import _check_mode, _cpu, _measured, _native
+from d2vkern import _check_mode, _context, _cpu, _measured, _native
+from d2vkern._context import state
 from d2vkern.peers import refusals
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -162,16 +162,6 @@ def _peer(stem: str, name: str, **auto: Any) -> Implementation:
 REGISTRY: dict[str, dict[str, Implementation]] = {stem: _table(stem) for stem in STEMS}
 
 
-class _ThreadState(threading.local):
-    """What the current thread has requested, per stem, and who wants to know what ran."""
-
-    # Set per instance: Dynamo guards an instance attribute, but not one that is found on the class.
-    def __init__(self) -> None:
-        self.requested: dict[str, str] = {}
-        self.spies: tuple[list[tuple[str, str]], ...] = ()
-
-
-state = _ThreadState()
 _announced: set[str] = set()
 
 
@@ -187,9 +177,15 @@ def select(stem: str, backend: str | None, *tensors: Tensor, **call: Any) -> Mod
     call: further arguments of the call that decide which implementations can take it.
     Raises BackendError (a ValueError) for an unknown name and for a request that cannot be met.
     """
-    name, origin = _request(stem, backend)
+    requested, spies = _context.current()
+    name, origin = _request(stem, backend, requested)
     if name is None:
-        name = _choose(stem, tensors, call)
+        if state.reentrant and not torch.compiler.is_compiling():
+            # the first run wants no gradients, the second does, and both must be the same
+            with torch.enable_grad():
+                name = _choose(stem, tuple(map(_wanting, tensors)), {k: _wanting(v) for k, v in call.items()})
+        else:
+            name = _choose(stem, tensors, call)
     else:
         reasons = gaps(stem, name, *tensors, **call)
         if reasons:
@@ -197,7 +193,7 @@ def select(stem: str, backend: str | None, *tensors: Tensor, **call: Any) -> Mod
                 f"{stem}: backend {name!r}, requested by {origin}, cannot run: {'; '.join(reasons)}. "
                 f"Available here: {', '.join(_available(stem, tensors, call))}"
             )
-    for calls in state.spies:
+    for calls in spies:
         calls.append((stem, name))
     path = REGISTRY[stem][name].module
     _import(path, torch.compiler.is_compiling())
@@ -215,14 +211,12 @@ def use_backend(default: str | None = None, **per_op: str) -> Iterator[None]:
     default: backend for all ops; None leaves the ops not named in `per_op` as they are.
     per_op: backend for one op, by stem (``masks``, ``gather``, ``attention``, ...).
     Blocks nest, the inner one wins. The choice is made in the forward pass; a backward pass outside the block
-    runs on the backend of its forward. Raises BackendError for an unknown backend or op.
+    runs on the backend of its forward, and so does what torch.utils.checkpoint runs again there. Raises
+    BackendError for an unknown backend or op.
     """
-    outer = state.requested
-    state.requested = {**outer, **_expand(default, per_op, "use_backend")}
-    try:
+    outer, _ = _context.current()
+    with _context.request({**outer, **_expand(default, per_op, "use_backend")}):
         yield
-    finally:
-        state.requested = outer
 
 
 def gaps(stem: str, backend: str, *tensors: Tensor, **call: Any) -> list[str]:
@@ -237,12 +231,17 @@ def gaps(stem: str, backend: str, *tensors: Tensor, **call: Any) -> list[str]:
     return reasons
 
 
-def _request(stem: str, backend: str | None) -> tuple[str | None, str]:
+def _request(stem: str, backend: str | None, requested: dict[str, str]) -> tuple[str | None, str]:
     if backend is not None:
         _check_backend(stem, backend, "argument backend")
         return backend, "argument backend"
-    if stem in state.requested:
-        return state.requested[stem], "context use_backend"
+    if stem in requested:
+        return requested[stem], "context use_backend"
+    if _context.is_lost():
+        raise BackendError(
+            f"{stem}: called in backward, where this torch's checkpointing does not say which backend its "
+            "forward had: checkpoint keep_backend(function), or pass backend="
+        )
     return _from_environment(stem), f"environment {ENVIRONMENT}"
 
 
@@ -257,6 +256,13 @@ def _choose(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> str
             _announce(stem, name, f"measured: {where}" if name in fastest else "not measured")
             return name
     raise AssertionError(f"{stem}: no implementation takes the call, not even eager")
+
+
+def _wanting(value: Any) -> Any:
+    """A floating tensor as one that wants a gradient; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
 
 
 def _is_automatic(one: Implementation, tensors: tuple[Tensor, ...]) -> bool:

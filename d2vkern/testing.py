@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from d2vkern._backend import state
+from d2vkern import _context
 
 Result = TypeVar("Result")
 
@@ -24,12 +24,8 @@ def backend_spy() -> Iterator[list[tuple[str, str]]]:
     A silent fallback keeps a parity test green; the spy shows it: ``assert calls == [("gather", "triton")]``.
     """
     calls: list[tuple[str, str]] = []
-    outer = state.spies
-    state.spies = (*outer, calls)
-    try:
+    with _context.watch(calls):
         yield calls
-    finally:
-        state.spies = outer
 
 
 def assert_no_worse_than_eager(

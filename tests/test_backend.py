@@ -33,6 +33,7 @@ def two_backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         table[name] = Implementation(module.__name__, hook)
     monkeypatch.setitem(_backend.REGISTRY, "gather", table)
+    _native.problem()  # loads it: tracing imports what stands on it
     monkeypatch.setattr(_native, "problem", lambda: "")
     torch._dynamo.reset()
     yield
