@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from .cli_parse import UsageError, parse
-from .config import DataConfig, Objective, OptimConfig, ProbeConfig, TrainConfig
+from .config import Config, DataConfig, Objective, OptimConfig, ProbeConfig, TrainConfig
 from .presets import PRESETS, preset
 
 SECTIONS = ("optim", "data", "train", "probe")
@@ -54,8 +54,8 @@ class RaceOptions:
     probe: ProbeConfig
 
 
-def race(arguments: Sequence[str]) -> int:
-    """See `RaceOptions`."""
+def read(arguments: Sequence[str]) -> tuple[RaceOptions, Config]:
+    """The options of a race and its settings. UsageError where one is missing."""
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     rest = arguments if name is None else arguments[1:]
     base = preset(name or "image_tiny")
@@ -67,7 +67,13 @@ def race(arguments: Sequence[str]) -> int:
         raise UsageError(f"d2v race: the preset is missing; presets: {', '.join(PRESETS)}")
     if given.path is None or given.out is None:
         raise UsageError(f"d2v race: {'--data PATH' if given.path is None else '--out DIR'} is missing")
-    cfg = dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS})
+    return given, dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS})
+
+
+def race(arguments: Sequence[str]) -> int:
+    """See `RaceOptions`."""
+    given, cfg = read(arguments)
+    assert given.path is not None and given.out is not None
 
     from .race import run_race
 

@@ -1,101 +1,167 @@
-"""Model FLOPs of one training step, by formula.
+"""FLOPs of one training step by formula, of every objective: two per multiply-add.
 
-Two per multiply-add; backward is twice the forward; the teacher runs forward only.
+Matrix products, convolutions and attention count; norms, GELU, softmax, the optimizer and the fixed spectra
+of log-mel features count nothing, nor does what an implementation makes anew in backward. Backward is twice
+the forward, once where the input needs no gradient (pixels, the waveform), and nothing in the teacher.
 
-What the algorithm needs, not what an implementation happens to compute: the decoder and its projection count
-for all places of all masked versions as the original computes them, norms, GELU, softmax and the optimizer
-count nothing.
+`step_work` is what a step has to compute: predictions where the loss reads them. `step_flops` counts data2vec
+2.0 as the original computes it, whose decoder predicts kept places too: what steps are compared by.
+
+torch's FlopCounterMode is no measure of a step: it counts the weight gradient of a convolution with G groups
+G times (torch 2.13), and on a CPU nothing of scaled_dot_product_attention, of oneDNN's fused products, of
+dot and mv.
 """
 
 from __future__ import annotations
 
-from .config import ImageFront, ModelConfig, TextFront, WaveformFront
+from typing import NamedTuple
+
+from .config import ImageFront, LogMelFront, ModelConfig, TextFront, WaveformFront
+
+
+class Work(NamedTuple):
+    """FLOPs of a step."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.forward + self.backward
+
+    def plus(self, *others: Work) -> Work:
+        """The sum of all."""
+        forwards, backwards = zip(self, *others, strict=True)
+        return Work(sum(forwards), sum(backwards))
 
 
 def block_flops(cfg: ModelConfig, rows: int, tokens: int) -> int:
     """One transformer block over `rows` sequences of `tokens`, forward."""
-    hidden = int(cfg.dim * cfg.mlp_ratio)
-    projections = 2 * rows * tokens * cfg.dim * (4 * cfg.dim + 2 * hidden)
-    return projections + 4 * rows * tokens * tokens * cfg.dim
+    return _block_flops(cfg.dim, cfg.mlp_ratio, rows, tokens)
 
 
 def decoder_flops(cfg: ModelConfig, rows: int, tokens: int) -> int:
     """All convolutions and the projection at every place, forward."""
-    dec = cfg.decoder
-    kernel = dec.kernel**2 if isinstance(cfg.front, ImageFront) else dec.kernel
-    widths = [cfg.dim] + [dec.dim] * dec.layers
-    total = sum(2 * rows * tokens * width // dec.groups * dec.dim * kernel for width in widths[:-1])
-    width = dec.dim
-    for _ in range(dec.projection_layers - 1):
-        hidden = int(dec.dim * dec.projection_ratio)
-        total, width = total + 2 * rows * tokens * width * hidden, hidden
-    return total + 2 * rows * tokens * width * cfg.dim
+    return _decoder_flops(cfg, rows, tokens, tokens)
 
 
 def step_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
-    """One step on a source of `shape`: [B,C,H,W], [B,samples] or [B,T]."""
-    front, batch = cfg.front, shape[0]
-    rows = batch * cfg.mask.clones
-    if isinstance(front, ImageFront):
-        tokens = front.grid[0] * front.grid[1]
-        kept = int(tokens * (1 - cfg.mask.prob))
-        local = 2 * batch * tokens * front.patch**2 * front.channels * cfg.dim
-        local_step, teacher_front = (
-            2 * local,
-            local,
-        )  # pixels need no gradient; the teacher has its own patches
-        per_version, per_sample = 0, 0
-    elif isinstance(front, TextFront):
-        tokens = shape[1]
-        kept = int(tokens * (1 - cfg.mask.prob))
-        local_step = teacher_front = per_version = per_sample = 0
-    else:
-        tokens = front.frames(shape[1])
-        kept = tokens - int(tokens * cfg.mask.prob)
-        local = 2 * batch * tokens * front.width * cfg.dim
-        local_step = 3 * local
-        if isinstance(front, WaveformFront):
-            length, channels = shape[1], 1
-            for i, (width, kernel, stride) in enumerate(front.conv_layers):
-                length = (length - kernel) // stride + 1
-                local_step += (2 if i == 0 else 3) * 2 * batch * length * width * channels * kernel
-                channels = width
-        layer = 2 * tokens * cfg.dim * cfg.dim // front.position_groups * front.position_kernel
-        per_version, per_sample = rows * layer * front.position_layers, batch * layer * front.position_layers
-        teacher_front = 0
-    blocks = cfg.prenet_depth + cfg.depth
-    seen = kept + front.extra_tokens
-    student = blocks * block_flops(cfg, rows, seen) + decoder_flops(cfg, rows, tokens) + per_version
-    teacher = blocks * block_flops(cfg, batch, tokens + front.extra_tokens) + per_sample + teacher_front
-    return 3 * student + teacher + local_step
+    """One step on a source of `shape`: [B,C,H,W], [B,samples] or [B,T]; data2vec 2.0 as the original does."""
+    return step_work(cfg, shape).total + spared_flops(cfg, shape)
 
 
 def spared_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
-    """What `step_flops` counts at kept places of the decoder, where no loss reads the prediction.
+    """What `step_flops` counts at kept places of data2vec 2.0's decoder, where no loss reads the prediction.
 
     The model leaves the projection out there, and the last layer where it is a dense 1-D convolution.
     """
-    _, kept = token_counts(cfg, shape)
-    dec, widths = cfg.decoder, _projection(cfg)
-    each = sum(a * b for a, b in zip(widths, widths[1:], strict=False))
-    if dec.groups == 1 and not isinstance(cfg.front, ImageFront):
-        each += (cfg.dim if dec.layers == 1 else dec.dim) * dec.dim * dec.kernel
-    return 3 * 2 * shape[0] * cfg.mask.clones * kept * each
+    if cfg.objective != "data2vec2":
+        return 0
+    rows, (tokens, kept) = shape[0] * cfg.mask.clones, token_counts(cfg, shape)
+    whole, masked = (_decoder_flops(cfg, rows, tokens, places) for places in (tokens, tokens - kept))
+    return 3 * (whole - masked)
+
+
+def step_work(cfg: ModelConfig, shape: tuple[int, ...]) -> Work:
+    """One step of `cfg.objective` on a source of `shape`: [B,C,H,W], [B,samples] or [B,T]."""
+    batch, (tokens, kept) = shape[0], token_counts(cfg, shape)
+    rows, extra = batch * cfg.mask.clones, cfg.front.extra_tokens
+    seen = kept if cfg.objective in ("data2vec2", "mae") else tokens
+    encoder = _trained(_encoder_flops(cfg, rows, seen + extra, tokens))
+    work = _local_work(cfg, shape).plus(encoder)
+    masked = rows * (tokens - kept)
+    if cfg.objective in ("data2vec2", "data2vec1"):
+        teacher = _encoder_flops(cfg, batch, tokens + extra, tokens)
+        if isinstance(cfg.front, ImageFront):  # has patches of its own
+            teacher += _local_work(cfg, shape).forward
+        work = work.plus(Work(forward=teacher))
+    if cfg.objective == "data2vec2":
+        return work.plus(_trained(_decoder_flops(cfg, rows, tokens, tokens - kept)))
+    if cfg.objective == "data2vec1":
+        return work.plus(_trained(2 * masked * cfg.dim * cfg.dim))
+    if cfg.objective == "mlm":
+        assert isinstance(cfg.front, TextFront)
+        return work.plus(_trained(2 * masked * cfg.dim * (cfg.dim + cfg.front.vocab_size)))
+    dec, front = cfg.mae, cfg.front
+    assert isinstance(front, (ImageFront, LogMelFront))
+    width = front.channels * front.patch**2 if isinstance(front, ImageFront) else front.width
+    decoder = 2 * rows * (kept + extra) * cfg.dim * dec.dim + 2 * masked * dec.dim * width
+    decoder += dec.depth * _block_flops(dec.dim, cfg.mlp_ratio, rows, tokens + extra)
+    return work.plus(_trained(decoder))
+
+
+def supervised_work(cfg: ModelConfig, shape: tuple[int, ...], classes: int, *, per_token: bool) -> Work:
+    """One step of the encoder and a linear head for `classes`, on a source as `step_work` takes it.
+
+    per_token: labels are of tokens, not of samples.
+    """
+    batch, (tokens, _) = shape[0], token_counts(cfg, shape)
+    encoder = _encoder_flops(cfg, batch, tokens + cfg.front.extra_tokens, tokens)
+    head = 2 * batch * (tokens if per_token else 1) * cfg.dim * classes
+    return _local_work(cfg, shape).plus(_trained(encoder + head))
 
 
 def token_counts(cfg: ModelConfig, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Tokens of a sample and how many of them the student sees, as the mask samplers count."""
+    """Tokens of a sample and how many of them are not masked, as the mask samplers count."""
     front, prob = cfg.front, cfg.mask.prob
     if isinstance(front, ImageFront):
         tokens = front.grid[0] * front.grid[1]
-        return tokens, int(tokens * (1 - prob))
+    else:
+        tokens = shape[1] if isinstance(front, TextFront) else front.frames(shape[1])
+    if cfg.mask_kind == "span":
+        return tokens, tokens - int(tokens * prob)
+    if cfg.mask_kind == "block":  # the inverse of blocks that stay visible
+        return tokens, tokens - int(tokens * (1 - (1 - prob)))
+    return tokens, int(tokens * (1 - prob))
+
+
+def _trained(forward: int) -> Work:
+    return Work(forward, 2 * forward)
+
+
+def _block_flops(dim: int, mlp_ratio: float, rows: int, tokens: int) -> int:
+    projections = 2 * rows * tokens * dim * (4 * dim + 2 * int(dim * mlp_ratio))
+    return projections + 4 * rows * tokens * tokens * dim
+
+
+def _encoder_flops(cfg: ModelConfig, rows: int, seen: int, tokens: int) -> int:
+    """Convolutional positions over all `tokens` of a row, and all blocks over those `seen`; forward."""
+    flops = (cfg.prenet_depth + cfg.depth) * block_flops(cfg, rows, seen)
+    if isinstance(cfg.front, (WaveformFront, LogMelFront)):
+        weights = cfg.dim * cfg.dim // cfg.front.position_groups * cfg.front.position_kernel
+        flops += cfg.front.position_layers * 2 * rows * tokens * weights
+    return flops
+
+
+def _decoder_flops(cfg: ModelConfig, rows: int, tokens: int, predicted: int) -> int:
+    """The convolutional decoder over `tokens` of a row, its projection at `predicted` of them, forward; so is
+    the last convolution where it is dense and 1-D."""
+    dec, image = cfg.decoder, isinstance(cfg.front, ImageFront)
+    kernel = dec.kernel**2 if image else dec.kernel
+    flops, width = 0, cfg.dim
+    for layer in range(dec.layers):
+        last = layer == dec.layers - 1 and dec.groups == 1 and not image
+        flops += 2 * rows * (predicted if last else tokens) * (width // dec.groups) * dec.dim * kernel
+        width = dec.dim
+    widths = [width, *[int(dec.dim * dec.projection_ratio)] * (dec.projection_layers - 1), cfg.dim]
+    return flops + sum(2 * rows * predicted * a * b for a, b in zip(widths, widths[1:], strict=False))
+
+
+def _local_work(cfg: ModelConfig, shape: tuple[int, ...]) -> Work:
+    """Local features of each sample."""
+    front, batch = cfg.front, shape[0]
     if isinstance(front, TextFront):
-        return shape[1], int(shape[1] * (1 - prob))
-    tokens = front.frames(shape[1])
-    return tokens, tokens - int(tokens * prob)
-
-
-def _projection(cfg: ModelConfig) -> list[int]:
-    """Widths of the decoder's projection, from its convolutions to the model."""
-    dec = cfg.decoder
-    return [dec.dim, *[int(dec.dim * dec.projection_ratio)] * (dec.projection_layers - 1), cfg.dim]
+        return Work()
+    tokens, _ = token_counts(cfg, shape)
+    if isinstance(front, ImageFront):
+        patches = 2 * batch * tokens * front.patch**2 * front.channels * cfg.dim
+        return Work(patches, patches)
+    work = _trained(2 * batch * tokens * front.width * cfg.dim)
+    if isinstance(front, WaveformFront):
+        length, channels = shape[1], 1
+        for number, (width, kernel, stride) in enumerate(front.conv_layers):
+            length = (length - kernel) // stride + 1
+            flops = 2 * batch * length * width * channels * kernel
+            work = work.plus(Work(flops, flops if number == 0 else 2 * flops))
+            channels = width
+    return work

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from d2vkern.testing import peak_memory
 
@@ -34,17 +34,21 @@ from .batching import amount, micro_batch
 from .checkpoint import write_environment
 from .config import Config, Objective
 from .cpu import tune_allocator
-from .data import Labelled, Position, open_data, open_labelled
+from .data import Batch, Labelled, Position, open_data, open_labelled
+from .flops import step_work
 from .model import Pretraining
-from .normalisation import normalised
+from .normalisation import Normalisation, normalised
 from .objectives import for_objective
 from .online_probe import evenly, feature_rank
 from .probe import features_of, probe_raw, probe_rows
 from .step import Trainer
-from .supervised import SupervisedTrainer
+from .supervised import SupervisedTrainer, Used
 from .train import pick_device
 
 Entry = Objective | Literal["supervised"]
+
+COUNTED = "by formula (d2v.flops) over the shapes of all steps"
+"""how `flops_per_step` was found, as race.json says it"""
 
 WIDER = 4
 """learning rates that a search tries beyond those it was given, at most, for each entry"""
@@ -71,7 +75,7 @@ class Track:
     seed: int
     lr: float
     flops_per_step: int
-    """of matrix products, convolutions and attention, two per multiply-add"""
+    """of matrix products, convolutions and attention by formula (flops.py), the mean over the steps taken"""
     peak_bytes: int
     """by which memory rises during a step"""
     points: list[Point] = field(default_factory=list)
@@ -82,8 +86,12 @@ class Learning(Protocol):
 
     model: Pretraining
 
-    def train_step(self, number: int) -> float:
-        """One step by the schedules' `number`, from 1 to train.steps; the samples it used."""
+    def train_step(self, number: int) -> Used:
+        """One step by the schedules' `number`, from 1 to train.steps."""
+        ...
+
+    def skip_step(self) -> Used:
+        """What the next step would use; its samples are drawn, and nothing is trained."""
         ...
 
 
@@ -97,10 +105,18 @@ class _Pretrainer:
         parameters = sum(p.numel() for p in self.trainer.parameters)
         self.stream = pipeline.micro_batches(Position(), micro_batch(cfg, device, parameters))
 
-    def train_step(self, number: int) -> float:
+    def train_step(self, number: int) -> Used:
         batches = next(self.stream)
         self.trainer.step(number, batches)
-        return sum(amount(self.model.cfg.front, batch) for batch in batches)
+        return self._used(batches)
+
+    def skip_step(self) -> Used:
+        return self._used(next(self.stream))
+
+    def _used(self, batches: list[Batch]) -> Used:
+        cfg = self.model.cfg
+        samples = sum(amount(cfg.front, batch) for batch in batches)
+        return Used(samples, sum(step_work(cfg, tuple(batch.source.shape)).total for batch in batches))
 
 
 class Contestant:
@@ -127,7 +143,7 @@ class Contestant:
         else:
             self.learner = _Pretrainer(cfg, data, self.device, run_dir)
         self.states = rng.capture(self.device)
-        self.steps, self.seconds, self.samples = 0, 0.0, 0.0
+        self.steps, self.seconds, self.samples, self.flops = 0, 0.0, 0.0, 0
 
     def advance(self, to: float) -> None:
         """Train until `to` seconds of training are over; the last step may end a little later."""
@@ -136,11 +152,11 @@ class Contestant:
             began = self.clock()
             steps = self.cfg.train.steps
             number = min(steps, 1 + int(steps * self.seconds / self.budget + 1e-6))
-            self.samples += self.learner.train_step(number)
+            used = self.learner.train_step(number)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self.seconds += self.clock() - began
-            self.steps += 1
+            self._count(used)
         self.states = rng.capture(self.device)
 
     def scores(self, labelled: Labelled) -> dict[str, float]:
@@ -149,12 +165,22 @@ class Contestant:
         rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
         return _flat(probe_rows(rows, labelled.level, ("linear", "knn"))) | {"rank": feature_rank(rows)}
 
-    def flops(self) -> int:
-        """Of one step: of its matrix products, convolutions and attention, counted in PyTorch's operators."""
+    def skip(self, to: int) -> None:
+        """Draw the samples of the steps up to the `to`th and count what they cost; nothing is trained."""
         rng.restore(self.states, self.device)
-        with FlopCounterMode(display=False) as counter:
-            self.learner.train_step(1)
-        return counter.get_total_flops()
+        while self.steps < to:
+            self._count(self.learner.skip_step())
+        self.states = rng.capture(self.device)
+
+    def _count(self, used: Used) -> None:
+        self.steps += 1
+        self.samples += used.samples
+        self.flops += used.flops
+
+    @property
+    def flops_per_step(self) -> int:
+        """By formula, the mean over the steps so far."""
+        return round(self.flops / max(1, self.steps))
 
     def peak(self) -> int:
         """Bytes by which memory rises during a step."""
@@ -198,10 +224,7 @@ def run_race(
         raise ValueError(f"race: {out} exists already: choose another --out")
     device = pick_device(cfg.train.device)
     try:
-        normalisation = open_data(data, cfg, device=device, run_dir=out).normalisation  # of the training data
-        cfg = normalised(cfg, normalisation)
-        entries = {name: normalised(entry, normalisation) for name, entry in entries.items()}
-        labelled = _labelled(cfg, data, out)
+        normalisation, entries, labelled = _open(cfg, entries, data, out, device)
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
@@ -224,6 +247,7 @@ def run_race(
         "search": searched,
         "raw": _flat(raw),
         "majority": raw["majority"],
+        "flops": COUNTED,
         "tracks": [],
         "environment": environment,
     }
@@ -239,6 +263,45 @@ def run_race(
     print("\n".join(race_lines(found)))
     print(f"written: {out / 'race.json'}, {out / 'race.png'}")
     return found
+
+
+def recount(
+    race: Mapping[str, Any], cfg: Config, objectives: Sequence[Objective], out: Path
+) -> dict[str, Any]:
+    """`race` (a race.json) with its `flops_per_step` by formula: the samples of every step are drawn again,
+    and nothing is trained.
+
+    cfg, objectives: what `run_race` was given. out: folder for a tokenizer. The supervised entry draws from
+    torch's generator, whose state depends on how its model was made: as many samples as it had, not always
+    the same ones.
+    ValueError where a step has another number of samples (or seconds) than in the race: other data.
+    """
+    supervised = any(track["entry"] == "supervised" for track in race["tracks"])
+    entries, device = _entries(cfg, objectives, supervised), pick_device(cfg.train.device)
+    _, entries, labelled = _open(cfg, entries, race["data"], out, device)
+    tracks = []
+    for track in race["tracks"]:
+        entry, seed = track["entry"], track["seed"]
+        one = _seeded({entry: entries[entry]}, seed)[entry]
+        contestant = Contestant(entry, one, race["data"], labelled, out)
+        for point in track["points"]:
+            contestant.skip(point["step"])
+            if not math.isclose(contestant.samples, point["samples"], rel_tol=1e-9):
+                raise ValueError(
+                    f"race: {entry} of seed {seed} must have used {point['samples']} samples by step "
+                    f"{point['step']}, got {contestant.samples}: these are other data or settings"
+                )
+        tracks.append({**track, "flops_per_step": contestant.flops_per_step})
+    return {**race, "flops": COUNTED, "tracks": tracks}
+
+
+def _open(
+    cfg: Config, entries: dict[Entry, Config], data: str, out: Path, device: torch.device
+) -> tuple[Normalisation | None, dict[Entry, Config], Labelled]:
+    """How the training data are normalised, the entries with it, and what is probed."""
+    normalisation = open_data(data, cfg, device=device, run_dir=out).normalisation
+    entries = {name: normalised(entry, normalisation) for name, entry in entries.items()}
+    return normalisation, entries, _labelled(normalised(cfg, normalisation), data, out)
 
 
 def _entries(cfg: Config, objectives: Sequence[Objective], supervised: bool) -> dict[Entry, Config]:
@@ -334,14 +397,15 @@ def _race(
     """One race: all entries from the start to the end of their budget, in turns."""
     running = []
     for name, cfg in entries.items():
-        flops, peak = _costs(name, cfg, data, labelled, out)
+        peak = _peak(name, cfg, data, labelled, out)
         contestant = Contestant(name, cfg, data, labelled, out, budget)
-        running.append((contestant, Track(name, cfg.train.seed, cfg.optim.lr, flops, peak)))
+        running.append((contestant, Track(name, cfg.train.seed, cfg.optim.lr, 0, peak)))
     for number in range(evaluations + 1):
         for contestant, track in running:
             contestant.advance(budget * number / evaluations)
             scores = contestant.scores(labelled)
             track.points.append(Point(contestant.steps, contestant.seconds, contestant.samples, scores))
+            track.flops_per_step = contestant.flops_per_step
             said = ", ".join(f"{key} {100 * score:.1f}" for key, score in scores.items() if "linear" in key)
             print(
                 f"  {contestant.entry:<10} {contestant.seconds:>7.1f} s, step {contestant.steps:>6,}: {said}",
@@ -350,15 +414,12 @@ def _race(
     return [track for _, track in running]
 
 
-def _costs(name: Entry, cfg: Config, data: str, labelled: Labelled, out: Path) -> tuple[int, int]:
-    """FLOPs and rise of memory of one step, of contestants of their own."""
-    train = dataclasses.replace(cfg.train, backend="eager")  # whose operators can be counted
-    plain = dataclasses.replace(cfg, train=train)
-    flops = Contestant(name, plain, data, labelled, out).flops()
+def _peak(name: Entry, cfg: Config, data: str, labelled: Labelled, out: Path) -> int:
+    """Rise of memory of one step, of a contestant of its own."""
     other = Contestant(name, cfg, data, labelled, out)
     other.learner.train_step(1)  # makes the optimizer's state
     other.states = rng.capture(other.device)
-    return flops, other.peak()
+    return other.peak()
 
 
 def _flat(found: dict[str, Any]) -> dict[str, float]:

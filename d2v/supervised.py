@@ -6,6 +6,9 @@ and precision are the preset's; samples come without augmentation, as probes see
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,13 +17,23 @@ from torch import Tensor, nn
 from . import rng
 from .backends import use_backends
 from .config import Config
-from .data import Labelled
+from .data import Labelled, LabelledBatch
 from .extract import mean_over_tokens
+from .flops import supervised_work
 from .learner import Learner
 from .model import Pretraining, build_model
 from .model.blocks import linear
 from .model.frontends import padding_of, token_lengths
 from .optim import build_optimizer, learning_rate
+
+
+class Used(NamedTuple):
+    """What a step took."""
+
+    samples: float
+    """pictures, texts or blocks of them, seconds of audio, or whole utterances"""
+    flops: int
+    """by formula (flops.py)"""
 
 
 class Supervised(nn.Module):
@@ -67,18 +80,34 @@ class SupervisedTrainer:
         capturable = Learner.decides_on(device)
         optimizer = build_optimizer(module, cfg, capturable=capturable)
         self.learner = Learner(module, optimizer, device, capturable=capturable)
-        self.size = cfg.data.batch
+        size = cfg.data.batch
         if cfg.model.modality == "audio":
-            self.size = max(1, round(cfg.data.batch / cfg.data.max_seconds))
+            size = max(1, round(cfg.data.batch / cfg.data.max_seconds))
+        self.size = min(size, len(self.train))
 
-    def train_step(self, number: int) -> float:
-        """One step by the schedules' `number`, from 1; the samples (audio: utterances) it used."""
-        ids = np.sort(torch.randperm(len(self.train))[: self.size].numpy())
+    def train_step(self, number: int) -> Used:
+        """One step by the schedules' `number`, from 1."""
         lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
+        flops = 0
         with use_backends(self.cfg.train.backend):
-            for source, padding, labels in self.train.select(ids).batches(len(ids)):
+            for source, padding, labels in self._draw():
                 padding = None if padding is None else padding.to(self.device)
                 loss = self.learner.model(source.to(self.device), padding, labels.to(self.device))
                 loss.backward()
                 self.learner.update([loss.detach()], lr, self.cfg.optim.clip)
-        return len(ids)
+                flops += self._flops(source, labels)
+        return Used(self.size, flops)
+
+    def skip_step(self) -> Used:
+        """What the next step would use; its samples are drawn, and nothing is trained."""
+        return Used(self.size, sum(self._flops(source, labels) for source, _, labels in self._draw()))
+
+    def _draw(self) -> Iterator[LabelledBatch]:
+        """The samples of a step."""
+        ids = np.sort(torch.randperm(len(self.train))[: self.size].numpy())
+        return self.train.select(ids).batches(len(ids))
+
+    def _flops(self, source: Tensor, labels: Tensor) -> int:
+        classes = self.learner.model.head.out_features
+        shape, per_token = tuple(source.shape), labels.ndim > 1
+        return supervised_work(self.cfg.model, shape, classes, per_token=per_token).total

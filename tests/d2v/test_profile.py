@@ -11,11 +11,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from d2v.cli import main
-from d2v.config import Config, ImageFront, LogMelFront
+from d2v.config import Config, ImageFront, LogMelFront, Objective
 from d2v.data import Batch
 from d2v.flops import spared_flops, step_flops
 from d2v.hotpaths import Event, fold, read_events
 from d2v.machine import rates
+from d2v.objectives import for_objective
 from d2v.presets import preset
 from d2v.profile import Profile, run_profile
 from d2v.step import Trainer
@@ -205,6 +206,12 @@ def test_waveforms_and_prenets_are_counted_too(tmp_path: Path) -> None:
     model = dataclasses.replace(cfg.model, front=WAVEFORM, prenet_depth=1)
     cfg = dataclasses.replace(cfg, model=model, data=dataclasses.replace(cfg.data, max_seconds=0.5))
     assert_work_is_all_there(cfg, run_profile(cfg, tmp_path, steps=1, batch=2, quick=True))
+
+
+@pytest.mark.parametrize(("modality", "objective"), [("image", "mae"), ("text", "mlm")])
+def test_rivals_are_profiled_too(modality: str, objective: Objective, tmp_path: Path) -> None:
+    cfg = for_objective(tiny(modality), objective)
+    assert_work_is_all_there(cfg, run_profile(cfg, tmp_path, steps=1, batch=2, quick=True, backend="eager"))
 
 
 def test_three_layers_of_projection_are_counted(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ import torch
 
 from d2v import rng
 from d2v.cli import main
-from d2v.config import Config, ProbeConfig
+from d2v.config import Config, Objective, ProbeConfig
 from d2v.data import open_labelled
+from d2v.flops import step_work, supervised_work
 from d2v.objectives import for_objective
-from d2v.race import WIDER, Contestant, beyond, run_race
+from d2v.race import COUNTED, WIDER, Contestant, beyond, recount, run_race
 from d2v.race_report import best_of, race_lines, race_rows, ratios, time_to
 from d2v.train import run
 from tests.d2v.test_online_probe import stripes
@@ -101,6 +102,16 @@ def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
     assert found == json.loads((out / "race.json").read_text())
     assert (out / "race.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     entries = ["data2vec2", "data2vec1", "mae", "supervised"]
+    objectives: tuple[Objective, ...] = ("data2vec2", "data2vec1", "mae")
+    model = raced().model
+    expected: dict[str, int] = {
+        name: step_work(
+            for_objective(raced(), name).model, (4 if name == "data2vec2" else 32, 1, 24, 24)
+        ).total
+        for name in objectives
+    }
+    expected["supervised"] = supervised_work(model, (32, 1, 24, 24), found["classes"], per_token=False).total
+    assert found["flops"] == COUNTED
     assert [track["entry"] for track in found["tracks"]] == entries * 2
     assert [track["seed"] for track in found["tracks"]] == [1] * 4 + [2] * 4
     for track in found["tracks"]:
@@ -109,7 +120,7 @@ def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
         views = 4 if track["entry"] == "data2vec2" else 32
         assert points[-1]["samples"] == points[-1]["step"] * views
         assert points[1]["seconds"] >= 0.3 and points[2]["seconds"] >= 0.6
-        assert track["flops_per_step"] > 1e6 and track["peak_bytes"] > 1e5
+        assert track["flops_per_step"] == expected[track["entry"]] and track["peak_bytes"] > 1e5
         assert set(points[0]["scores"]) == {"linear/test", "knn/test", "rank"}
     lr = raced().optim.lr
     for entry in entries:
@@ -120,6 +131,12 @@ def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
         assert chosen not in ends or len(scores) == 2 + WIDER
         assert {track["lr"] for track in found["tracks"] if track["entry"] == entry} == {lr * chosen}
     assert 0 < found["raw"]["linear/test"] <= 1
+    found["tracks"] = [{**track, "flops_per_step": 1} for track in found["tracks"][:4]]
+    again = recount(found, raced(), objectives, tmp_path / "recounted")
+    assert {t["entry"]: t["flops_per_step"] for t in again["tracks"]} == expected
+    found["tracks"][0]["points"][-1]["samples"] += 1
+    with pytest.raises(ValueError, match="data2vec2 of seed 1 must have used .* samples by step"):
+        recount(found, raced(), objectives, tmp_path / "others")
     with pytest.raises(ValueError, match="exists already"):
         run_race(raced(), data, out, objectives=("mae",), minutes=1)
 
