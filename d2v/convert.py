@@ -40,6 +40,7 @@ Target = Literal["safetensors", "original", "hf"]
 FORMAT = "d2v-1"
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 LABELS, VOCABULARY = "labels.json", "vocabulary.json"
+FAIRSEQ_LETTERS = "dict.ltr.txt"
 
 
 def run_convert(
@@ -104,13 +105,15 @@ class Facts:
 
     @classmethod
     def of(cls, source: Path, model: Pretraining | FineTuned) -> Facts:
-        """Those of the model at `source`. Raises CheckpointError."""
+        """Those of the model at `source`. Raises CheckpointError, and DataError for a broken vocabulary."""
         front, home = model.cfg.front, _home(source)
         texts: dict[str, str] = {}
         if not isinstance(model, Pretraining):
             files = [home / name for name in (LABELS, VOCABULARY) if (home / name).is_file()]
             texts = {file.name: file.read_text(encoding="utf-8") for file in files}
             texts |= {} if source.is_dir() else _texts_of_file(source)
+            if model.head_cfg.task == "ctc" and LABELS not in texts:
+                texts |= _letters(home)
         tokenizer = home / TOKENIZER
         return cls(
             recorded(source, front),
@@ -118,6 +121,17 @@ class Facts:
             tokenizer if isinstance(front, TextFront) and tokenizer.is_file() else None,
             texts,
         )
+
+
+def _letters(home: Path) -> dict[str, str]:
+    """A CTC vocabulary in a folder without labels: ours, or the dictionary beside a model of fairseq."""
+    from .finetune.transcripts import Vocabulary
+
+    for file in (home / VOCABULARY, home / FAIRSEQ_LETTERS):
+        if file.is_file():
+            text = json.dumps(Vocabulary.read(file).letters, ensure_ascii=False) + "\n"
+            return {LABELS: text, VOCABULARY: text}
+    return {}
 
 
 def _texts_of_file(file: Path) -> dict[str, str]:

@@ -190,6 +190,7 @@ class Data2Vec2PreTrainedModel(PreTrainedModel):
         False  # losses are means over a batch, which Trainer divides by its accumulation steps
     )
     _supports_sdpa = True
+    _no_split_modules = ["Block"]
 
     def __init__(self, config):
         super().__init__(config)

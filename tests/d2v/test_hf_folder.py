@@ -19,18 +19,20 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
 from d2v.config import Config, ImageFront, TextFront, WaveNorm
-from d2v.data import open_data
+from d2v.convert import run_convert, save_original
+from d2v.data import DataError, open_data
 from d2v.data.image import ImageSource
 from d2v.data.image_store import ArrayStore, FolderStore
 from d2v.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from d2v.finetune.config import HeadConfig
+from d2v.finetune.config import DropConfig, HeadConfig
 from d2v.finetune.decode import BLANK, greedy
 from d2v.finetune.letters import SPECIALS
-from d2v.finetune.model import FineTuned
+from d2v.finetune.model import FineTuned, tuned_model_config
 from d2v.finetune.sentences import Sentence, Specials, encode
 from d2v.finetune.transcripts import Vocabulary
 from d2v.hf.export import write_folder
 from d2v.normalisation import Normalisation
+from tests.d2v.test_convert import moved
 from tests.d2v.tiny_models import make_model
 from tests.d2v.tiny_runs import LINES, tiny
 
@@ -243,6 +245,20 @@ def test_beam_decoders_give_our_text(tmp_path: Path) -> None:
     path = torch.tensor([5, 0, 5, 5, 4, 0, 6, 6, 0])
     logits = 10.0 * F.one_hot(path, len(labels))
     assert with_lm.decode(logits.numpy()).text == processor.tokenizer.decode(path) == "aa b"
+
+
+def test_letters_beside_a_file_of_the_original_go_along(tmp_path: Path) -> None:
+    model = FineTuned(tuned_model_config(moved("audio").cfg, DropConfig()), HeadConfig(task="ctc", outputs=7))
+    save_original(model, tmp_path / "a.pt")
+    (tmp_path / "dict.ltr.txt").write_text("| 9\nE 5\nT 3\n")
+    run_convert(tmp_path / "a.pt", tmp_path / "hf", "hf")
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert processor.tokenizer("tee te")["input_ids"] == [6, 5, 5, 4, 6, 5, 4]
+    run_convert(tmp_path / "hf", tmp_path / "b", "safetensors")
+    assert Vocabulary.read(tmp_path / "b" / "vocabulary.json").letters == (*SPECIALS, "|", "E", "T")
+    (tmp_path / "dict.ltr.txt").write_text("| 9\n| 5\n")
+    with pytest.raises(DataError, match=r"dict.ltr.txt: a vocabulary begins with .* and repeats nothing"):
+        run_convert(tmp_path / "a.pt", tmp_path / "c", "hf")
 
 
 def test_vocabularies_that_are_not_ours_are_refused(tmp_path: Path) -> None:
