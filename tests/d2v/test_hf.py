@@ -256,7 +256,9 @@ def test_the_folder_runs_without_this_package(tmp_path: Path) -> None:
         "import sys, torch, transformers\n"
         "sys.modules.update(d2v=None, d2vkern=None)\n"
         f"m = transformers.AutoModel.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
-        "print(tuple(m(torch.zeros(1, 1, 24, 24)).last_hidden_state.shape))\n"
+        f"p = transformers.AutoImageProcessor.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+        "given = p(torch.zeros(1, 30, 40), return_tensors='pt')\n"
+        "print(tuple(m(**given).last_hidden_state.shape))\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "m")}
     done = subprocess.run(

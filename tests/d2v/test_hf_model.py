@@ -112,6 +112,8 @@ def test_loading_says_nothing(kind: str, folders: dict[str, Path], said: list[st
         getattr(transformers, name).from_pretrained(folders[kind], trust_remote_code=True)
         for name in READERS[modality]
     ]
+    code = [file.read_text(encoding="utf-8") for file in folders[kind].glob("*.py")]
+    assert len(code) >= 3 and not re.search(r"^\s*(from|import) (\.\.|d2v)", "\n".join(code), re.MULTILINE)
     model.save_pretrained(tmp_path)
     readers[-1].save_pretrained(tmp_path)
     again = opened(tmp_path, kind)
