@@ -32,26 +32,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
+_spec = importlib.util.spec_from_file_location("d2vkern_architectures", SOURCES / "architectures.py")
+assert _spec is not None and _spec.loader is not None
+architectures = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(architectures)
+
 CPU_SOURCES = ("ops.cpp", "ema.cpp", "adamw_ema.cpp", "grad_norm.cpp", "masks.cpp", "gather.cpp")
-ARCHITECTURES = "8.0;9.0a;10.0+PTX"
-NAMED_ARCHITECTURES = {
-    "kepler+tesla": "3.7",
-    "kepler": "3.5+PTX",
-    "maxwell+tegra": "5.3",
-    "maxwell": "5.0;5.2+PTX",
-    "pascal": "6.0;6.1+PTX",
-    "volta+tegra": "7.2",
-    "volta": "7.0+PTX",
-    "turing": "7.5+PTX",
-    "ampere+tegra": "8.7",
-    "ampere": "8.0;8.6+PTX",
-    "ada": "8.9+PTX",
-    "hopper": "9.0+PTX",
-    "blackwell+tegra": "11.0",
-    "blackwell": "10.0;10.3;12.0;12.1+PTX",
-}
-"""names that TORCH_CUDA_ARCH_LIST may hold (torch/utils/cpp_extension.py, _get_cuda_arch_flags)"""
-OLDEST_ARCHITECTURE = 80
 OLDEST_TORCH = (2, 10)
 OLDEST_CUDA = (12, 8)
 """the first that knows sm_100"""
@@ -143,12 +129,11 @@ def plan(environment: Mapping[str, str], torch: Path | None, sources: Path = SOU
         nvcc, reason = _find_nvcc(environment)
         if nvcc is not None and not list(sources.glob("*.cu")):
             nvcc, reason = None, "there are no CUDA sources"
-        architectures: tuple[tuple[int, str], ...] = ()
+        chosen: tuple[tuple[int, str], ...] = ()
         if nvcc is not None:
-            architectures, left_out = read_architectures(
-                environment.get("TORCH_CUDA_ARCH_LIST", ""), nvcc, environment
-            )
-            if not architectures:
+            text = environment.get("TORCH_CUDA_ARCH_LIST", "")
+            chosen, left_out = architectures.read(text, nvcc, environment)
+            if not chosen:
                 nvcc, reason = None, f"TORCH_CUDA_ARCH_LIST leaves nothing to build: {'; '.join(left_out)}"
             elif left_out:
                 why.append(f"left out of TORCH_CUDA_ARCH_LIST: {'; '.join(left_out)}")
@@ -160,66 +145,13 @@ def plan(environment: Mapping[str, str], torch: Path | None, sources: Path = SOU
         compiler,
         torch,
         nvcc,
-        architectures if nvcc else (),
+        chosen if nvcc else (),
         _jobs(environment),
         _which("ninja", environment),
         environment.get("D2VKERN_DEBUG", "0") == "1",
         must,
         tuple(why),
     )
-
-
-def read_architectures(
-    text: str, nvcc: Path, environment: Mapping[str, str]
-) -> tuple[tuple[tuple[int, str], ...], tuple[str, ...]]:
-    """What this nvcc can build of a TORCH_CUDA_ARCH_LIST, and what is left out, each with its reason.
-
-    text: "8.0;9.0a;10.0+PTX", also divided by spaces or commas and with names ("Hopper", in any case), or
-    "native", the GPUs that are here. Empty, and "native" where there is no GPU, mean `ARCHITECTURES`.
-    """
-    left_out = []
-    words = [word for word in re.split(r"[;,\s]+", text) if word]
-    if [word.lower() for word in words] == ["native"]:
-        words = _visible_architectures(environment)
-        if not words:
-            left_out.append(f"'native' (nvidia-smi names no GPU here; {ARCHITECTURES} instead)")
-    words = [part for word in words for part in NAMED_ARCHITECTURES.get(word.lower(), word).split(";")]
-    known = _known_architectures(nvcc, environment)
-    found: dict[tuple[int, str], None] = {}
-    for word in words or ARCHITECTURES.split(";"):
-        match = re.fullmatch(r"(\d+)\.(\d)(a?(?:\+PTX)?)", word)
-        number = 10 * int(match[1]) + int(match[2]) if match else 0
-        if match is None:
-            left_out.append(f"{word!r} (not like {ARCHITECTURES!r})")
-        elif number < OLDEST_ARCHITECTURE:
-            left_out.append(f"{word!r} (older than {_dotted(divmod(OLDEST_ARCHITECTURE, 10))})")
-        elif match[3].startswith("a") and number < 90:
-            left_out.append(f"{word!r} (there is no such code before 9.0a)")
-        elif known and number not in known:
-            left_out.append(f"{word!r} (this nvcc does not know it)")
-        else:
-            found[number, match[3]] = None
-    return tuple(found), tuple(dict.fromkeys(left_out))
-
-
-def _known_architectures(nvcc: Path, environment: Mapping[str, str]) -> frozenset[int]:
-    """Those that a CUDA compiler says it can build for; none where it does not say."""
-    run = subprocess.run(
-        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, env=dict(environment), check=False
-    )
-    return frozenset(int(number) for number in re.findall(r"^compute_(\d+)$", run.stdout, re.MULTILINE))
-
-
-def _visible_architectures(environment: Mapping[str, str]) -> list[str]:
-    """Compute capabilities of the GPUs here, the newest with PTX, as torch does for "native"."""
-    program = _which("nvidia-smi", environment)
-    if program is None:
-        return []
-    query = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
-    run = subprocess.run(query, capture_output=True, text=True, env=dict(environment), check=False)
-    found = set(re.findall(r"^(\d+)\.(\d)$", run.stdout, re.MULTILINE)) if run.returncode == 0 else set()
-    names = [_dotted(pair) for pair in sorted((int(major), int(minor)) for major, minor in found)]
-    return [*names[:-1], f"{names[-1]}+PTX"] if names else []
 
 
 def find_torch() -> Path | None:
@@ -261,7 +193,7 @@ def build(version: str, target: Path, work: Path, environment: Mapping[str, str]
         break
     if not built:
         target.unlink(missing_ok=True)
-    names = {"cpu": "CPU kernels", "cuda": f"CUDA kernels ({_names(wanted.architectures)})"}
+    names = {"cpu": "CPU kernels", "cuda": f"CUDA kernels ({architectures.names(wanted.architectures)})"}
     said = " and ".join(names[part] for part in built) or "pure Python, eager and Triton only"
     return f"d2vkern: built {said}" + (f"; {'; '.join(why)}" if why else "")
 
@@ -286,7 +218,7 @@ def _compile(
     if cuda:
         defines += [
             "-DD2V_WITH_CUDA",
-            f"-DD2V_CUDA_ARCHITECTURES={','.join(map(str, _codes(wanted.architectures)))}",
+            f"-DD2V_CUDA_ARCHITECTURES={','.join(map(str, architectures.codes_of(wanted.architectures)))}",
         ]
     # torch's as system headers: their warnings are not ours
     includes = [f"-I{SOURCES}", "-isystem", str(wanted.torch / "include")]
@@ -294,7 +226,7 @@ def _compile(
     cxx = [*shlex.split(wanted.compiler), *CXX_FLAGS, *debug, *defines, *includes]
     host = ["-ccbin", shlex.split(wanted.compiler)[0]]
     # no defines: nvcc takes a comma in one for the next
-    nvcc = [str(wanted.nvcc), *host, *NVCC_FLAGS, *_gencode(wanted.architectures), *includes]
+    nvcc = [str(wanted.nvcc), *host, *NVCC_FLAGS, *architectures.gencode(wanted.architectures), *includes]
     nvcc += ["-lineinfo"] if wanted.debug else []
     shared = [
         f"--version-script={SOURCES / 'exports.map'}",
@@ -417,36 +349,6 @@ def _find_nvcc(environment: Mapping[str, str]) -> tuple[Path | None, str]:
     if version < OLDEST_CUDA:
         return None, f"{path} is of CUDA {_dotted(version)}, {_dotted(OLDEST_CUDA)} or newer is needed"
     return path, ""
-
-
-def _gencode(architectures: Sequence[tuple[int, str]]) -> list[str]:
-    flags: dict[str, None] = {}
-    for number, suffix in architectures:
-        name = f"{number}{suffix[:1].strip('+')}"
-        flags[f"-gencode=arch=compute_{name},code=sm_{name}"] = None
-        if suffix.endswith("+PTX"):
-            flags[f"-gencode=arch=compute_{name},code=compute_{name}"] = None
-    return list(flags)
-
-
-def _codes(architectures: Sequence[tuple[int, str]]) -> list[int]:
-    """As ops.cpp's `about` has them: capability * 100, + 1 for an "a", + 2 for PTX."""
-    codes: dict[int, None] = {}
-    for number, suffix in architectures:
-        code = 10 * number + suffix.startswith("a")
-        codes[code] = None
-        if suffix.endswith("+PTX"):
-            codes[code + 2] = None
-    return list(codes)
-
-
-def _names(architectures: Sequence[tuple[int, str]]) -> str:
-    codes = _codes(architectures)
-    named = [(code % 10 >= 2, f"{code // 10}{'a' if code % 2 else ''}") for code in codes]
-    return ", ".join(
-        [f"sm_{name}" for ptx, name in named if not ptx]
-        + [f"compute_{name} PTX" for ptx, name in named if ptx]
-    )
 
 
 def _jobs(environment: Mapping[str, str]) -> int:

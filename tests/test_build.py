@@ -79,9 +79,9 @@ def test_with_everything(machine: Environment, torch: Path) -> None:
     plan = build.plan(machine("g++", "nvcc", "ninja"), torch)
     assert plan.parts == ("cpu", "cuda") and plan.why == () and not plan.must_have_cuda
     assert plan.architectures == ((80, ""), (90, "a"), (100, "+PTX"))
-    assert build._codes(plan.architectures) == [800, 901, 1000, 1002]
+    assert build.architectures.codes_of(plan.architectures) == [800, 901, 1000, 1002]
     assert plan.ninja is not None and plan.jobs == len(os.sched_getaffinity(0))
-    assert build._gencode(plan.architectures) == [
+    assert build.architectures.gencode(plan.architectures) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
@@ -217,21 +217,21 @@ def test_architectures_of_the_gpus_here(machine: Environment, torch: Path, tmp_p
 
 def test_flags_and_codes_of_code_for_one_gpu_alone() -> None:
     alone = ((90, "a+PTX"), (90, "a"), (90, PTX))
-    assert build._gencode(alone) == [
+    assert build.architectures.gencode(alone) == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
-    assert build._codes(alone) == [901, 903, 900, 902]
-    assert build._names(alone) == "sm_90a, sm_90, compute_90a PTX, compute_90 PTX"
+    assert build.architectures.codes_of(alone) == [901, 903, 900, 902]
+    assert build.architectures.names(alone) == "sm_90a, sm_90, compute_90a PTX, compute_90 PTX"
 
 
 def test_torch_knows_the_same_names() -> None:
     """torch's parser is asked itself, for each name and each architecture we leave to it."""
     from torch.utils import cpp_extension
 
-    for name, meaning in build.NAMED_ARCHITECTURES.items():
+    for name, meaning in build.architectures.NAMED.items():
         written = "+".join(word.capitalize() for word in name.split("+"))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TORCH_CUDA_ARCH_LIST", written)
