@@ -4,7 +4,9 @@ The form is "op: argument must <contract>, got <value>". All checks look at meta
 are traceable by torch.compile.
 """
 
+import operator
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +44,40 @@ def check_shape(
         raise ValueError(
             f"{op}: {name} must have shape {_show(expected)}{origin}, got {_show(tuple(tensor.shape))}"
         )
+
+
+def check_rows(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor has a last dimension (TypeError when it is no tensor)."""
+    check_tensor(op, name, tensor)
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} must have shape (..., D), got ()")
+
+
+def check_convolution(op: str, weight: Tensor) -> None:
+    """Raise ValueError for a weight (O, C, ...) without values: nothing would be convolved or normed."""
+    for name, size in zip(("output channels O", "input channels C"), weight.shape[:2], strict=True):
+        check_range(op, name, size, minimum=1)
+    for size in weight.shape[2:]:
+        check_range(op, "kernel size k", size, minimum=1)
+
+
+def check_seed(op: str, seed: Any) -> Any:
+    """An int seed's 64 bits in two's complement, whether it was given signed or unsigned; a tensor as it is.
+
+    Raises TypeError for anything but an int or a 0-dim int64 tensor (which is not read), ValueError for an
+    int of more than 64 bits.
+    """
+    if isinstance(seed, Tensor):
+        check_shape(op, "seed", seed, ())
+        check_dtype(op, "seed", seed, (torch.int64,))
+        return seed
+    if not isinstance(seed, (int, torch.SymInt)):
+        if not hasattr(seed, "__index__"):
+            raise TypeError(f"{op}: seed must be an int or a 0-dim int64 tensor, got {type(seed).__name__}")
+        seed = operator.index(seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must have 64 bits, -2^63 to 2^64 - 1, got {seed}")
+    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def check_dtype(op: str, name: str, tensor: Tensor, allowed: Collection[torch.dtype] = FLOATS) -> None:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2vkern.kernels._common import not_below_zero
 from d2vkern.kernels._dropout import dropout_scale, keep_rows, threshold
 
 SHORT = {2: 64, 4: 0}
@@ -185,7 +186,7 @@ def bias_weight(slopes_ptr, alibi_scale_ptr, h):
     if slopes_ptr is not None:
         weight = tl.load(slopes_ptr + h).to(tl.float32) * 1.4426950408889634
         if alibi_scale_ptr is not None:
-            weight *= tl.maximum(tl.load(alibi_scale_ptr + h).to(tl.float32), 0.0)
+            weight *= not_below_zero(tl.load(alibi_scale_ptr + h).to(tl.float32))
     return weight
 
 

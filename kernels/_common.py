@@ -29,6 +29,12 @@ import triton.language as tl
 
 
 @triton.jit
+def not_below_zero(x):
+    """max(x, 0) that leaves NaN what it is: `tl.maximum` would make it 0."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
 def gelu(x):
     """GELU(x), exact form; x is an fp32 block."""
     size = tl.abs(x)

@@ -9,6 +9,8 @@ fp32. R rows of a block, D channels.
 import triton
 import triton.language as tl
 
+from d2vkern.kernels._common import not_below_zero
+
 
 @triton.jit
 def add_moments(count, mean, squares, more_count, more_mean, more_squares):
@@ -45,5 +47,4 @@ def merge_rows(count, mean, squares):
     # [D]
     slip = tl.sum(weighted, 0)
     united = tl.sum(squares + weighted * delta, 0) - slip * slip * inverse
-    # Not tl.maximum, which would turn NaN into 0.
-    return total, centre + slip * inverse, tl.where(united < 0, 0.0, united)
+    return total, centre + slip * inverse, not_below_zero(united)

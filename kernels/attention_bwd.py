@@ -112,7 +112,7 @@ def attention_bwd_kernel_short(
 def scale_gradient(along, slopes_ptr, alibi_scale_ptr, h):
     """Of alibi_scale_h, from the sum of dlogit_ij |pos_i - pos_j|: exactly 0 where the scale is clamped."""
     gradient = -along * tl.load(slopes_ptr + h).to(tl.float32)
-    return tl.where(tl.load(alibi_scale_ptr + h) >= 0, gradient, 0.0)
+    return tl.where(tl.load(alibi_scale_ptr + h) < 0, 0.0, gradient)
 
 
 @triton.jit

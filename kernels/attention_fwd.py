@@ -184,7 +184,7 @@ def attention_fwd_kernel(
             p = tl.where(keep, p, 0.0)
         v = load_rows(v_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE)
         o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
-    total = tl.where(total > 0.0, total, 1.0)  # of padded queries
+    total = tl.where(total == 0.0, 1.0, total)  # of padded queries
     factor = 1.0 if seed_ptr is None else tl.full((), dropout_scale, tl.float32)
     o *= (factor / total)[:, None]
     if ZERO_PADDED:

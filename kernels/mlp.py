@@ -299,7 +299,7 @@ def _hidden_gradients(
     if db2 is not None and dy.stride(1) != 1:
         dy = dy.contiguous()
     # A warp's 16-byte loads cover a row of the block.
-    block = min(512 // pre.element_size(), triton.next_power_of_2(hidden))
+    block = min(512 // pre.element_size(), triton.next_power_of_2(max(1, hidden)))
     tiles = triton.cdiv(hidden, block) if need_dpre or need_act else 0
     if db2 is not None:
         tiles += triton.cdiv(outs, block)

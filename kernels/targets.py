@@ -38,6 +38,7 @@ from torch import Tensor
 from d2vkern import _costs
 from d2vkern._library import define
 from d2vkern._nvtx import op_range
+from d2vkern.kernels._common import not_below_zero
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._moments import add_moments, merge_rows
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
@@ -101,7 +102,7 @@ def _tokens(x_ptr, t, d, stride_t, tokens, width):
 
 @triton.jit
 def _rstd(variance, eps):
-    root = tl.sqrt_rn(tl.maximum(variance, 0.0) + tl.full((), eps, tl.float32))
+    root = tl.sqrt_rn(not_below_zero(variance) + tl.full((), eps, tl.float32))
     return tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root)
 
 

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import INTEGERS, check_choice, check_dtype, check_range, check_same_device, check_shape
+from d2vkern._checks import (
+    INTEGERS,
+    check_choice,
+    check_dtype,
+    check_range,
+    check_same_device,
+    check_seed,
+    check_shape,
+)
 
 
 def multimask_attention(
@@ -71,6 +79,7 @@ def multimask_attention(
     )
     check_range(op, "head width Dh", d, minimum=1)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
+    seed = None if seed is None else check_seed(op, seed)
     check_choice(op, "padded_rows", padded_rows, ("zero", "attend"))
     implementation = select(
         "attention",

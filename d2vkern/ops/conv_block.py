@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import INTEGERS, check_dtype, check_range, check_same_device, check_shape
+from d2vkern._checks import (
+    INTEGERS,
+    check_convolution,
+    check_dtype,
+    check_range,
+    check_same_device,
+    check_shape,
+)
 from d2vkern.ops.masks import MaskPlan
 
 
@@ -31,7 +38,8 @@ def conv_block_1d(
         (N, R, O). Values are not checked (that would wait for the device). Not together with plan.
     Returns x's dtype; statistics in fp32. Gradients: x, weight, bias.
     Source: data2vec 2.0, models/modalities/modules.py, Decoder1d, and audio.py, positional encoder.
-    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, ValueError when C, O or k is
+    0.
     """
     op = "conv_block_1d"
     check_dtype(op, "x", x)
@@ -47,6 +55,7 @@ def conv_block_1d(
     if rows is not None:
         check_shape(op, "rows", rows, (x.shape[0], "R"), like="x")
         check_dtype(op, "rows", rows, INTEGERS)
+        check_range(op, "places R of rows", rows.shape[1], maximum=x.shape[1])
         check_same_device(op, x=x, rows=rows)
     return select("conv_block", backend, x).conv_block_1d(x, weight, bias, groups, residual, eps, plan, rows)
 
@@ -88,6 +97,7 @@ def _check_weight(
     if channels % groups:
         raise ValueError(f"{op}: groups must divide the {channels} channels of x, got {groups}")
     check_shape(op, "weight", weight, ("O", channels // groups, *kernel), like="x and groups")
+    check_convolution(op, weight)
     if weight.shape[0] % groups:
         raise ValueError(
             f"{op}: groups must divide the {weight.shape[0]} output channels of weight, got {groups}"

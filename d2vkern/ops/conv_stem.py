@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_same_device, check_shape
+from d2vkern._checks import check_convolution, check_dtype, check_range, check_same_device, check_shape
 
 
 def conv_stem(
@@ -24,13 +24,14 @@ def conv_stem(
     weight: (O, C, k), norm_weight, norm_bias: (O,): x's dtype, or fp32 masters, which are cast.
     Returns (B, (T - k) // stride + 1, O) in x's dtype; statistics in fp32. Gradients: x and all weights.
     Source: fairseq models/wav2vec/wav2vec2.py, ConvFeatureExtractionModel with mode="layer_norm".
-    Raises ValueError when T is shorter than the kernel, ValueError or TypeError for shapes, dtypes or devices
-    that do not fit.
+    Raises ValueError when T is shorter than the kernel, or C, O or k is 0, ValueError or TypeError for
+    shapes, dtypes or devices that do not fit.
     """
     op = "conv_stem"
     check_dtype(op, "x", x)
     check_shape(op, "x", x, ("B", "T", "C"))
     check_shape(op, "weight", weight, ("O", x.shape[2], "k"), like="x")
+    check_convolution(op, weight)
     check_range(op, "x frames T", x.shape[1], minimum=weight.shape[2])
     check_range(op, "stride", stride, minimum=1)
     for name, value in (("weight", weight), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):

@@ -4,11 +4,17 @@ data2vec 2.0 encodes M masked versions of each sample. Repeating the sample M ti
 tokens moves M * T / K times what is needed; these ops read the unrepeated tokens and write the kept ones.
 """
 
-import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_same_device, check_same_dtype, check_shape
+from d2vkern._checks import (
+    check_dtype,
+    check_range,
+    check_same_device,
+    check_same_dtype,
+    check_seed,
+    check_shape,
+)
 from d2vkern.ops.masks import MaskPlan
 
 
@@ -74,7 +80,5 @@ def scatter_tokens(
     check_dtype(op, "x", x)
     check_same_device(op, x=x, plan=plan.mask)
     check_range(op, "noise_std", noise_std, minimum=0.0)
-    if isinstance(seed, Tensor):
-        check_shape(op, "seed", seed, ())
-        check_dtype(op, "seed", seed, (torch.int64,))
+    seed = check_seed(op, seed)
     return select("gather", backend, x).scatter_tokens(x, plan, noise_std, seed)

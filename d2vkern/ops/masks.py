@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_same_device, check_shape
+from d2vkern._checks import check_dtype, check_range, check_same_device, check_seed, check_shape
 from d2vkern.reference.masks import ascending_positions, plan_tensors
 from d2vkern.reference.philox import MAX_CLONES, MAX_DRAWS, MAX_EPOCH
 
@@ -61,6 +61,14 @@ class MaskPlan:
             check_shape(op, "lengths", self.lengths, (rows,))
             check_dtype(op, "lengths", self.lengths, (torch.int32,))
         check_same_device(op, mask=self.mask, ids_keep=self.ids_keep, slot=self.slot, lengths=self.lengths)
+        if torch.compiler.is_compiling():
+            return
+        for name in ("mask", "ids_keep", "slot", "lengths"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.is_inference():
+                # autograd saves no tensor that was made under inference_mode, and a plan may outlive it
+                with torch.inference_mode(False):
+                    object.__setattr__(self, name, tensor.clone())
 
     @property
     def samples(self) -> int:
@@ -85,7 +93,8 @@ class MaskPlan:
 
     @cached_property
     def _masked(self) -> Tensor:
-        return self._find_masked()
+        with torch.inference_mode(False):
+            return self._find_masked()
 
     def _find_masked(self) -> Tensor:
         return ascending_positions(self.mask, self.tokens - self.kept)
@@ -154,7 +163,7 @@ def inverse_block_mask(
     check_range(op, "grid rows", grid[0], minimum=1)
     check_range(op, "grid columns", grid[1], minimum=1)
     tokens = grid[0] * grid[1]
-    _check_common(op, ids, clones, tokens, prob, seed, epoch)
+    seed = _check_common(op, ids, clones, tokens, prob, seed, epoch)
     _check_blocks(op, length, adjust)
     visible = 1.0 - prob
     centres = int(tokens * ((visible + adjust) / length**2))
@@ -186,7 +195,7 @@ def span_mask(
     Other arguments and errors as in `inverse_block_mask`.
     """
     op = "span_mask"
-    _check_common(op, ids, clones, tokens, prob, seed, epoch)
+    seed = _check_common(op, ids, clones, tokens, prob, seed, epoch)
     _check_blocks(op, length, adjust)
     centres = int(tokens * ((prob + adjust) / length))
     masked = int(tokens * prob)
@@ -213,7 +222,7 @@ def random_mask(
     Other arguments and errors as in `inverse_block_mask`.
     """
     op = "random_mask"
-    _check_common(op, ids, clones, tokens, prob, seed, epoch)
+    seed = _check_common(op, ids, clones, tokens, prob, seed, epoch)
     kept = int(tokens * (1.0 - prob))
     _check_counts(op, tokens, kept, prob)
     mask, ids_keep, slot = select("masks", backend, ids).random_mask(
@@ -224,20 +233,24 @@ def random_mask(
 
 def _check_common(
     op: str, ids: Tensor, clones: int, tokens: int, prob: float, seed: int | Tensor, epoch: int | Tensor
-) -> None:
+) -> int | Tensor:
+    """Returns the seed as backends take it."""
     check_shape(op, "ids", ids, ("B",))
     check_dtype(op, "ids", ids, (torch.int64,))
     check_range(op, "clones", clones, minimum=1, maximum=MAX_CLONES)
     check_range(op, "tokens", tokens, minimum=1, maximum=MAX_TOKENS)
+    seed = check_seed(op, seed)
+    if isinstance(epoch, Tensor):
+        check_shape(op, "epoch", epoch, ())
+        check_dtype(op, "epoch", epoch, (torch.int64,))
+    else:
+        check_range(op, "epoch", epoch, minimum=0, maximum=MAX_EPOCH)
     for name, value in (("seed", seed), ("epoch", epoch)):
         if isinstance(value, Tensor):
-            check_shape(op, name, value, ())
-            check_dtype(op, name, value, (torch.int64,))
             check_same_device(op, **{"ids": ids, name: value})
-    if not isinstance(epoch, Tensor):
-        check_range(op, "epoch", epoch, minimum=0, maximum=MAX_EPOCH)
     if not 0.0 < prob < 1.0:
         raise ValueError(f"{op}: prob must be in (0, 1), got {prob}")
+    return seed
 
 
 def _check_blocks(op: str, length: int, adjust: float) -> None:

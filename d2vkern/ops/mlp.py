@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_same_device, check_shape
+from d2vkern._checks import check_dtype, check_range, check_rows, check_same_device, check_seed, check_shape
 
 
 def gelu_mlp(
@@ -31,6 +31,7 @@ def gelu_mlp(
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
     op = "gelu_mlp"
+    check_rows(op, "x", x)
     check_dtype(op, "x", x)
     check_shape(op, "w1", w1, ("F", x.shape[-1]), like="x")
     check_shape(op, "w2", w2, ("O", w1.shape[0]), like="w1")
@@ -43,6 +44,7 @@ def gelu_mlp(
             check_dtype(op, name, value, (x.dtype, torch.float32))
     check_same_device(op, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
+    seed = None if seed is None else check_seed(op, seed)
     return select("mlp", backend, x).gelu_mlp(x, w1, b1, w2, b2, dropout_p, seed)
 
 
@@ -59,6 +61,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
     op = "linear"
+    check_rows(op, "x", x)
     check_dtype(op, "x", x)
     check_shape(op, "weight", weight, ("O", x.shape[-1]), like="x")
     check_dtype(op, "weight", weight, (x.dtype, torch.float32))

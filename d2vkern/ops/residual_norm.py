@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_same_device, check_same_dtype, check_shape
+from d2vkern._checks import (
+    check_dtype,
+    check_range,
+    check_rows,
+    check_same_device,
+    check_same_dtype,
+    check_seed,
+    check_shape,
+)
 
 
 def residual_norm(
@@ -36,6 +44,7 @@ def residual_norm(
     Raises ValueError or TypeError for shapes, dtypes, devices or probabilities that do not fit.
     """
     op = "residual_norm"
+    check_rows(op, "x", x)
     check_dtype(op, "x", x)
     check_shape(op, "update", update, tuple(x.shape), like="x")
     check_same_dtype(op, x=x, update=update)
@@ -47,6 +56,7 @@ def residual_norm(
     check_range(op, "eps", eps, minimum=0.0)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
     check_range(op, "drop_path_p", drop_path_p, minimum=0.0, below=1.0)
+    seed = None if seed is None else check_seed(op, seed)
     if drop_path_p and x.dim() < 2:
         raise ValueError(f"{op}: x must have a dimension before D with drop_path_p, got {tuple(x.shape)}")
     implementation = select("residual_norm", backend, x)

@@ -6,18 +6,23 @@ N sequences, S tokens, H heads; formulas and their conventions are eager's (d2vk
 import torch
 from torch import Tensor
 
-from d2vkern.reference.attention import _distance, _key_bias, _padded
+from d2vkern.reference.attention import _distance, _key_bias, _padded, clamped, without_padding
 
 
 def head_factor(slopes: Tensor, alibi_scale: Tensor | None) -> Tensor:
     """[H] slope * max(alibi_scale, 0) in fp32; its gradient reaches alibi_scale alone."""
     slopes = slopes.detach().float()
-    return slopes if alibi_scale is None else slopes * alibi_scale.float().clamp_min(0)
+    return slopes if alibi_scale is None else slopes * clamped(alibi_scale.float())
 
 
 def real_keys(lengths: Tensor, s: int) -> Tensor:
     """[N] keys that a sequence attends to: its length, and S where that is 0, so that no softmax is empty."""
     return torch.where(lengths > 0, lengths, s)
+
+
+def qkv_of(qkv: Tensor, lengths: Tensor | None, padded_rows: str) -> Tensor:
+    """qkv, and with lengths a copy that has no NaN where it is padding."""
+    return qkv if lengths is None else without_padding(qkv, lengths, padded_rows == "zero")
 
 
 def dense_bias(

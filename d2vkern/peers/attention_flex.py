@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
-from ._bias import head_factor, real_keys, zero_padded_rows
+from ._bias import head_factor, qkv_of, real_keys, zero_padded_rows
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -77,7 +77,7 @@ def multimask_attention(
     padded_rows: str = "zero",
 ) -> Tensor:
     n, s, _, h, d = qkv.shape
-    if n == 0 or s == 0:
+    if qkv.numel() == 0:
         return qkv.reshape(n, s, 3 * h * d)[:, :, : h * d]
     if qkv.device.type == "cpu":
         qkv = qkv.detach()  # flex_attention looks at requires_grad even where no gradient is recorded
@@ -87,7 +87,7 @@ def multimask_attention(
     if lengths is not None:
         within = _within(real_keys(lengths, s))
         score_mod = within if score_mod is None else _both(score_mod, within)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [N,H,S,Dh] each
+    q, k, v = qkv_of(qkv, lengths, padded_rows).permute(2, 0, 3, 1, 4)  # [N,H,S,Dh] each
     attend = _attend
     if not torch.compiler.is_compiling():
         kind = qkv.dtype, h, d, slopes is None, lengths is None, softmax_scale, torch.is_grad_enabled()

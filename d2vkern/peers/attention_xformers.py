@@ -17,7 +17,7 @@ from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
-from ._bias import dense_bias, key_mask, real_keys, zero_padded_rows
+from ._bias import dense_bias, key_mask, qkv_of, real_keys, zero_padded_rows
 
 ALIGNMENT = 8
 """values; strides of a bias must be multiples of 16 bytes"""
@@ -40,8 +40,10 @@ def multimask_attention(
     padded_rows: str = "zero",
 ) -> Tensor:
     n, s, _, h, d = qkv.shape
-    if n == 0 or s == 0:
+    if qkv.numel() == 0:
         return qkv.reshape(n, s, 3 * h * d)[:, :, : h * d]
+    if slopes is not None:
+        qkv = qkv_of(qkv, lengths, padded_rows)
     if qkv.stride(4) != 1:
         qkv = qkv.contiguous()
     q, k, v = qkv.unbind(2)

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from d2vkern.peers._onednn import product
+from d2vkern.reference._common import rows_of
 from d2vkern.reference.mlp import with_products
 
 
 def _linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-    return product(x.reshape(-1, x.shape[-1]), w.t(), b).view(*x.shape[:-1], w.shape[0])
+    return product(rows_of(x), w.t(), b).view(*x.shape[:-1], w.shape[0])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

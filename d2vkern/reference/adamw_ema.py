@@ -167,7 +167,7 @@ def _fused_on_device(
         amsgrad=False,
         maximize=False,
         grad_scale=_divisor(s.clip_factor, device),
-        found_inf=None if found_inf is None else found_inf.float(),
+        found_inf=None if found_inf is None else (found_inf != 0).float(),  # the kernel asks for 1
     )
 
 

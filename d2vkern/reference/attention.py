@@ -18,8 +18,8 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
+from ._common import sum_dtype
 from ._dropout import fresh_seed, keep_mask
-from ._dtypes import sum_dtype
 
 CHUNK_BYTES = 1 << 20
 
@@ -58,9 +58,9 @@ class _Attention(torch.autograd.Function):
         ctx.settings = settings
         out = qkv.new_empty((n, s, h * d))
         for chunk in _chunks(n, s, h):
-            _, _, v, p, keep, _ = _probabilities(given, settings, chunk)
-            if keep is not None:
-                p, v = p.mul_(keep), v / (1 - settings.dropout_p)
+            _, _, v, p, dropped, _ = _probabilities(given, settings, chunk)
+            if dropped is not None:
+                p, v = p.masked_fill_(dropped, 0), v / (1 - settings.dropout_p)
             o = torch.bmm(p.to(v.dtype).flatten(0, 1), v)
             out[chunk].view(-1, s, h, d).copy_(o.view(-1, h, s, d).transpose(1, 2))
         if lengths is not None and settings.zero_padded:
@@ -79,18 +79,18 @@ class _Attention(torch.autograd.Function):
         needs_scale = alibi_scale is not None and ctx.needs_input_grad[3]
         dscale = qkv.new_zeros((h, 1), dtype=sum_dtype(qkv.dtype)) if needs_scale else None
         for chunk in _chunks(n, s, h):
-            q, k, v, p, keep, distance = _probabilities(given, settings, chunk)
+            q, k, v, p, dropped, distance = _probabilities(given, settings, chunk)
             do = dout[chunk].reshape(-1, s, h, d)
             if lengths is not None and settings.zero_padded:
                 do = do.masked_fill(_padded(lengths[chunk], s)[:, :, None, None], 0)
-            if keep is not None:
+            if dropped is not None:
                 do = do / (1 - settings.dropout_p)
             do = _heads(do)
             dp = torch.bmm(do, v.transpose(1, 2)).view(p.shape).to(p.dtype)
-            dropped = p
-            if keep is not None:
-                dp, dropped = dp.mul_(keep), p * keep
-            dv = torch.bmm(dropped.to(v.dtype).flatten(0, 1).transpose(1, 2), do)
+            kept = p
+            if dropped is not None:
+                dp, kept = dp.masked_fill_(dropped, 0), p.masked_fill(dropped, 0)
+            dv = torch.bmm(kept.to(v.dtype).flatten(0, 1).transpose(1, 2), do)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
             if dscale is not None and distance is not None:
                 dscale -= torch.bmm(ds.flatten(2), distance.flatten(1).unsqueeze(2)).sum(0)
@@ -102,18 +102,41 @@ class _Attention(torch.autograd.Function):
                 part[:, :, slot].copy_(grad.view(-1, h, s, d).transpose(1, 2))
         if dscale is None or slopes is None or alibi_scale is None:
             return dqkv, None, None, None, None, None
-        dscale = (dscale.flatten() * slopes * (alibi_scale >= 0)).to(alibi_scale.dtype)
+        dscale = torch.where(alibi_scale < 0, 0.0, dscale.flatten() * slopes).to(alibi_scale.dtype)
         return dqkv, None, None, dscale, None, None
+
+
+def clamped(alibi_scale: Tensor) -> Tensor:
+    """max(alibi_scale, 0), its gradient 0 where clamped; NaN stays, its gradient too, unlike clamp_min's."""
+    return torch.where(alibi_scale < 0, 0.0, alibi_scale)
+
+
+def _factor(given: _Inputs) -> Tensor:
+    """[H] what distances are weighted with."""
+    assert given.slopes is not None
+    return given.slopes if given.alibi_scale is None else given.slopes * clamped(given.alibi_scale)
 
 
 def _chunks(n: int, s: int, h: int) -> list[slice]:
     size = max(1, CHUNK_BYTES // max(1, h * s * s * 4))
-    return [slice(start, min(start + size, n)) for start in range(0, n if s else 0, size)]
+    return [slice(start, min(start + size, n)) for start in range(0, n if s * h else 0, size)]
 
 
 def _padded(lengths: Tensor, s: int) -> Tensor:
     """[n,S] bool, True behind each sequence's length."""
     return torch.arange(s, device=lengths.device) >= lengths.unsqueeze(1)
+
+
+def without_padding(qkv: Tensor, lengths: Tensor, zero_padded: bool) -> Tensor:
+    """qkv [n,S,3,H,Dh] with 0 for what is ignored of padded rows: in sums weighted with 0, NaN would show.
+
+    All of a row is with zero_padded, else its key and value, where there are real ones.
+    """
+    padded = _padded(lengths, qkv.shape[1])[:, :, None, None, None]
+    if not zero_padded:
+        key_or_value = torch.arange(3, device=qkv.device)[:, None, None] > 0
+        padded = padded & (lengths > 0)[:, None, None, None, None] & key_or_value
+    return qkv.masked_fill(padded, 0)
 
 
 def _distance(positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,10 +162,12 @@ def _key_bias(lengths: Tensor, s: int, dtype: torch.dtype) -> Tensor:
 def _probabilities(
     given: _Inputs, settings: _Settings, chunk: slice
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Scaled q, k, v [n*H,S,Dh]; probabilities, kept places (0 and 1) [n,H,S,S]; distances [n,1,S,S]."""
+    """Scaled q, k, v [n*H,S,Dh]; probabilities, which are dropped [n,H,S,S]; distances [n,1,S,S]."""
     qkv = given.qkv[chunk]
     n, s, _, h, _ = qkv.shape
     wide = sum_dtype(qkv.dtype)
+    if given.lengths is not None:
+        qkv = without_padding(qkv, given.lengths[chunk], settings.zero_padded)
     q, k, v = (_heads(qkv[:, :, slot]) for slot in range(3))
     q = q * settings.scale
     distance = None
@@ -150,7 +175,7 @@ def _probabilities(
         scores = torch.bmm(q, k.transpose(1, 2)).to(wide).view(n, h, s, s)
     else:
         distance = _distance(given.positions[chunk], wide)
-        factor = given.slopes if given.alibi_scale is None else given.slopes * given.alibi_scale.clamp_min(0)
+        factor = _factor(given)
         scores = distance * -factor.to(wide).view(h, 1, 1)
         if qkv.dtype == wide:
             scores.view(n * h, s, s).baddbmm_(q, k.transpose(1, 2))
@@ -159,31 +184,35 @@ def _probabilities(
     if given.lengths is not None:
         scores += _key_bias(given.lengths[chunk], s, wide)
     p = torch.softmax(scores, -1)
-    keep = None
+    dropped = None
     if settings.dropout_p:
         generator = None
         if settings.seed is None:
             generator = torch.Generator(qkv.device).manual_seed(settings.local_seed + chunk.start)
         first = chunk.start * h * s * s
-        keep = keep_mask(p.shape, settings.dropout_p, qkv.device, settings.seed, first, generator).to(wide)
-    return q, k, v, p, keep, distance
+        keep = keep_mask(p.shape, settings.dropout_p, qkv.device, settings.seed, first, generator)
+        dropped = ~keep
+    return q, k, v, p, dropped, distance
 
 
 def _traced(given: _Inputs, settings: _Settings) -> Tensor:
     """The same formula as plain ops, for torch.compile to fuse and differentiate."""
     n, s, _, h, d = given.qkv.shape
-    q, k, v = given.qkv.permute(2, 0, 3, 1, 4).reshape(3, n * h, s, d)
+    qkv = given.qkv
+    if given.lengths is not None:
+        qkv = without_padding(qkv, given.lengths, settings.zero_padded)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).reshape(3, n * h, s, d)
     wide = sum_dtype(q.dtype)
     scores = torch.bmm(q * settings.scale, k.transpose(1, 2)).view(n, h, s, s).to(wide)
     if given.slopes is not None and given.positions is not None:
-        factor = given.slopes if given.alibi_scale is None else given.slopes * given.alibi_scale.clamp_min(0)
+        factor = _factor(given)
         scores = scores - _distance(given.positions, wide) * factor.to(wide).view(h, 1, 1)
     if given.lengths is not None:
         scores = scores + _key_bias(given.lengths, s, wide)
     p = torch.softmax(scores, -1)
     if settings.dropout_p:
         keep = keep_mask(p.shape, settings.dropout_p, p.device, settings.seed)
-        p = p * keep * (1 / (1 - settings.dropout_p))
+        p = p.masked_fill(~keep, 0) * (1 / (1 - settings.dropout_p))
     out = torch.bmm(p.to(v.dtype).flatten(0, 1), v).view(n, h, s, d).transpose(1, 2).reshape(n, s, h * d)
     if given.lengths is not None and settings.zero_padded:
         out = out.masked_fill(_padded(given.lengths, s).unsqueeze(2), 0)

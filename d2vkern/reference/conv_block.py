@@ -23,7 +23,7 @@ from d2vkern._nvtx import op_range
 
 from ..ops.masks import MaskPlan
 from ._autocast import without_autocast
-from ._dtypes import sum_dtype
+from ._common import sum_dtype
 from ._layer_norm import layer_norm, layer_norm_backward
 
 
@@ -38,6 +38,8 @@ def _planes(x_NHWC: Tensor, groups: int) -> Tensor:
 
 def _conv(x_NHWC: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """[N,H,W,C] -> [N,H,W,Cout], contiguous."""
+    if x_NHWC.numel() == 0:
+        return x_NHWC.new_zeros((*x_NHWC.shape[:3], weight.shape[0]))
     pad = (weight.shape[2] // 2, weight.shape[3] // 2)
     out = F.conv2d(_planes(x_NHWC, groups), weight, bias, padding=pad, groups=groups).permute(0, 2, 3, 1)
     return out[:, : x_NHWC.shape[1], : x_NHWC.shape[2]].contiguous()
@@ -47,6 +49,8 @@ def _conv_backward(
     dr_NHWC: Tensor, x_NHWC: Tensor, weight: Tensor, groups: int, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of `_conv` to x and weight."""
+    if x_NHWC.numel() == 0:
+        return torch.zeros_like(x_NHWC) if needs[0] else None, torch.zeros_like(weight) if needs[1] else None
     kh, kw = weight.shape[2], weight.shape[3]
     if kh % 2 == 0 or kw % 2 == 0:  # the dropped outputs had no gradient
         dr_NHWC = F.pad(dr_NHWC, (0, 0, 0, 1 - kw % 2, 0, 1 - kh % 2))
@@ -60,8 +64,7 @@ def _conv_backward(
 def _expand(x_BTC: Tensor, masked_NT: Tensor, clones: int) -> Tensor:
     """[B,T,C] -> [N,T,C], zero at masked places."""
     b, t, c = x_BTC.shape
-    keep = (~masked_NT).to(x_BTC.dtype).view(b, clones, t, 1)
-    return (x_BTC.unsqueeze(1) * keep).view(b * clones, t, c)
+    return x_BTC.unsqueeze(1).masked_fill(masked_NT.view(b, clones, t, 1), 0).view(b * clones, t, c)
 
 
 def _rows_conv(x_NTC: Tensor, weight: Tensor, bias: Tensor | None, groups: int, index: Tensor) -> Tensor:
@@ -177,10 +180,10 @@ class _ConvBlock(torch.autograd.Function):
             if dx is not None and masked is not None:
                 n, _, t, c = source.shape
                 dx = dx.reshape(n // clones, clones, t, c)
-                keep = (~masked).view(n // clones, clones, t, 1)
-                total = (dx[:, 0] * keep[:, 0]).to(sum_dtype(dx.dtype))
+                dx = dx.masked_fill_(masked.view(n // clones, clones, t, 1), 0)
+                total = dx[:, 0].to(sum_dtype(dx.dtype), copy=True)
                 for m in range(1, clones):
-                    total = total.addcmul_(dx[:, m], keep[:, m].to(dx.dtype))
+                    total += dx[:, m]
                 dx = total.unsqueeze(1).to(x.dtype)
         return dx, None if dw is None else dw.to(weight.dtype), db, None, None, None, None, None, None
 

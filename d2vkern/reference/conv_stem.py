@@ -22,7 +22,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
-from ._dtypes import sum_dtype
+from ._common import sum_dtype
 from ._layer_norm import layer_norm, layer_norm_backward
 
 ProductInto = Callable[[Tensor, Tensor, Tensor, bool], None]
@@ -48,7 +48,7 @@ def _window(x_TC: Tensor, first: int, taps: int, frames: int, stride: int) -> Te
 
 def _matrix(weight: Tensor, first: int, taps: int) -> Tensor:
     """[taps*C, Cout] of weight [Cout, C, k]."""
-    return weight[:, :, first : first + taps].permute(2, 1, 0).reshape(-1, weight.shape[0])
+    return weight[:, :, first : first + taps].permute(2, 1, 0).flatten(0, 1)
 
 
 def _blocks(x: Tensor, frames: int, width: int) -> list[tuple[int, int, int]]:
@@ -59,7 +59,7 @@ def _blocks(x: Tensor, frames: int, width: int) -> list[tuple[int, int, int]]:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return [(i, 0, frames) for i in range(x.shape[0])]
-    rows = max(1, _BLOCK_BYTES // (width * x.element_size()))
+    rows = max(1, _BLOCK_BYTES // max(1, width * x.element_size()))
     starts = range(0, frames, rows)
     return [(i, start, min(start + rows, frames)) for i in range(x.shape[0]) for start in starts]
 
@@ -158,8 +158,7 @@ def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tens
                     dx[i] = dx_TC
             dw = None
             if needs[1]:
-                taps_IO = [part.view(-1, c, cout) for part in parts]
-                dw = torch.cat(taps_IO).permute(2, 1, 0).to(weight.dtype)
+                dw = torch.cat(parts).view(k, c, cout).permute(2, 1, 0).to(weight.dtype)
             return dx, dw, None, dnw.to(norm_weight.dtype), dnb.to(norm_bias.dtype), None
 
     @without_autocast

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
-from d2vkern.reference._dtypes import sum_dtype
+from d2vkern.reference._common import sum_dtype
 from d2vkern.reference.philox import element_normals
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
+from ._common import rows_of
 from ._dropout import dropout_mask
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -56,7 +57,7 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             x, pre, w1, b1, w2, b2, keep = ctx.saved_tensors
             needs = ctx.needs_input_grad
-            dy2, pre2 = dy.reshape(-1, dy.shape[-1]), pre.reshape(-1, pre.shape[-1])
+            dy2, pre2 = rows_of(dy), rows_of(pre)
             dx = dw1 = db1 = dw2 = db2 = None
             if needs[3]:
                 act = F.gelu(pre2)
@@ -74,7 +75,7 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
                 if b1 is not None and needs[2]:
                     db1 = dpre.sum(0, dtype=b1.dtype)
                 if needs[1]:
-                    dw1 = product(dpre.t(), x.reshape(-1, x.shape[-1])).to(w1.dtype)
+                    dw1 = product(dpre.t(), rows_of(x)).to(w1.dtype)
                 if needs[0]:
                     dx = product(dpre, w1.to(dy.dtype)).view(x.shape)
             return dx, dw1, db1, dw2, db2, None, None
@@ -92,12 +93,12 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
         @op_range(f"linear/bwd/{backend}")
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             x, w, b = ctx.saved_tensors
-            dy2 = dy.reshape(-1, dy.shape[-1])
+            dy2 = rows_of(dy)
             dx = dw = db = None
             if ctx.needs_input_grad[0]:
                 dx = product(dy2, w.to(dy.dtype)).view(x.shape)
             if ctx.needs_input_grad[1]:
-                dw = product(dy2.t(), x.reshape(-1, x.shape[-1])).to(w.dtype)
+                dw = product(dy2.t(), rows_of(x)).to(w.dtype)
             if b is not None and ctx.needs_input_grad[2]:
                 db = dy2.sum(0, dtype=b.dtype)
             return dx, dw, db

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 
+from ._common import rows_of
 from ._dropout import dropout_mask
 from ._layer_norm import layer_norm, layer_norm_backward
 
@@ -50,7 +51,7 @@ class _ResidualNorm(torch.autograd.Function):
             du = du.mul_(keep)
         dub = None
         if update_bias is not None:
-            dub = du.reshape(-1, du.shape[-1]).sum(0, dtype=update_bias.dtype)
+            dub = rows_of(du).sum(0, dtype=update_bias.dtype)
         return (
             dz,
             du,
