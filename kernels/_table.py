@@ -24,6 +24,8 @@ write of each.
 
 CUDA graphs. A table that exists before capture is kept for the graph. One that is made during capture,
 because an address is new, becomes a node that copies it from pinned memory at every replay. Neither waits.
+What is kept goes once the tensors that it writes have gone, without which no replay makes sense. Tensors in
+a graph's own memory do not count, they may go while the memory stays: a table of such alone is kept for good.
 """
 
 import operator
@@ -37,6 +39,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 NONE, FP32, FP16, BF16 = range(4)
 _CODES = {torch.float32: FP32, torch.float16: FP16, torch.bfloat16: BF16}
@@ -69,8 +72,21 @@ class Table:
 
 
 _tables: dict[tuple[object, ...], Table] = {}
-_captured: list[Tensor] = []
-"""what CUDA graphs read at every replay"""
+
+
+class _Kept(NamedTuple):
+    """What CUDA graphs read at every replay."""
+
+    memory: Tensor
+    written: list[StorageWeakRef]
+    """of the tensors that the table writes, but for those in a graph's own memory"""
+
+    def needed(self) -> bool:
+        return not self.written or not all(storage.expired() for storage in self.written)
+
+
+_captured: dict[int, _Kept] = {}
+"""by the memory's address"""
 
 
 @contextmanager
@@ -101,16 +117,18 @@ def _lookup(op: str, columns: Sequence[Column], chunk: int, backend: str) -> Tab
     addresses, dtypes = tuple(map(Tensor.data_ptr, tensors)), tuple(map(_dtype_of, tensors))
     rows = (len(column.tensors) if column.rows is None else tuple(column.rows) for column in columns)
     key = (chunk, device, *rows, numels, addresses, dtypes)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = _is_captured(device)
     table = _tables.get(key)
+    if table is None or capturing:
+        _release()
     if table is not None and capturing:
-        _captured.append(table.data)
+        _keep(table.data, columns)
     elif table is None:
         _check(op, columns, device, backend)
         table = _build(columns, chunk, device, numels, np.array(addresses), dtypes)
         if capturing:
             # Nobody else may use it: it is filled at the first replay.
-            _captured.append(table.staged)
+            _keep(table.staged, columns)
         else:
             _tables[key] = table
             if len(_tables) > _CACHED_TABLES:
@@ -119,6 +137,35 @@ def _lookup(op: str, columns: Sequence[Column], chunk: int, backend: str) -> Tab
         # Callers on several streams are ordered by the tensors that they write, the allocator is not.
         table.data.record_stream(torch.cuda.current_stream(device))
     return table
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _keep(memory: Tensor, columns: Sequence[Column]) -> None:
+    """For the graph that is being captured."""
+    owned = _graphs_memory()
+    written = chain.from_iterable(column.tensors for column in columns if column.written)
+    outside = [x for x in written if not any(first <= x.data_ptr() < end for first, end in owned)]
+    _captured[memory.data_ptr()] = _Kept(memory, [StorageWeakRef(x.untyped_storage()) for x in outside])
+
+
+def _graphs_memory() -> list[tuple[int, int]]:
+    """Address ranges that belong to CUDA graphs; all, where the allocator does not say."""
+    if torch.cuda.get_allocator_backend() != "native":
+        return [(0, 2**64)]
+    return [
+        (segment["address"], segment["address"] + segment["total_size"])
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    ]
+
+
+def _release() -> None:
+    """Let go of what no graph can need any more."""
+    for address in [address for address, kept in _captured.items() if not kept.needed()]:
+        del _captured[address]
 
 
 def _build(

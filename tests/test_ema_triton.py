@@ -226,6 +226,59 @@ def test_tables_do_not_pile_up(triton_device: torch.device) -> None:
     assert len(_table._tables) == _table._CACHED_TABLES
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["made before capture", "made during capture"])
+def test_what_graphs_read_goes_with_what_they_write(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs_memory: list[tuple[int, int]] = []
+    monkeypatch.setattr(_table, "_captured", {})
+    monkeypatch.setattr(_table, "_graphs_memory", lambda: graphs_memory)
+    cpu = torch.device("cpu")
+
+    def capture(teacher: Tensor, student: Tensor) -> None:
+        if known:
+            kernel([teacher], [student], 0.9, [None])
+        with monkeypatch.context() as context:
+            context.setattr(_table, "_is_captured", lambda device: True)
+            kernel([teacher], [student], 0.9, [None])
+
+    def others() -> None:
+        for size in range(1, 2 * _table._CACHED_TABLES):
+            kernel([values(cpu, size)], [values(cpu, size)], 0.9, [None])
+
+    teacher = values(cpu, 300)
+    for _ in range(3):
+        capture(teacher[:200], values(cpu, 200))  # a view, whose memory stays
+        others()
+        assert len(_table._captured) >= 1
+    del teacher
+    others()
+    assert len(_table._captured) == 0
+    # What lies in a graph's own memory may be gone while the graph still writes it.
+    inner = values(cpu, 40)
+    graphs_memory.append((inner.data_ptr(), inner.data_ptr() + 160))
+    capture(inner, values(cpu, 40))
+    del inner
+    others()
+    assert len(_table._captured) == 1
+
+
+@pytest.mark.gpu
+def test_graphs_that_are_gone_leave_nothing(triton_device: torch.device) -> None:
+    torch.cuda.synchronize()
+    before = len(_table._captured)
+    for size in range(1, 6):
+        teacher, student, none = all_sizes(triton_device), all_sizes(triton_device), [None] * len(SIZES)
+        kernel(teacher, student, 0.5, none)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            kernel(teacher, student, 0.5, none)
+            kernel(teacher[:size], student[:size], 0.5, none[:size])
+        graph.replay()
+        assert len(_table._captured) > before
+        del graph, teacher, student
+    kernel([values(triton_device, 3)], [values(triton_device, 3)], 0.5, [None])
+    assert len(_table._captured) == before
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
 def test_nan_and_infinity_go_where_eager_puts_them(triton_device: torch.device) -> None:
     odd = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45], device=triton_device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_choice, check_dtype, check_range, check_shape
+from d2vkern._overlap import check_memory
 from d2vkern._shards import any_sharded, check_same_shards, local, replicated
 from d2vkern.ops.ema import check_lists, ema_update_
 from d2vkern.reference.adamw_ema import decay_unless
@@ -90,6 +91,8 @@ class AdamWEMA(torch.optim.Optimizer):
     capturable: keep `step` on the device and never read it on the host, for CUDA graphs; lr may be a 0-dim
         tensor.
 
+    Teachers and copies that overlap in memory with each other or with parameters raise ValueError.
+
     State dicts are torch.optim.AdamW's (step, exp_avg, exp_avg_sq) and go both ways; teachers are not part of
     them, and `capturable` stays what it is here. State may also be put into `state[p]` by hand: before a step
     uses it, it gets the dtypes, devices and strides that steps need, bf16 and fp16 parameters a master.
@@ -148,6 +151,19 @@ class AdamWEMA(torch.optim.Optimizer):
             check_same_shards("adamw_ema", "copies", low, "its parameter", p)
             if p.dtype not in _MASTER_DTYPES:
                 raise ValueError("adamw_ema: copies must belong to fp32 parameters, got one of a master's")
+
+        if pairs or self._copies:
+            rows = list(dict.fromkeys((*self._teachers, *self._copies, *self._all_params())))
+            given = {
+                "teacher": self._teachers,
+                "copies": self._copies,
+                "teacher_copies": self._teacher_copies,
+            }
+            written = [(name, local([tensors.get(p) for p in rows])) for name, tensors in given.items()]
+            check_memory("adamw_ema", written, [("params", local(rows))])
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, with every value checked."""
@@ -377,7 +393,7 @@ class AdamWEMA(torch.optim.Optimizer):
             return {}
         if isinstance(given, Mapping):
             return dict(given)
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._all_params()
         if len(given) != len(params):
             raise ValueError(
                 f"adamw_ema: {name} must have {len(params)} entries like params, got {len(given)}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_dtype, check_range, check_same_device, check_shape
+from d2vkern._overlap import check_memory, identity
 from d2vkern._shards import any_sharded, check_same_shards, local
 from d2vkern.ops._averages import TorchRule, annealed_decay, make_rule, unwrapped
 
@@ -39,28 +40,51 @@ def ema_update_(
         fp64: 0.99999 in fp32 puts an error of 0.3% on 1 - decay. Exactly 1, as a number, leaves teachers
         untouched.
     copies: per pair None or a tensor of the same shape, any floating dtype, that receives the new teacher.
+    A pair that stands in the lists twice (tied weights) is updated once.
     DTensors are updated shard by shard; those of a pair must be distributed alike.
     Source: fairseq/modules/ema_module.py, `_step_internal`.
 
     Raises ValueError for lists of different lengths, shapes or devices (naming the pair), a low-precision
-    teacher, or a decay out of range; TypeError for tensors that are not floating.
+    teacher, teachers or copies that overlap in memory with each other or with students, or a decay out of
+    range; TypeError for tensors that are not floating.
     """
     if copies is None:
         copies = [None] * len(teacher)
     check_lists("ema", teacher, student, copies)
     teacher, student, copies = local(teacher), local(student), local(copies)
+    teacher, student, copies, more = _each_once(teacher, student, copies)
+    check_memory("ema", [("teacher", teacher), ("copies", copies)], [("student", student)], in_step=True)
     if isinstance(decay, Tensor):
         check_shape("ema", "decay", decay, ())
     else:
         check_range("ema", "decay", decay, minimum=0.0, maximum=1.0)
         if decay == 1.0:
-            for t, low in zip(teacher, copies, strict=True):
+            for t, low in (*zip(teacher, copies, strict=True), *more):
                 if low is not None:
                     low.copy_(t)
             return
     if len(teacher) > 0:
         tensors = (*teacher, *student, *(low for low in copies if low is not None))
         select("ema", backend, *tensors).ema_update_(teacher, student, decay, copies)
+        for t, low in more:
+            low.copy_(t)
+
+
+def _each_once(
+    teacher: list[Tensor], student: list[Tensor], copies: list[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[tuple[Tensor, Tensor]]]:
+    """The lists without pairs that stand in them before (tied weights), and (teacher, copy) of those."""
+    addresses = () if torch.compiler.is_compiling() else set(map(Tensor.data_ptr, teacher))
+    if torch.compiler.is_compiling() or len(addresses) == len(teacher):
+        return teacher, student, copies, []
+    rows: dict[object, int] = {}
+    more = []
+    for i, (t, s, low) in enumerate(zip(teacher, student, copies, strict=True)):
+        first = rows.setdefault((identity(t), identity(s), i * (t.numel() == 0)), i)
+        if first < i and low is not None and low is not copies[first]:
+            more.append((teacher[first], low))
+    kept = list(rows.values())
+    return [teacher[i] for i in kept], [student[i] for i in kept], [copies[i] for i in kept], more
 
 
 class EMA(nn.Module):
