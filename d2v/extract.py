@@ -8,13 +8,13 @@ all blocks, "all" puts them side by side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Union
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import load
 from .atomic import replacing
@@ -38,6 +38,22 @@ PREFIX = "hf:"
 """before the folder of a model of transformers"""
 BATCH = {"image": 64, "audio": 1, "text": 32}
 """samples of a forward pass; utterances go alone, as padding reaches the features of speech"""
+
+
+class NotFinite(ValueError):
+    """Features, or a head's outputs, that are NaN or infinite: nothing can be read from them."""
+
+
+def check_finite(
+    op: str, what: str, rows: Iterable[tuple[str, np.ndarray]], model: nn.Module | None = None
+) -> None:
+    """Raise NotFinite unless all rows (name, values) are finite, with weights of the model that are not."""
+    for name, values in rows:
+        if np.isfinite(values).all():
+            continue
+        broken = [] if model is None else [k for k, x in model.state_dict().items() if not x.isfinite().all()]
+        cause = f", as are values of {broken[0]} in the model" if broken else ""
+        raise NotFinite(f"{op}: {what} of {name} are NaN or infinite{cause}")
 
 
 def open_encoder(path: str | Path) -> tuple[Encoder, Config, Path | None]:
@@ -120,7 +136,7 @@ def run_extract(
     `lengths` [n] int64; `ids` [n] int64; `names` [n]. Of an embedded data set the held-out part is taken.
     pool: mean over tokens; the CLS token (of our models the last extra one); none. Text counts <s> and </s>
     as tokens.
-    Raises ValueError (DataError), CheckpointError, OSError.
+    Raises ValueError (DataError; NotFinite for features that are NaN or infinite), CheckpointError, OSError.
     """
     model, cfg, folder = open_encoder(path)
     if not isinstance(model, Pretraining) and isinstance(cfg.model.front, TextFront):
@@ -140,10 +156,11 @@ def run_extract(
         if pool == "none":
             rows = list(_unpadded(tokens, padding))
             columns["lengths"].append(np.array([len(row) for row in rows]))
-            columns["features"] += rows
         else:
             pooled = x[:, cls] if pool == "cls" else mean_over_tokens(tokens, padding)
-            columns["features"].append(pooled.cpu().numpy())
+            rows = list(pooled.cpu().numpy()[:, None])
+        check_finite("extract", "features", zip(names, rows, strict=True), model)
+        columns["features"] += rows
         columns["ids"].append(batch.ids.cpu().numpy())
         columns["names"].append(np.array(names))
     if not columns["ids"]:

@@ -18,6 +18,7 @@ from d2vkern._nvtx import phase
 from . import rng
 from .config import Config
 from .data import Labelled, Split, open_labelled
+from .extract import NotFinite
 from .health import effective_rank
 from .model import Pretraining
 from .probe import Rows, evenly_spaced, features_of, probe_rows
@@ -56,7 +57,13 @@ class OnlineProbe:
         self.layers = probe.layers
 
     def run(self, model: Pretraining) -> Scores:
-        """Probe the student as it is now."""
+        """Probe the student as it is now; of NaN or infinite features only the line says so."""
+        try:
+            return self._run(model)
+        except NotFinite as error:
+            return Scores({}, f"without scores ({error})")
+
+    def _run(self, model: Pretraining) -> Scores:
         device = next(model.parameters()).device
         with rng.preserved(device), phase("probe"):
             depth, several = model.cfg.depth, len(self.layers) > 1

@@ -17,7 +17,16 @@ from torch import Tensor
 
 from .config import Config, TextFront
 from .data import DataError, Labelled, Split, open_labelled
-from .extract import BATCH, Encoder, Layer, Weights, mean_over_tokens, open_encoder, token_features
+from .extract import (
+    BATCH,
+    Encoder,
+    Layer,
+    Weights,
+    check_finite,
+    mean_over_tokens,
+    open_encoder,
+    token_features,
+)
 from .model import Pretraining
 
 Kind = Literal["linear", "knn"]
@@ -41,23 +50,30 @@ Rows = tuple[np.ndarray, np.ndarray]
 
 
 def features_of(model: Encoder, split: Split, *, layer: Layer = -1, weights: Weights = "student") -> Rows:
-    """One row per sample, or per labelled token, of a split; see `d2v.extract.token_features`."""
+    """One row per sample, or per labelled token, of a split; see `d2v.extract.token_features`.
+
+    Raises NotFinite when they are NaN or infinite.
+    """
     device, extra = next(model.parameters()).device, model.cfg.front.extra_tokens
     was_training = model.training
     model.eval()
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    for source, padding, label in split.batches(BATCH[model.modality]):
-        padding = None if padding is None else padding.to(device)
-        x, padded = token_features(model, source.to(device), padding, layer=layer, weights=weights)
-        x = x[:, extra:]
-        if label.ndim == 1:
-            features.append(mean_over_tokens(x, padded).cpu())
+    try:
+        for source, padding, label in split.batches(BATCH[model.modality]):
+            padding = None if padding is None else padding.to(device)
+            x, padded = token_features(model, source.to(device), padding, layer=layer, weights=weights)
+            x = x[:, extra:]
+            if label.ndim == 1:
+                rows = mean_over_tokens(x, padded).cpu()
+            else:
+                rows, label = x.cpu()[label >= 0], label[label >= 0]
+            done = sum(map(len, labels))
+            check_finite("probe", "features", [(f"rows {done} to {done + len(rows)}", rows.numpy())], model)
+            features.append(rows)
             labels.append(label)
-        else:
-            features.append(x.cpu()[label >= 0])
-            labels.append(label[label >= 0])
-    model.train(was_training)
+    finally:
+        model.train(was_training)
     if not features:
         raise DataError("probe: a part of the data set has no readable sample")
     return torch.cat(features).numpy(), torch.cat(labels).numpy()
@@ -91,7 +107,11 @@ def probe_raw(labelled: Labelled, kinds: Sequence[Kind] = ("linear", "knn")) -> 
 def probe_rows(
     rows: dict[str, Rows], level: Literal["sample", "token"], kinds: Sequence[Kind]
 ) -> dict[str, Any]:
-    """Fit on rows["train"], score on every other part. DataError for fewer than two training classes."""
+    """Fit on rows["train"], score on every other part.
+
+    DataError for fewer than two training classes, NotFinite for rows that are NaN or infinite.
+    """
+    check_finite("probe", "values", [(f"part {name}", values) for name, (values, _) in rows.items()])
     x, y = rows["train"] if level == "sample" else _evenly(rows["train"], TOKEN_ROWS)
     if len(np.unique(y)) < 2:
         raise DataError(f"probe: at least 2 classes are needed in the training part, got {len(np.unique(y))}")
@@ -190,7 +210,7 @@ def run_probe(
     """Probe a run, a checkpoint folder, an original `.pt` or `hf:FOLDER`; print and return its numbers.
 
     The result of `probe_model`, with "raw" holding that of `probe_raw`. Raises DataError (labels missing,
-    one class), ValueError (no such layer, no tokenizer), CheckpointError.
+    one class), ValueError (no such layer, no tokenizer, features that are NaN or infinite), CheckpointError.
     """
     model, cfg, folder = open_encoder(path)
     labelled = _labelled(model, data, cfg, folder)

@@ -35,6 +35,7 @@ from .checkpoint import write_environment
 from .config import Config, Objective
 from .cpu import tune_allocator
 from .data import Batch, Labelled, Position, open_data, open_labelled
+from .extract import NotFinite
 from .flops import step_work
 from .model import Pretraining
 from .normalisation import Normalisation, normalised
@@ -160,9 +161,17 @@ class Contestant:
         self.states = rng.capture(self.device)
 
     def scores(self, labelled: Labelled) -> dict[str, float]:
-        """Linear probe and neighbours of the frozen features of all blocks, and their effective rank."""
+        """Linear probe and neighbours of the frozen features of all blocks, and their effective rank.
+
+        All are 0 of features that are NaN or infinite: who diverges knows nothing.
+        """
         model = self.learner.model
-        rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
+        try:
+            rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
+        except NotFinite as error:
+            print(f"race: {self.entry} scores 0: {error}", flush=True)
+            parts = [name for name in labelled.splits if name != "train"]
+            return {f"{kind}/{part}": 0.0 for kind in ("linear", "knn") for part in parts} | {"rank": 0.0}
         return _flat(probe_rows(rows, labelled.level, ("linear", "knn"))) | {"rank": feature_rank(rows)}
 
     def skip(self, to: int) -> None:

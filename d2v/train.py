@@ -341,7 +341,8 @@ class _Run:
         """Score the frozen encoder and say so."""
         began = time.perf_counter()
         found = probe.run(self.trainer.model)
-        progress.note({"step": self.place.step, **found.row})
+        if found.row:
+            progress.note({"step": self.place.step, **found.row})
         progress.say(f"step {self.place.step}: probe {found.line}")
         progress.pinned = f" | probe {found.line}"
         progress.idle(time.perf_counter() - began)

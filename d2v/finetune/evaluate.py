@@ -12,7 +12,7 @@ import torch
 
 from ..checkpoint import SETTINGS, find_run
 from ..data import DataError
-from ..extract import BATCH
+from ..extract import BATCH, check_finite
 from ..fronts import ImageFront
 from ..normalisation import Normalisation, normalised
 from ..train import pick_device
@@ -40,7 +40,8 @@ def evaluate(
     classify: top1, top5. ctc: wer, cer; beam: width of the beam search, 0 takes the best path; words: its
     language model. sentence: GLUE's metrics of cfg.glue, else accuracy, or pearson, spearman and mse for
     regression.
-    The model is left in the mode it had. Raises DataError when no sample of a part can be read.
+    The model is left in the mode it had. Raises DataError when no sample of a part can be read, NotFinite
+    when the model's outputs are NaN or infinite.
     """
     was_training = model.training
     model.eval()
@@ -72,6 +73,10 @@ def _part_scores(
     for source, padding, label in part.batches(BATCH[model.modality]):
         padding = None if padding is None else padding.to(device)
         out, padded = model(source.to(device), padding)
+        rows = out.float().cpu() if padded is None or out.ndim < 3 else out[~padded].float().cpu()
+        done = len(said) + sum(map(len, labels))
+        where = f"samples {done} to {done + len(out)} of part {name}"
+        check_finite("evaluate", "outputs", [(where, rows.numpy())], model)
         if cfg.head.task == "ctc":
             found = beam_search(out, padded, beam, words) if beam else greedy(out, padded)
             heard += [vocabulary.decode(ids) for ids in found]

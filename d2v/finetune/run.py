@@ -37,7 +37,7 @@ from ..checkpoint import (
 from ..config import Config, DataConfig
 from ..cpu import tune_allocator
 from ..data import Batch, DataError, Position
-from ..extract import Encoder, open_encoder
+from ..extract import Encoder, NotFinite, open_encoder
 from ..fronts import ImageFront
 from ..model import Pretraining
 from ..normalisation import Normalisation, given, normalised, recorded
@@ -278,8 +278,14 @@ class _Run:
     def _evaluate(self, progress: Progress) -> None:
         """Score the held-out parts; random states are left as they were."""
         began = time.perf_counter()
-        with rng.preserved(self.device), phase("evaluate"):
-            self.scores = evaluate(self.tuner.model, self.cfg, self.data.parts, self.data.names)
+        self.scores = {}
+        try:
+            with rng.preserved(self.device), phase("evaluate"):
+                self.scores = evaluate(self.tuner.model, self.cfg, self.data.parts, self.data.names)
+        except NotFinite as error:
+            progress.say(f"warning: step {self.place.step}: no scores: {error}")
+            progress.idle(time.perf_counter() - began)
+            return
         progress.note({"step": self.place.step, **self.scores})
         said = ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
         progress.say(f"step {self.place.step}: {said}")

@@ -158,6 +158,10 @@ def test_a_contestant_trains_as_a_run_does_whoever_else_races(tmp_path: Path) ->
         other.advance(seconds)
         first.scores(labelled)
     assert first.steps == other.steps == 6
+    for parameter in other.learner.model.parameters():
+        parameter.data.fill_(float("nan"))
+    diverged = other.scores(labelled)
+    assert diverged.keys() == first.scores(labelled).keys() and set(diverged.values()) == {0.0}
     rng.seed_all(99)
     run(cfg, data, tmp_path / "run")
     import d2v
