@@ -319,6 +319,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "save_every", "keep", "log_every", "max_bad_steps"):
             check(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+        check(0 <= self.seed < 2**64, "train.seed", "in 0 .. 2^64 - 1", self.seed)
         check(self.micro_batch is None or self.micro_batch > 0, "train.micro_batch", "positive or none",
                self.micro_batch)  # fmt: skip
 

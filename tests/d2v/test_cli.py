@@ -76,6 +76,11 @@ def test_unknown_key_names_the_nearest_before_anything_runs(key, nearest, capsys
     ("arguments", "message"),
     [
         (["--optim.lr", "-3"], "config: optim.lr must be positive, got -3.0\n"),
+        (["--train.seed", "-1"], "config: train.seed must be in 0 .. 2^64 - 1, got -1\n"),
+        (
+            ["--train.seed", str(2**64)],
+            "config: train.seed must be in 0 .. 2^64 - 1, got 18446744073709551616\n",
+        ),
         (
             ["--model.front.height", "33"],
             "config: front.height must be a positive multiple of patch 4, got 33\n",

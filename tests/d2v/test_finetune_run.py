@@ -375,6 +375,7 @@ def test_the_command(
         ([*given, "--recipe", "glue_rte"], "recipe glue_rte is for task sentence, got --task classify"),
         ([*given, "--recipe", "imagenet"], "no recipe 'imagenet'; nearest: imagenet_"),
         ([*given, "--train.steps", "0"], "config: train.steps must be positive, got 0"),
+        ([*given, "--train.seed", "-1"], "config: train.seed must be in 0 .. 2^64 - 1, got -1"),
         (["finetune", "--resume", out, "--out", "y"], "--resume OUT goes alone"),
         (["probe", out, "--data", data["image"]], "is fine-tuned: a pretrained model is needed"),
         (["eval", str(encoders["image"])], "not a fine-tuning run: it has no [head]"),
