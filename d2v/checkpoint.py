@@ -1,4 +1,4 @@
-"""A run's files: checkpoints that survive a crash at any instant, its config, its environment.
+"""A run's files: checkpoints that survive a crash at any instant, and its config.
 
 `checkpoints/step_N/` holds `model.safetensors` (student under the original's names, teacher under
 `_ema.`), `optimizer.safetensors`, `rng.safetensors` and `state.json` (trainer state plus the SHA-256
@@ -12,10 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
-import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +22,8 @@ from typing import Any, TypeVar
 
 import safetensors.torch
 import tomli_w
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-
-from d2vkern._cpu import processor
 
 from .config import Config, from_dict, to_dict
 
@@ -413,41 +408,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def write_environment(run_dir: str | Path) -> dict[str, Any]:
-    """Write and return `env.json`: what this process runs on."""
-    import d2vkern
-
-    environment = {
-        "d2vkern": d2vkern.__version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "cpu": processor().name or platform.processor() or platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "command": sys.argv,
-    }
-    Path(run_dir).mkdir(parents=True, exist_ok=True)
-    _write_text(Path(run_dir) / "env.json", json.dumps(environment, indent=1) + "\n")
-    return environment
-
-
-def _commit() -> str | None:
-    """Commit of the checkout this package runs from; None when installed, or without git."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        git = ["git", "-C", str(root), "rev-parse", "--verify", "HEAD"]
-        done = subprocess.run(git, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _write_text(path: Path, text: str) -> None:

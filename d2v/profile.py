@@ -26,10 +26,10 @@ from d2vkern._nvtx import Tally, force_ranges, phase, tally_costs
 from . import graph
 from .backends import AUTO, use_backends
 from .batching import UNITS, micro_batch
-from .checkpoint import write_environment
 from .config import Config, ImageFront, TextFront
 from .cpu import tune_allocator
 from .data import Batch, Position, open_data
+from .environment import write_environment
 from .flops import step_flops
 from .hotpaths import Trace, fold, read_events
 from .machine import rates, synchronize

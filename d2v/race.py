@@ -31,10 +31,10 @@ from d2vkern.testing import peak_memory
 from . import rng
 from .atomic import replacing
 from .batching import amount, micro_batch
-from .checkpoint import write_environment
 from .config import Config, Objective
 from .cpu import tune_allocator
 from .data import Batch, Labelled, Position, open_data, open_labelled
+from .environment import write_environment
 from .extract import NotFinite
 from .flops import step_work
 from .model import Pretraining

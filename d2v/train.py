@@ -29,11 +29,11 @@ from .checkpoint import (
     read_config,
     save_checkpoint,
     write_config,
-    write_environment,
 )
 from .config import Config
 from .cpu import tune_allocator
 from .data import Batch, DataError, Pipeline, Position, open_data
+from .environment import write_environment
 from .health import AlarmLog
 from .normalisation import Normalisation, normalised, recorded
 from .nsys import Capture

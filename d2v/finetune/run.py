@@ -32,11 +32,11 @@ from ..checkpoint import (
     load_checkpoint,
     save_checkpoint,
     write_config,
-    write_environment,
 )
 from ..config import Config, DataConfig
 from ..cpu import tune_allocator
 from ..data import Batch, DataError, Position
+from ..environment import write_environment
 from ..extract import Encoder, NotFinite, open_encoder
 from ..fronts import ImageFront
 from ..model import Pretraining

@@ -27,8 +27,8 @@ from d2v.checkpoint import (
     read_config,
     save_checkpoint,
     write_config,
-    write_environment,
 )
+from d2v.environment import write_environment
 from d2v.presets import PRESETS, preset
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")

@@ -32,8 +32,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def datasets(images, tmp_path_factory):
-    made = {name: make_data(name, tmp_path_factory.mktemp(name)) for name in ("audio", "text")}
-    return {"image": images, **made}
+    return {"image": images} | {n: make_data(n, tmp_path_factory.mktemp(n)) for n in ("audio", "text")}
 
 
 def batches_of(images, cfg, count, micro=None):
