@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from .cli_convert import convert
 from .cli_finetune import evaluate, finetune
-from .cli_parse import DataPath, Model, UsageError, parse, value_of
+from .cli_parse import Backends, DataPath, Model, UsageError, join_backends, parse, value_of
 from .cli_race import race
 from .config import (
     Config,
@@ -88,7 +88,7 @@ def train(arguments: Sequence[str]) -> int:
         base = for_objective(base, cast(Objective, objective))
     sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
-    given = parse(TrainOptions, _join_backends(rest, "--train.backend"), command, defaults)
+    given = parse(TrainOptions, join_backends(rest, "--train.backend"), command, defaults)
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
     if name is None and given.resume is None:
         raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
@@ -116,23 +116,6 @@ def _with_modes(given: TrainOptions | ProfileOptions, cfg: Config) -> Config:
     return dataclasses.replace(cfg, train=train)
 
 
-def _join_backends(arguments: Sequence[str], option: str) -> list[str]:
-    """The arguments with every --backend X and --backend.OP Y joined into one `option`."""
-    rest: list[str] = []
-    parts: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--backend")
-        if name == flag or (name and not name.startswith(".")):
-            rest.append(word)
-            continue
-        if not equals and (value := next(words, "")) == "":
-            raise UsageError(f"d2v: {flag} needs the name of a backend")
-        parts.append(f"{name[1:]}={value}" if name else value)
-    return [*rest, option, ",".join(parts)] if parts else rest
-
-
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
     """Accuracy of frozen features on labelled data."""
@@ -147,16 +130,20 @@ class ProbeOptions:
     """whose features"""
     kind: Literal["linear", "knn", "both"] = "both"
     """linear probe, k nearest neighbours, or both"""
+    backend: Backends = None
+    """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: the run's"""
 
 
 def probe(arguments: Sequence[str]) -> int:
     """See `ProbeOptions`."""
-    given = parse(ProbeOptions, arguments, "probe")
+    given = parse(ProbeOptions, join_backends(arguments, "--backend"), "probe")
     kinds: list[Literal["linear", "knn"]] = ["linear", "knn"] if given.kind == "both" else [given.kind]
 
     from .probe import run_probe
 
-    run_probe(given.run, given.data, layer=given.layer, weights=given.weights, kinds=kinds)
+    run_probe(
+        given.run, given.data, layer=given.layer, weights=given.weights, kinds=kinds, backend=given.backend
+    )
     return 0
 
 
@@ -176,15 +163,20 @@ class ExtractOptions:
     """mean over tokens, the CLS token, or none: one row per token"""
     weights: Literal["student", "teacher"] = "student"
     """whose features"""
+    backend: Backends = None
+    """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: the run's"""
 
 
 def extract(arguments: Sequence[str]) -> int:
     """See `ExtractOptions`."""
-    given = parse(ExtractOptions, arguments, "extract")
+    given = parse(ExtractOptions, join_backends(arguments, "--backend"), "extract")
 
     from .extract import run_extract
 
-    run_extract(given.run, given.data, given.out, layer=given.layer, pool=given.pool, weights=given.weights)
+    run_extract(
+        given.run, given.data, given.out,
+        layer=given.layer, pool=given.pool, weights=given.weights, backend=given.backend,
+    )  # fmt: skip
     return 0
 
 
@@ -319,8 +311,8 @@ class ProfileOptions:
     """folder, file, tar or embedded data set; none: random input of the preset's shapes"""
     out: Annotated[str | None, arg(metavar="FOLDER")] = None
     """folder to write into; none: runs/profile_PRESET"""
-    backend: Annotated[str | None, arg(metavar="NAME")] = None
-    """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: auto"""
+    backend: Backends = None
+    """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: train's"""
     against: Annotated[str | None, arg(metavar="NAME")] = None
     """a second backend, such as eager, shown beside the first"""
     steps: int = 5
@@ -347,7 +339,7 @@ def profile(arguments: Sequence[str]) -> int:
     sections = [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "probe")]
     defaults = ProfileOptions(**{key: getattr(base, key) for key in sections})
     rest = arguments if name is None else arguments[1:]
-    given = parse(ProfileOptions, _join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)
+    given = parse(ProfileOptions, join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)
     if name is None:
         raise UsageError(f"d2v profile: the preset is missing; presets: {', '.join(PRESETS)}")
     cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from .cli_parse import Model, UsageError, parse, value_of
+from .cli_parse import Backends, Model, UsageError, join_backends, parse, value_of
 from .config import DataConfig, OptimConfig
 from .finetune.config import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
 
@@ -21,7 +21,8 @@ class FineTuneOptions:
     """Fine-tune: `d2v finetune RUN --task TASK --data PATH --out OUT`, or `d2v finetune --resume OUT`.
 
     RUN: run directory, checkpoint folder or original .pt of pretraining, or hf:FOLDER, a model of
-    transformers. A recipe (see --recipe) gives every value; each can be overridden by its name.
+    transformers. A recipe (see --recipe) gives every value; each can be overridden by its name. --backend X
+    is short for --train.backend X, and --backend.OP=X chooses for one op.
     """
 
     task: Literal["classify", "ctc", "sentence"] | None = None
@@ -74,7 +75,9 @@ def finetune(arguments: Sequence[str]) -> int:
         name = default_recipe(task, opened[1].model)  # type: ignore[arg-type]
     base = recipe(name or "image_tiny")
     defaults = FineTuneOptions(**{key: getattr(base, key) for key in SECTIONS}, glue=base.glue)
-    given = parse(FineTuneOptions, rest, f"finetune {source or 'RUN'}", defaults)
+    given = parse(
+        FineTuneOptions, join_backends(rest, "--train.backend"), f"finetune {source or 'RUN'}", defaults
+    )
     if source is None or opened is None:
         raise UsageError("d2v finetune: RUN is missing (or --resume OUT)")
     for option, value in (("--task TASK", given.task), ("--data PATH", given.path), ("--out OUT", given.out)):
@@ -113,11 +116,13 @@ class EvalOptions:
     """factor on its log probability"""
     word_bonus: float = -1.0
     """added for every word"""
+    backend: Backends = None
+    """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: the run's"""
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """See `EvalOptions`."""
-    given = parse(EvalOptions, arguments, "eval")
+    given = parse(EvalOptions, join_backends(arguments, "--backend"), "eval")
 
     from .finetune.evaluate import run_eval
 
@@ -129,5 +134,6 @@ def evaluate(arguments: Sequence[str]) -> int:
         lm=given.lm,
         lm_weight=given.lm_weight,
         word_bonus=given.word_bonus,
+        backend=given.backend,
     )
     return 0

@@ -14,6 +14,7 @@ from tyro.conf import AvoidSubcommands, Positional, arg
 T = TypeVar("T")
 Model = Annotated[Positional[str], arg(metavar="RUN")]
 DataPath = Annotated[str, arg(metavar="PATH")]
+Backends = Annotated[str | None, arg(metavar="NAME")]
 
 
 class UsageError(ValueError):
@@ -51,3 +52,20 @@ def value_of(flag: str, arguments: Sequence[str]) -> str | None:
         if argument.startswith(f"{flag}="):
             return argument.partition("=")[2]
     return None
+
+
+def join_backends(arguments: Sequence[str], option: str) -> list[str]:
+    """The arguments with every --backend X and --backend.OP Y joined into one `option`."""
+    rest: list[str] = []
+    parts: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--backend")
+        if name == flag or (name and not name.startswith(".")):
+            rest.append(word)
+            continue
+        if not equals and (value := next(words, "")) == "":
+            raise UsageError(f"d2v: {flag} needs the name of a backend")
+        parts.append(f"{name[1:]}={value}" if name else value)
+    return [*rest, option, ",".join(parts)] if parts else rest

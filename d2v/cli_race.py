@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from .cli_parse import UsageError, parse
+from .cli_parse import UsageError, join_backends, parse
 from .config import Config, DataConfig, Objective, OptimConfig, ProbeConfig, TrainConfig
 from .presets import PRESETS, preset
 
@@ -62,7 +62,7 @@ def read(arguments: Sequence[str]) -> tuple[RaceOptions, Config]:
     defaults = RaceOptions(
         objectives=RIVALS[base.model.modality], **{key: getattr(base, key) for key in SECTIONS}
     )
-    given = parse(RaceOptions, rest, f"race {name or 'PRESET'}", defaults)
+    given = parse(RaceOptions, join_backends(rest, "--train.backend"), f"race {name or 'PRESET'}", defaults)
     if name is None:
         raise UsageError(f"d2v race: the preset is missing; presets: {', '.join(PRESETS)}")
     if given.path is None or given.out is None:

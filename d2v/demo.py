@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from . import rng
+from .backends import use_backends
 from .config import Config
 from .data import open_labelled
 from .extract import Layer, Weights, open_model
@@ -129,11 +130,12 @@ def _one(task: Task, cfg: Config, folder: Path) -> dict[str, Any]:
     labelled = open_labelled(task.data, cfg_run, run_dir=run_dir)
     rng.seed_all(cfg.train.seed)  # as the run did before it made its model
     untrained = build_model(cfg.model).to(next(trained.parameters()).device)
-    probe = {
-        "raw": probe_raw(labelled),
-        "untrained": probe_model(untrained, labelled, layer=task.layer, weights=task.weights),
-        "trained": probe_model(trained, labelled, layer=task.layer, weights=task.weights),
-    }
+    with use_backends(cfg.train.backend):
+        probe = {
+            "raw": probe_raw(labelled),
+            "untrained": probe_model(untrained, labelled, layer=task.layer, weights=task.weights),
+            "trained": probe_model(trained, labelled, layer=task.layer, weights=task.weights),
+        }
     return {
         "preset": task.preset,
         "data": task.data,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import load
 from .atomic import replacing
+from .backends import check_backends, use_backends_of
 from .checkpoint import find_run, read_config
 from .config import Config, DataConfig, TextFront
 from .convert import is_folder
@@ -129,15 +130,17 @@ def run_extract(
     layer: Layer = -1,
     pool: Literal["mean", "cls", "none"] = "mean",
     weights: Weights = "student",
+    backend: str | None = None,
 ) -> Path:
     """Features of every readable sample of `data`, in its order, to the file `out` (.npz), atomically.
 
     Keys: `features` [n,D] float32, or with pool "none" the tokens of all samples [sum of lengths, D] with
     `lengths` [n] int64; `ids` [n] int64; `names` [n]. Of an embedded data set the held-out part is taken.
     pool: mean over tokens; the CLS token (of our models the last extra one); none. Text counts <s> and </s>
-    as tokens.
+    as tokens. backend: as in D2VKERN_BACKEND; none: that of the run.
     Raises ValueError (DataError; NotFinite for features that are NaN or infinite), CheckpointError, OSError.
     """
+    check_backends(backend)
     model, cfg, folder = open_encoder(path)
     if not isinstance(model, Pretraining) and isinstance(cfg.model.front, TextFront):
         raise ValueError(f"extract: {path}: of text, models of transformers can be probed alone")
@@ -151,7 +154,8 @@ def run_extract(
     if pool == "none":
         columns["lengths"] = []
     for names, batch in pipeline.in_order(BATCH[model.modality]):
-        x, padding = token_features(model, batch.source, batch.padding_mask, layer=layer, weights=weights)
+        with use_backends_of(cfg.train.backend, backend):
+            x, padding = token_features(model, batch.source, batch.padding_mask, layer=layer, weights=weights)
         tokens = x[:, extra:]
         if pool == "none":
             rows = list(_unpadded(tokens, padding))

@@ -16,6 +16,7 @@ import torch
 from d2vkern._nvtx import phase
 
 from . import rng
+from .backends import use_backends
 from .config import Config
 from .data import Labelled, Split, open_labelled
 from .extract import NotFinite
@@ -54,7 +55,7 @@ class OnlineProbe:
         labelled = open_labelled(probe.data or data, cfg, run_dir=run_dir)
         parts = {name: evenly(split, probe.rows) for name, split in labelled.splits.items()}
         self.labelled = Labelled(parts, labelled.classes, labelled.level, labelled.meta)
-        self.layers = probe.layers
+        self.layers, self.backend = probe.layers, cfg.train.backend
 
     def run(self, model: Pretraining) -> Scores:
         """Probe the student as it is now; of NaN or infinite features only the line says so."""
@@ -65,7 +66,7 @@ class OnlineProbe:
 
     def _run(self, model: Pretraining) -> Scores:
         device = next(model.parameters()).device
-        with rng.preserved(device), phase("probe"):
+        with rng.preserved(device), phase("probe"), use_backends(self.backend):
             depth, several = model.cfg.depth, len(self.layers) > 1
             splits = self.labelled.splits.items()
             found = {

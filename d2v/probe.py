@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .backends import check_backends, use_backends_of
 from .config import Config, TextFront
 from .data import DataError, Labelled, Split, open_labelled
 from .extract import (
@@ -206,15 +207,19 @@ def run_probe(
     layer: Layer = -1,
     weights: Weights = "student",
     kinds: Sequence[Kind] = ("linear", "knn"),
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Probe a run, a checkpoint folder, an original `.pt` or `hf:FOLDER`; print and return its numbers.
 
-    The result of `probe_model`, with "raw" holding that of `probe_raw`. Raises DataError (labels missing,
-    one class), ValueError (no such layer, no tokenizer, features that are NaN or infinite), CheckpointError.
+    The result of `probe_model`, with "raw" holding that of `probe_raw`. backend: as in D2VKERN_BACKEND; none:
+    that of the run. Raises DataError (labels missing, one class), ValueError (no such layer, no tokenizer,
+    features that are NaN or infinite), CheckpointError.
     """
+    check_backends(backend)
     model, cfg, folder = open_encoder(path)
     labelled = _labelled(model, data, cfg, folder)
-    found = {**probe_model(model, labelled, layer=layer, weights=weights, kinds=kinds), "path": str(path)}
+    with use_backends_of(cfg.train.backend, backend):
+        found = {**probe_model(model, labelled, layer=layer, weights=weights, kinds=kinds), "path": str(path)}
     found["raw"] = probe_raw(labelled, kinds)
     print("\n".join(_table(found, kinds)))
     return found

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity
 from d2vkern._nvtx import Tally, force_ranges, phase, tally_costs
 
 from . import graph
-from .backends import AUTO, use_backends
+from .backends import AUTO, check_backends
 from .batching import UNITS, micro_batch
 from .config import Config, ImageFront, TextFront
 from .cpu import tune_allocator
@@ -121,7 +121,8 @@ def run_profile(
     """Profile `steps` steps, print the table and write everything into the folder `out`.
 
     data: folder, file, tar or embedded data set; None: random input of the preset's shapes.
-    backend: as in D2VKERN_BACKEND ("eager,attention=triton"); None: auto. against: another one, beside it.
+    backend: as in D2VKERN_BACKEND ("eager,attention=triton"), in place of train.backend; None: train.backend.
+        against: another one, beside it.
     batch: samples of a step; None: `data.batch` as far as it fits (on a CPU: `CPU_FLOPS`).
     quick: ceilings measured on small sizes, for tests and dry runs.
     Raises ValueError for settings, data or backends that cannot be.
@@ -130,9 +131,9 @@ def run_profile(
 
     if steps < 1 or (batch is not None and batch < 1):
         raise ValueError(f"profile: steps and batch must be positive, got {steps} and {batch}")
-    for request in (backend, against):
-        with use_backends(request or AUTO):
-            pass
+    names = [backend or cfg.train.backend or AUTO, *([against] if against else [])]
+    for name in names:
+        check_backends(name)
     device = pick_device(cfg.train.device)
     if device.type == "cpu":
         tune_allocator()
@@ -141,7 +142,6 @@ def run_profile(
     cfg, source = _inputs(cfg, device, data, batch, out)
     dtypes = {torch.float32, _dtype(cfg)}
     before = rates(device, dtypes, quick=quick)
-    names = [backend or AUTO, *([against] if against else [])]
     runners = [_Runner(cfg, device, source, name) for name in names]
     for _ in range(WARMUP + (graph.WARMUP if cfg.train.cuda_graph else 0)):
         for runner in runners:
@@ -231,6 +231,7 @@ class _Runner:
     """One backend's trainer, its steps, and what was seen of them."""
 
     def __init__(self, cfg: Config, device: torch.device, source: Any, backend: str) -> None:
+        cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, backend=backend))
         self.cfg, self.device, self.backend = cfg, device, backend
         self.trainer = Trainer(cfg, device)
         self.stream = _forever(source, cfg, device)
@@ -247,7 +248,7 @@ class _Runner:
     def step(self) -> list[Batch]:
         """One step; returns its micro-batches."""
         self.number += 1
-        with use_backends(self.backend), phase("step"):
+        with phase("step"):
             with phase("data"):
                 batches = next(self.stream)
             self.trainer.step(self.number, batches)

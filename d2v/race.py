@@ -30,6 +30,7 @@ from d2vkern.testing import peak_memory
 
 from . import rng
 from .atomic import replacing
+from .backends import use_backends
 from .batching import amount, micro_batch
 from .config import Config, Objective
 from .cpu import tune_allocator
@@ -167,7 +168,8 @@ class Contestant:
         """
         model = self.learner.model
         try:
-            rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
+            with use_backends(self.cfg.train.backend):
+                rows = {name: features_of(model, part, layer="all") for name, part in labelled.splits.items()}
         except NotFinite as error:
             print(f"race: {self.entry} scores 0: {error}", flush=True)
             parts = [name for name in labelled.splits if name != "train"]
@@ -280,9 +282,8 @@ def recount(
     """`race` (a race.json) with its `flops_per_step` by formula: the samples of every step are drawn again,
     and nothing is trained.
 
-    cfg, objectives: what `run_race` was given. out: folder for a tokenizer. The supervised entry draws from
-    torch's generator, whose state depends on how its model was made: as many samples as it had, not always
-    the same ones.
+    cfg, objectives: what `run_race` was given. out: folder for a tokenizer. Where the supervised entry still
+    drew from torch's generator, it is as many samples as it had, not the same ones.
     ValueError where a step has another number of samples (or seconds) than in the race: other data.
     """
     supervised = any(track["entry"] == "supervised" for track in race["tracks"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from d2vkern._nvtx import phase
 
 from . import rng
-from .backends import use_backends
+from .backends import check_backends, use_backends
 from .checkpoint import Checkpoint
 from .config import Config
 from .data import Batch
@@ -58,8 +58,7 @@ class Trainer(Learner[Pretraining]):
     def __init__(self, cfg: Config, device: torch.device, *, capturable: bool | None = None) -> None:
         if cfg.train.cuda_graph and device.type != "cuda":
             raise ValueError(f"config: train.cuda_graph needs a CUDA GPU, got device {device}")
-        with use_backends(cfg.train.backend):
-            pass  # names are checked before anything is made
+        check_backends(cfg.train.backend)
         self.cfg = cfg
         if capturable is None:
             capturable = self.decides_on(device)

@@ -6,6 +6,7 @@ and precision are the preset's; samples come without augmentation, as probes see
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from . import rng
 from .backends import use_backends
 from .config import Config
-from .data import Labelled, LabelledBatch
+from .data import Labelled
+from .data.loading import ORDER, generator
 from .extract import mean_over_tokens
 from .flops import supervised_work
 from .learner import Learner
@@ -68,7 +70,6 @@ class SupervisedTrainer:
     def __init__(self, cfg: Config, labelled: Labelled, device: torch.device) -> None:
         rng.seed_all(cfg.train.seed)
         self.cfg, self.device = cfg, device
-        self.train = labelled.splits["train"]
         module = Supervised(cfg, len(labelled.classes)).to(device)
         self.model: Pretraining = module.encoder
         self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
@@ -83,31 +84,33 @@ class SupervisedTrainer:
         size = cfg.data.batch
         if cfg.model.modality == "audio":
             size = max(1, round(cfg.data.batch / cfg.data.max_seconds))
-        self.size = min(size, len(self.train))
+        train = labelled.splits["train"]
+        self.stream = train.drawn(self._choices(len(train), size))
 
     def train_step(self, number: int) -> Used:
         """One step by the schedules' `number`, from 1."""
+        source, padding, labels = next(self.stream)
         lr = learning_rate(self.cfg.optim, number - 1, self.cfg.train.steps)
-        flops = 0
         with use_backends(self.cfg.train.backend):
-            for source, padding, labels in self._draw():
-                padding = None if padding is None else padding.to(self.device)
-                loss = self.learner.model(source.to(self.device), padding, labels.to(self.device))
-                loss.backward()
-                self.learner.update([loss.detach()], lr, self.cfg.optim.clip)
-                flops += self._flops(source, labels)
-        return Used(self.size, flops)
+            padding = None if padding is None else padding.to(self.device)
+            loss = self.learner.model(source.to(self.device), padding, labels.to(self.device))
+            loss.backward()
+            self.learner.update([loss.detach()], lr, self.cfg.optim.clip)
+        return self._used(source, labels)
 
     def skip_step(self) -> Used:
         """What the next step would use; its samples are drawn, and nothing is trained."""
-        return Used(self.size, sum(self._flops(source, labels) for source, _, labels in self._draw()))
+        source, _, labels = next(self.stream)
+        return self._used(source, labels)
 
-    def _draw(self) -> Iterator[LabelledBatch]:
-        """The samples of a step."""
-        ids = np.sort(torch.randperm(len(self.train))[: self.size].numpy())
-        return self.train.select(ids).batches(len(ids))
+    def _choices(self, count: int, size: int) -> Iterator[np.ndarray]:
+        """Sample numbers [B] of each step, ascending, drawn by (seed, step): workers read ahead."""
+        for step in itertools.count():
+            order = generator(self.cfg.train.seed, ORDER, step).permutation(count)
+            yield np.sort(order[:size])
 
-    def _flops(self, source: Tensor, labels: Tensor) -> int:
+    def _used(self, source: Tensor, labels: Tensor) -> Used:
         classes = self.learner.model.head.out_features
         shape, per_token = tuple(source.shape), labels.ndim > 1
-        return supervised_work(self.cfg.model, shape, classes, per_token=per_token).total
+        flops = supervised_work(self.cfg.model, shape, classes, per_token=per_token).total
+        return Used(len(source), flops)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
@@ -161,6 +161,11 @@ class Split(ABC):
     @abstractmethod
     def select(self, keep: np.ndarray) -> Split:
         """The samples numbered `keep` [k] int64, in that order."""
+
+    def drawn(self, choices: Iterable[np.ndarray]) -> Iterator[LabelledBatch]:
+        """A batch for each array of sample numbers [k] int64, of which there may be no end."""
+        for keep in choices:
+            yield from self.select(keep).batches(len(keep))
 
     @abstractmethod
     def raw(self) -> tuple[np.ndarray, np.ndarray]:

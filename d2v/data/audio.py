@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..config import Config, DataConfig, LogMelFront, WaveformFront
 from ..model.logmel import log_mel
-from . import DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
+from . import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .audio_files import FileUtterances, Header, Utterances, in_threads, index_files
 from .audio_source import AudioSource, SpeechUtterances, normalise_wave
 from .embedded import speech
@@ -152,7 +152,14 @@ class AudioSplit(Split):
 
     def batches(self, size: int) -> Iterator[LabelledBatch]:
         """Waveforms [B,samples], padding or None, labels [B] or [B,T] with -1 on padding."""
-        for _, batch in self.loader.in_order(size):
+        return self._labelled(self.loader.in_order(size))
+
+    def drawn(self, choices: Iterable[np.ndarray]) -> Iterator[LabelledBatch]:
+        """See `Split.drawn`; one loader reads them all."""
+        return self._labelled(self.loader.chosen(choices))
+
+    def _labelled(self, loaded: Iterable[tuple[list[str], Batch]]) -> Iterator[LabelledBatch]:
+        for _, batch in loaded:
             labels = [torch.from_numpy(self.labels[i]) for i in batch.ids.tolist()]
             if labels[0].ndim:
                 tokens = self.front.frames(batch.source.shape[1])

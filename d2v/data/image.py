@@ -15,7 +15,7 @@ import copy
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -276,7 +276,14 @@ class ImageSplit(Split):
 
     def batches(self, size: int) -> Iterator[LabelledBatch]:
         """Normalised pictures [B,C,H,W], None, labels [B]."""
-        for _, batch in self.loader.in_order(size):
+        return self._labelled(self.loader.in_order(size))
+
+    def drawn(self, choices: Iterable[np.ndarray]) -> Iterator[LabelledBatch]:
+        """See `Split.drawn`; one loader reads them all."""
+        return self._labelled(self.loader.chosen(choices))
+
+    def _labelled(self, loaded: Iterable[tuple[list[str], Batch]]) -> Iterator[LabelledBatch]:
+        for _, batch in loaded:
             yield batch.source, None, torch.from_numpy(self.labels[batch.ids.numpy()])
 
     def raw(self) -> tuple[np.ndarray, np.ndarray]:

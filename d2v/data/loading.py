@@ -197,8 +197,11 @@ class Loader(Pipeline):
     def in_order(self, size: int) -> Iterator[tuple[list[str], Batch]]:
         """See `Pipeline.in_order`; unreadable samples are left out and counted."""
         ids = np.arange(len(self.source))
-        jobs = (_Job(ids[i : i + size], None) for i in range(0, len(ids), size))
-        for loaded in self._load(jobs):
+        return self.chosen(ids[i : i + size] for i in range(0, len(ids), size))
+
+    def chosen(self, choices: Iterable[np.ndarray]) -> Iterator[tuple[list[str], Batch]]:
+        """As `in_order`, a batch for each array of sample numbers [k]; there may be no end of them."""
+        for loaded in self._load(_Job(ids, None) for ids in choices):
             if loaded.batch is not None:
                 names = [self.source.name(i) for i in loaded.batch.ids.tolist()]
                 yield names, self.source.finish(loaded.batch.to(self.device))

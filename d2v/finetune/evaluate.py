@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..backends import check_backends, use_backends, use_backends_of
 from ..checkpoint import SETTINGS, find_run
 from ..data import DataError
 from ..extract import BATCH, check_finite
@@ -40,17 +42,18 @@ def evaluate(
     classify: top1, top5. ctc: wer, cer; beam: width of the beam search, 0 takes the best path; words: its
     language model. sentence: GLUE's metrics of cfg.glue, else accuracy, or pearson, spearman and mse for
     regression.
-    The model is left in the mode it had. Raises DataError when no sample of a part can be read, NotFinite
-    when the model's outputs are NaN or infinite.
+    The model runs on the backends of cfg.train and is left in the mode it had. Raises DataError when no
+    sample of a part can be read, NotFinite when the model's outputs are NaN or infinite.
     """
     was_training = model.training
     model.eval()
     try:
-        return {
-            f"{part}/{name}": score
-            for part, split in parts.items()
-            for name, score in _part_scores(model, cfg, part, split, names, beam, words).items()
-        }
+        with use_backends(cfg.train.backend):
+            return {
+                f"{part}/{name}": score
+                for part, split in parts.items()
+                for name, score in _part_scores(model, cfg, part, split, names, beam, words).items()
+            }
     finally:
         model.train(was_training)
 
@@ -105,13 +108,16 @@ def run_eval(
     lm: str | Path | None = None,
     lm_weight: float = 2.0,
     word_bonus: float = -1.0,
+    backend: str | None = None,
 ) -> dict[str, Any]:
     """Score a fine-tuned run again, print one line per part and metric, and return the scores.
 
     path: a run of `d2v finetune`, or a checkpoint folder in it. data: another data set of the same classes or
     letters; none: the run's own. step: of a checkpoint; none: the best one. beam, lm, lm_weight, word_bonus:
-    of the search for CTC, see `language_model`. Raises CheckpointError, ValueError and DataError.
+    of the search for CTC, see `language_model`. backend: as in D2VKERN_BACKEND; none: the run's.
+    Raises CheckpointError, ValueError and DataError.
     """
+    check_backends(backend)
     if beam < 0:
         raise ValueError(f"eval: beam must be at least 0, got {beam}")
     if lm is not None and not beam:
@@ -131,7 +137,10 @@ def run_eval(
     if lm is not None and cfg.head.task != "ctc":
         raise ValueError(f"eval: --lm is for task ctc, {path} is for {cfg.head.task}")
     words = None if lm is None else LanguageModel(lm, names, lm_weight, word_bonus)
-    scores = evaluate(model, cfg, found.parts, found.names, beam, words)
+    with use_backends_of(cfg.train.backend, backend):
+        if backend is not None:
+            cfg = replace(cfg, train=replace(cfg.train, backend=backend))
+        scores = evaluate(model, cfg, found.parts, found.names, beam, words)
     for name, score in scores.items():
         print(f"{name:<28} {score:.4f}")
     return scores

@@ -16,7 +16,7 @@ from d2vkern import AdamWEMA
 from d2vkern._nvtx import phase
 
 from .. import rng
-from ..backends import use_backends
+from ..backends import check_backends, use_backends
 from ..checkpoint import Checkpoint
 from ..data import Batch
 from ..data.loading import CHANNEL_MASK, MIX, NOISE, TIME_MASK, generator
@@ -69,8 +69,7 @@ class Tuner(Learner[FineTuned]):
 
     def __init__(self, cfg: FineTuneConfig, data: TuneData, device: torch.device) -> None:
         self.cfg, self.data = cfg, data
-        with use_backends(cfg.train.backend):
-            pass  # names are checked before anything is made
+        check_backends(cfg.train.backend)
         rng.seed_all(cfg.train.seed)
         model = build_tuned(cfg, cfg.drop).to_device(device, cfg.train.precision)
         if cfg.train.freeze_front:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from d2v.learner import Learner
+from d2vkern import _backend
+from d2vkern._backend import Implementation
+from d2vkern.testing import backend_spy
 
 
 @pytest.fixture
@@ -12,6 +17,26 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw nothing at their end, which takes them most of their time."""
     for module in ("d2v.train", "d2v.finetune.run"):
         monkeypatch.setattr(f"{module}.plot_run", lambda out: [])
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], set[str]]:
+    """Which backends of residual_norm a call ran, when all else was eager.
+
+    Its "triton" is eager's code here: auto takes it nowhere on a CPU, and it costs no more.
+    """
+    table = _backend.REGISTRY["residual_norm"]
+    named = {"triton": Implementation(table["eager"].module, auto=()), "eager": table["eager"]}
+    monkeypatch.setitem(_backend.REGISTRY, "residual_norm", named)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    def of(call: Callable[[], object]) -> set[str]:
+        with backend_spy() as calls:
+            assert call()
+        assert {name for stem, name in calls if stem != "residual_norm"} == {"eager"}
+        return {name for stem, name in calls if stem == "residual_norm"}
+
+    return of
 
 
 @pytest.fixture(params=[False, True], ids=["host", "capturable"])

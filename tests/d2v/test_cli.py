@@ -156,18 +156,20 @@ def test_overrides_reach_the_run(monkeypatch, tmp_path):
     ("arguments", "function", "positional", "named"),
     [
         (
-            ["probe", "r", "--data", "d", "--layer", "-2", "--kind", "knn", "--weights", "teacher"],
-            "d2v.probe.run_probe", ("r", "d"), {"layer": -2, "weights": "teacher", "kinds": ["knn"]},
+            ["probe", "r", "--data", "d", "--layer", "-2", "--kind", "knn", "--weights", "teacher",
+             "--backend", "eager", "--backend.mlp=triton"],
+            "d2v.probe.run_probe", ("r", "d"),
+            {"layer": -2, "weights": "teacher", "kinds": ["knn"], "backend": "eager,mlp=triton"},
         ),
         (
             ["probe", "r", "--data", "d"],
             "d2v.probe.run_probe", ("r", "d"),
-            {"layer": -1, "weights": "student", "kinds": ["linear", "knn"]},
+            {"layer": -1, "weights": "student", "kinds": ["linear", "knn"], "backend": None},
         ),
         (
             ["extract", "r", "--data", "d", "--out", "f.npz", "--pool", "none"],
             "d2v.extract.run_extract", ("r", "d", "f.npz"),
-            {"layer": -1, "pool": "none", "weights": "student"},
+            {"layer": -1, "pool": "none", "weights": "student", "backend": None},
         ),
         (["demo", "--minutes-scale", "0.5"], "d2v.demo.run_demo", ("runs/demo", 0.5), {}),
     ],

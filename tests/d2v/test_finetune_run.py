@@ -237,6 +237,29 @@ def test_resumed_runs_are_bitwise_the_unbroken_one(
     assert resume_finetune(tmp_path / "parts").scores == whole.scores  # nothing is left to do
 
 
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("modality", RECIPES)
+def test_evaluation_is_on_the_backends_of_the_run(
+    modality: str,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    chosen: Callable[[Callable[[], object]], set[str]],
+    tmp_path: Path,
+) -> None:
+    """While training and by `d2v eval`, unless that is asked for others."""
+    own, out = "eager,residual_norm=triton", tmp_path / "run"
+    cfg = config(encoders[modality], modality, steps=1, backend=own)
+    given = ["eval", str(out)]
+
+    assert chosen(lambda: run_finetune(cfg, encoders[modality], data[modality], out)) == {"triton"}
+    assert chosen(lambda: run_eval(out)) == {"triton"}
+    assert chosen(lambda: main([*given, "--backend", "eager"]) == 0) == {"eager"}
+    assert chosen(lambda: main([*given, "--backend=eager", "--backend.residual_norm=triton"]) == 0) == {
+        "triton"
+    }
+    assert main([*given, "--backend", "eagre"]) == 2
+
+
 @pytest.mark.parametrize(
     ("modality", "steps", "score"),
     [("image", 60, "test/top1"), ("text", 30, "test/accuracy"), ("audio", 150, "dev/wer")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from d2v.online_probe import evenly
 from d2v.probe import probe_model
 from d2v.progress import TIMING, read_metrics
 from d2v.train import run
+from d2vkern import _backend
 from tests.d2v.test_resume import RANDOM, assert_same_run
-from tests.d2v.tiny_runs import make_data, tiny
+from tests.d2v.tiny_runs import LINES, make_data, tiny
 
 PARTS = {"image": ("test",), "audio": ("test", "unseen_voice"), "text": ("test",)}
+Chosen = Callable[[Callable[[], object]], set[str]]
+OWN = "eager,residual_norm=triton"
 EMBEDDED = {"image": "digits", "audio": "speech", "text": "text"}
 
 
@@ -83,6 +87,55 @@ def test_probes_see_what_is_learned(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert row["probe/layer1/test/linear"] > 0.9
     assert "step 2: probe layer0/test/linear" in capsys.readouterr().out
     assert (tmp_path / "run" / "plots" / "scores.png").exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("modality", ["image", "audio", "text"])
+def test_everything_in_a_run_is_on_its_backends(
+    modality: str, chosen: Chosen, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The online probe too, and then what commands do with it, unless they are asked for others."""
+    data, out = EMBEDDED[modality], str(tmp_path / "run")
+    if modality == "image":
+        data = stripes(tmp_path)
+    elif modality == "text":
+        lines = [json.dumps({"text": f"{LINES[i % 4]} {i}", "label": f"{i % 2}"}) for i in range(60)]
+        (tmp_path / "x.jsonl").write_text("\n".join(lines) + "\n")
+        data = str(tmp_path / "x.jsonl")
+    cfg = probed(tiny(modality, steps=1, train={"backend": OWN}), every=1, rows=20)
+
+    assert chosen(lambda: run(cfg, data, out).finished) == {"triton"}
+    asked = ["--backend", "eager"]
+    npz = ["--out", str(tmp_path / "f.npz")]
+    few = make_data(modality, tmp_path / "few")
+    assert chosen(lambda: main(["extract", out, "--data", few, *npz]) == 0) == {"triton"}
+    assert chosen(lambda: main(["extract", out, "--data", few, *npz, *asked]) == 0) == {"eager"}
+    if modality == "image":
+        assert chosen(lambda: main(["probe", out, "--data", data, "--kind", "knn"]) == 0) == {"triton"}
+        assert chosen(lambda: main(["probe", out, "--data", data, "--kind", "knn", *asked]) == 0) == {"eager"}
+    capsys.readouterr()
+    assert main(["extract", out, "--data", few, *npz, "--backend.mlp=eagre"]) == 2
+    assert "unknown backend 'eagre'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_backends_of_another_machine_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = make_data("text", tmp_path / "data"), str(tmp_path / "run")
+    run(tiny("text", steps=1, train={"backend": OWN}), data, out)
+    gaps = _backend._machine_gaps
+    monkeypatch.setattr(
+        _backend, "_machine_gaps", lambda name: ("no CUDA device",) if name == "triton" else gaps(name)
+    )
+    given = ["extract", out, "--data", data, "--out", str(tmp_path / "f.npz")]
+    assert main(given) == 2
+    err = capsys.readouterr().err
+    assert (
+        "residual_norm: backend 'triton', requested by context use_backend, cannot run: no CUDA device" in err
+    )
+    assert f"the run was trained with train.backend {OWN!r}; --backend chooses others, or auto" in err
+    assert main([*given, "--backend", "auto"]) == 0
 
 
 @pytest.mark.parametrize("modality", ["image", "audio", "text"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from d2v.profile import Profile, run_profile
 from d2v.step import Trainer
 from d2vkern import BackendError
 from d2vkern._nvtx import phase
+from d2vkern.testing import backend_spy
 from tests.d2v.test_flops import WAVEFORM
 from tests.d2v.tiny_runs import make_data, tiny
 
@@ -258,6 +260,35 @@ def test_rows_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "eager ms  times" in printed
     assert "of it in named ranges" in printed
+
+
+def test_each_column_runs_its_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever train.backend says, which is what neither is asked for."""
+    seen: dict[str, set[str]] = {}
+    step = Trainer.step
+
+    def spied(self: Trainer, number: int, batches: list[Batch]) -> Any:
+        with backend_spy() as calls:
+            outcome = step(self, number, batches)
+        seen.setdefault(self.cfg.train.backend, set()).update(
+            name for stem, name in calls if stem == "attention"
+        )
+        return outcome
+
+    monkeypatch.setattr(Trainer, "step", spied)
+    cfg = tiny("text", train={"backend": "eager"})
+    first = "eager,attention=sdpa"
+    given = {"steps": 1, "batch": 2, "quick": True}
+    found = run_profile(cfg, tmp_path / "a", backend=first, against="eager", **given)
+    assert [report.backend for report in found.reports] == [first, "eager"]
+    assert seen == {first: {"sdpa"}, "eager": {"eager"}}
+    rows = [{row.name for row in report.rows if "attention/" in row.name} for report in found.reports]
+    assert {name.rpartition("/")[2] for name in rows[0]} == {"sdpa"}
+    assert {name.rpartition("/")[2] for name in rows[1]} == {"eager"}
+    seen.clear()
+    found = run_profile(cfg, tmp_path / "b", against="auto,attention=sdpa", **given)
+    assert [report.backend for report in found.reports] == ["eager", "auto,attention=sdpa"]
+    assert seen == {"eager": {"eager"}, "auto,attention=sdpa": {"sdpa"}}
 
 
 def test_the_runs_own_data(tmp_path: Path) -> None:

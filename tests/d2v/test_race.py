@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import torch
 from d2v import rng
 from d2v.cli import main
 from d2v.config import Config, Objective, ProbeConfig
-from d2v.data import open_labelled
+from d2v.data import loading, open_labelled
 from d2v.flops import step_work, supervised_work
 from d2v.objectives import for_objective
+from d2v.online_probe import evenly
 from d2v.race import COUNTED, WIDER, Contestant, beyond, recount, run_race
 from d2v.race_report import best_of, race_lines, race_rows, ratios, time_to
+from d2v.supervised import SupervisedTrainer
 from d2v.train import run
 from tests.d2v.test_online_probe import stripes
 from tests.d2v.tiny_runs import tiny
@@ -169,6 +172,52 @@ def test_a_contestant_trains_as_a_run_does_whoever_else_races(tmp_path: Path) ->
     trained = d2v.load(tmp_path / "run")
     mine = first.learner.model.state_dict()
     assert all(torch.equal(value, mine[name]) for name, value in trained.state_dict().items())
+
+
+@pytest.mark.parametrize("entry", ["supervised", "data2vec2"])
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_a_contestant_reads_all_steps_with_one_loader_and_is_probed_on_its_backends(
+    modality: str,
+    entry: Any,
+    chosen: Callable[[Callable[[], object]], set[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[Any] = []
+    loader = loading.DataLoader
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        made.append(loader(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(loading, "DataLoader", counted)
+    cfg = tiny(modality, train={"backend": "eager,residual_norm=triton"})
+    data = stripes(tmp_path) if modality == "image" else "speech"
+    labelled = open_labelled(data, cfg)
+    made.clear()
+    contestant = Contestant(entry, cfg, data, labelled, tmp_path)
+    for number in range(1, 4):
+        assert contestant.learner.train_step(number).samples > 0
+    assert len(made) == 1
+    few = {name: evenly(part, 4) for name, part in labelled.splits.items()}
+    assert chosen(lambda: contestant.scores(dataclasses.replace(labelled, splits=few))) == {"triton"}
+
+
+def test_workers_change_nothing_for_the_supervised_encoder(tmp_path: Path) -> None:
+    """Its samples are drawn by step: workers read ahead, whatever else is drawn meanwhile."""
+    data, seen = stripes(tmp_path), []
+    for workers in (0, 2):
+        cfg = tiny("image", data={"workers": workers})
+        learner = SupervisedTrainer(cfg, open_labelled(data, cfg), torch.device("cpu"))
+        batches = []
+        for _ in range(3):
+            torch.rand(workers)
+            batches.append(next(learner.stream))
+        seen.append(batches)
+    first, second, _ = seen[0]
+    assert not torch.equal(first[0], second[0])
+    for ours, theirs in zip(*seen, strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[2], theirs[2])
 
 
 def test_the_supervised_encoder_learns_labels(tmp_path: Path) -> None:

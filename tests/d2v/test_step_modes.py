@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v import graph, rng
 from d2v.checkpoint import load_checkpoint, save_checkpoint
-from d2v.cli import TrainOptions, _join_backends, _with_modes
+from d2v.cli import TrainOptions, _with_modes
+from d2v.cli_parse import join_backends
 from d2v.config import Config, Objective, WaveformFront
 from d2v.data import Batch, Position, open_data
 from d2v.graph import StepGraphs
@@ -401,7 +402,11 @@ def test_the_backend_of_a_run_is_used() -> None:
     with backend_spy() as calls:
         Trainer(cfg, CPU).step(1, [batch("image", 1)])
     assert {name for _, name in calls} == {"eager"}
-    for backend, words in (("eagre", "unknown backend 'eagre'"), ("eager,mask=eager", "unknown op 'mask'")):
+    for backend, words in (
+        ("eagre", "unknown backend 'eagre'"),
+        ("eager,mask=eager", "unknown op 'mask'"),
+        ("eager,triton", "backends 'eager,triton': two for all ops, 'eager' and 'triton'"),
+    ):
         wrong = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, backend=backend))
         with pytest.raises(ValueError, match=words):
             Trainer(wrong, CPU)
@@ -417,12 +422,12 @@ def test_the_backend_of_a_run_is_used() -> None:
     ],
 )
 def test_backend_options_are_joined(arguments: list[str], expected: list[str]) -> None:
-    assert _join_backends(arguments, "--train.backend") == expected
+    assert join_backends(arguments, "--train.backend") == expected
 
 
 def test_a_backend_option_needs_a_name() -> None:
     with pytest.raises(ValueError, match="--backend.loss needs the name of a backend"):
-        _join_backends(["--backend.loss"], "--train.backend")
+        join_backends(["--backend.loss"], "--train.backend")
 
 
 def test_waveforms_of_several_lengths_compile(monkeypatch: pytest.MonkeyPatch) -> None:
