@@ -184,10 +184,10 @@ def test_a_contestant_reads_all_steps_with_one_loader_and_is_probed_on_its_backe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Any] = []
-    loader = loading.DataLoader
+    torchs = loading.DataLoader
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        made.append(loader(*args, **kwargs))
+        made.append(torchs(*args, **kwargs))
         return made[-1]
 
     monkeypatch.setattr(loading, "DataLoader", counted)
