@@ -136,7 +136,7 @@ OWN_SWITCHES: dict[str, dict[str, Any]] = {
 
 TASK_SWITCHES: dict[str, dict[str, Any]] = {
     "image": {},
-    "audio": {"normalize": True, "subsample": 1, "precompute_mask_config.inverse_mask": False,
+    "audio": {"subsample": 1, "precompute_mask_config.inverse_mask": False,
               "precompute_mask_config.mask_dropout": 0, "precompute_mask_config.expand_adjacent": False,
               "precompute_mask_config.non_overlapping": False},
     "text": {"sample_break_mode": "none", "skip_masking": True},
@@ -275,6 +275,7 @@ def audio_front(p: Reader, own: str) -> dict[str, Any]:
         "model.front.alibi": p(own + "use_alibi_encoder"),
         "data.max_seconds": p("task.max_sample_size") / rate,
         "data.min_seconds": p("task.min_sample_size") / rate, "data.pad": p("task.enable_padding"),
+        "data.wave_norm": "fairseq" if p("task.normalize") else "none",
     }  # fmt: skip
 
 
@@ -290,10 +291,10 @@ FRONTS: dict[str, Callable[[Reader, str], dict[str, Any]]] = {
 }  # fmt: skip
 
 OF_OTHERS = {
-    "image": ("data.max_seconds", "data.min_seconds", "data.pad", "data.block"),
+    "image": ("data.max_seconds", "data.min_seconds", "data.pad", "data.block", "data.wave_norm"),
     "audio": ("data.block", "data.crop_scale", "data.flip", "data.mean", "data.std"),
     "text": ("data.max_seconds", "data.min_seconds", "data.pad", "data.crop_scale", "data.flip", "data.mean",
-             "data.std"),
+             "data.std", "data.wave_norm"),
 }  # fmt: skip
 """our keys that a modality does not read"""
 
