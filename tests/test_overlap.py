@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.aot_trace import OpTrace
 from d2vkern import EMA, AdamWEMA, ema_update_
 from d2vkern._backend import REGISTRY, gaps
 from d2vkern._overlap import check_memory
@@ -117,3 +118,11 @@ def test_optimizer() -> None:
 def test_thousands_of_disjoint_views() -> None:
     flat = torch.zeros(40_000)
     check_memory("x", [("teacher", list(flat.split(10)))], [("student", [flat] * 0 or [None] * 4000)])
+
+
+def test_tensors_without_memory_are_not_one() -> None:
+    """On the meta device, where launches are recorded, all have the same address."""
+    three = [torch.empty(2, 3, device="meta") for _ in range(3)]
+    with OpTrace("meta") as trace:
+        ema_update_(three, [torch.empty_like(t) for t in three], 0.5, backend="eager")
+    assert trace.bytes == 3 * 3 * 24  # teacher read and written, student read

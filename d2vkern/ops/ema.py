@@ -80,7 +80,8 @@ def _each_once(
     rows: dict[object, int] = {}
     more = []
     for i, (t, s, low) in enumerate(zip(teacher, student, copies, strict=True)):
-        first = rows.setdefault((identity(t), identity(s), i * (t.numel() == 0)), i)
+        # without elements, or on the meta device, all tensors have address 0
+        first = rows.setdefault((identity(t), identity(s), i * (t.data_ptr() == 0)), i)
         if first < i and low is not None and low is not copies[first]:
             more.append((teacher[first], low))
     kept = list(rows.values())
