@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 Role = tuple[str, Sequence[Tensor | None]]
 _bytes_of = operator.attrgetter("nbytes")
@@ -41,12 +42,13 @@ def check_memory(
     if torch.compiler.is_compiling():
         return
     tensors = [x for _, row_tensors in (*written, *read) for x in row_tensors if x is not None]
-    if not tensors or tensors[0].is_meta:
+    if not tensors or not have_addresses(tensors):
         return
     whole = all(map(Tensor.is_contiguous, tensors))
     starts = np.fromiter(map(Tensor.data_ptr, tensors), np.int64, len(tensors))
     sizes = map(_bytes_of, tensors) if whole else map(_extent, tensors)
-    ends = starts + np.fromiter(sizes, np.int64, len(tensors))
+    # what has no elements has address 0, and meets nothing
+    ends = starts + np.fromiter(sizes, np.int64, len(tensors)) * (starts != 0)
     order = np.argsort(starts)
     reached = np.maximum.accumulate(ends[order])
     # hundreds of tensors a step are asked: what follows is for those that do something odd
@@ -76,6 +78,11 @@ def _may_not_meet(a: _Place, b: _Place, written: list[str], in_step: bool) -> bo
         return False
     one = in_step and a.row == b.row and identity(x) == identity(y)
     return x.numel() > 0 and y.numel() > 0 and not one
+
+
+def have_addresses(tensors: Sequence[Tensor]) -> bool:
+    """Whether they lie somewhere: not on the meta device, nor are fakes or other subclasses."""
+    return not tensors[0].is_meta and {*map(type, tensors)} <= {Tensor, Parameter}
 
 
 def identity(tensor: Tensor) -> tuple[object, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.aot_trace import OpTrace
 from d2vkern import EMA, AdamWEMA, ema_update_
@@ -126,3 +127,6 @@ def test_tensors_without_memory_are_not_one() -> None:
     with OpTrace("meta") as trace:
         ema_update_(three, [torch.empty_like(t) for t in three], 0.5, backend="eager")
     assert trace.bytes == 3 * 3 * 24  # teacher read and written, student read
+    with FakeTensorMode():
+        fakes = [torch.empty(2, 3) for _ in range(4)]
+        ema_update_(fakes[:2], fakes[2:], 0.5, backend="eager")

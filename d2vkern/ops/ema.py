@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_dtype, check_range, check_same_device, check_shape
-from d2vkern._overlap import check_memory, identity
+from d2vkern._overlap import check_memory, have_addresses, identity
 from d2vkern._shards import any_sharded, check_same_shards, local
 from d2vkern.ops._averages import TorchRule, annealed_decay, make_rule, unwrapped
 
@@ -74,14 +74,14 @@ def _each_once(
     teacher: list[Tensor], student: list[Tensor], copies: list[Tensor | None]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], list[tuple[Tensor, Tensor]]]:
     """The lists without pairs that stand in them before (tied weights), and (teacher, copy) of those."""
-    addresses = () if torch.compiler.is_compiling() else set(map(Tensor.data_ptr, teacher))
-    if torch.compiler.is_compiling() or len(addresses) == len(teacher):
+    if torch.compiler.is_compiling() or not teacher or not have_addresses([*teacher, *student]):
+        return teacher, student, copies, []
+    if len(set(map(Tensor.data_ptr, teacher))) == len(teacher):
         return teacher, student, copies, []
     rows: dict[object, int] = {}
     more = []
     for i, (t, s, low) in enumerate(zip(teacher, student, copies, strict=True)):
-        # without elements, or on the meta device, all tensors have address 0
-        first = rows.setdefault((identity(t), identity(s), i * (t.data_ptr() == 0)), i)
+        first = rows.setdefault((identity(t), identity(s), i * (t.numel() == 0)), i)
         if first < i and low is not None and low is not copies[first]:
             more.append((teacher[first], low))
     kept = list(rows.values())
