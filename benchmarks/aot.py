@@ -55,7 +55,7 @@ from benchmarks.aot_record import (
 from benchmarks.aot_roofline import GOAL, LAUNCHES, PLAN_GOAL, Paper, on_paper
 from benchmarks.aot_variants import variants
 from benchmarks.cases import Case
-from d2v.presets import PRESETS
+from d2v.config.presets import PRESETS
 from d2vkern.kernels._launch import Launch
 
 SCHEMA = 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Size, normal, parameter_shapes
-from d2v.presets import preset as load_preset
+from d2v.config.presets import preset as load_preset
 from d2vkern import AdamWEMA, grad_norm
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import d2vkern
 from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Shapes, Size, normal, shapes
-from d2v.config import ImageFront, TextFront
+from d2v.config.fronts import ImageFront, TextFront
 from d2v.model.blocks import alibi_slopes
 from d2vkern.reference._dropout import keep_mask
 

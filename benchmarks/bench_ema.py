@@ -10,7 +10,7 @@ from torch import Tensor
 import d2vkern
 from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Size, normal, parameter_shapes
-from d2v.presets import preset as load_preset
+from d2v.config.presets import preset as load_preset
 
 
 def cases(preset: str, size: Size, dtype: torch.dtype) -> list[Case]:

@@ -8,7 +8,7 @@ from torch import Tensor
 import d2vkern
 from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Shapes, Size, normal, shapes
-from d2v.config import ImageFront, TextFront
+from d2v.config.fronts import ImageFront, TextFront
 from d2vkern.reference.philox import element_normals
 
 _SEED = 7

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Cost, Inputs
 from benchmarks.shapes import Shapes, Size, shapes
-from d2v.config import ImageFront, TextFront
+from d2v.config.fronts import ImageFront, TextFront
 from d2vkern.reference.philox import CENTRES, PRIORITIES, below, row_draws
 
 _SEED = 1

@@ -8,8 +8,8 @@
 A step is everything a run does between two batches (`Trainer.step`), at the batches of step_cases.py, with
 layer drop 0. Each variant runs in a process of its own, so that its peak memory is its own; on a CPU the
 variants of a preset take turns, on a GPU, whose memory they would share, one follows the other. The matmul
-rate is measured before and after in the same process, and model FLOPs (`d2v.flops.step_flops`) per second are
-given as a share of it. The first steps, compilation and warm-up, are timed apart.
+rate is measured before and after in the same process, and model FLOPs (`d2v.tools.flops.step_flops`) per
+second are given as a share of it. The first steps, compilation and warm-up, are timed apart.
 
 No variant gets a number unless loss and gradient norm of its first steps are eager's within `TOLERANCE`, in
 the config that step_cases.py makes for that. What cannot run is a row with the reason. Prints a line per
@@ -38,10 +38,10 @@ from benchmarks import step_worker
 from benchmarks.machine import provenance
 from benchmarks.report import check_same_machine, write_json
 from benchmarks.step_cases import DEFAULT_VARIANTS, ORIGINAL, VARIANTS, Case, Precision, size_of
-from d2v import graph
-from d2v.presets import PRESETS
+from d2v.config.presets import PRESETS
+from d2v.train import cuda_graph
 
-GATE_STEPS = {"cpu": 3, "cuda": graph.WARMUP + 3}
+GATE_STEPS = {"cpu": 3, "cuda": cuda_graph.WARMUP + 3}
 """so many that some are replays of a CUDA graph"""
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """relative. In the tiny models another order of summation makes 1e-6, bf16 instead of fp32 3e-3, a learning

@@ -31,8 +31,8 @@ from benchmarks.machine import provenance
 from benchmarks.report import write_json
 from benchmarks.run import BASE, PRECISIONS
 from benchmarks.shapes import Size
-from d2v.cpu import tune_allocator
-from d2v.presets import PRESETS
+from d2v.config.presets import PRESETS
+from d2v.train.process import tune_allocator
 from d2vkern import _measured
 from d2vkern._backend import REGISTRY, BackendError
 from d2vkern._measured import Times, record_buckets

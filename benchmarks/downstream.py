@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks.machine import provenance
-from d2v.checkpoint import latest_checkpoint
-from d2v.cli import main as d2v
-from d2v.progress import read_metrics
-from d2v.race_report import spread
+from d2v.cli.main import main as d2v
+from d2v.tools.race_report import spread
+from d2v.train.checkpoint import latest_checkpoint
+from d2v.train.progress import read_metrics
 
 SCHEMA = 1
 

@@ -1,4 +1,5 @@
-"""What the ranks of a log line cost: `d2v.health.effective_rank` beside the singular values it stands for.
+"""What the ranks of a log line cost: `d2v.train.health.effective_rank` beside the singular values it stands
+for.
 
     OMP_NUM_THREADS=1 python -m benchmarks.log_line [--device cuda] [--rounds 9]
 
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from d2v.health import effective_rank
+from d2v.train.health import effective_rank
 
 SHAPES = ((512, 1024), (512, 768), (150, 768), (512, 96), (512, 64))
 """rows [n, D] of large, base and tiny presets, and of the whole tokens of two short utterances"""

@@ -26,7 +26,7 @@ from benchmarks.machine import provenance
 from benchmarks.report import write_json
 from benchmarks.run import BASE, PRECISIONS
 from benchmarks.shapes import Size
-from d2v.presets import PRESETS
+from d2v.config.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -6,7 +6,7 @@
 # --dry-run prints the commands and runs nothing; --steps 10:20 (default) captures ten steps after ten warm-up
 # steps; FOLDER (default runs/nsys-PRESET, must be new) gets the report for the nsys window, the CSV files and
 # the run. PYTHON names the interpreter. Exits with 1 when less than 98% of the kernel time lies inside named
-# ranges. The table and why it is not nsys's own summary: d2v/nsys.py.
+# ranges. The table and why it is not nsys's own summary: d2v/tools/nsys.py.
 #
 # One kernel in depth, with Nsight Compute (ncu), which replays each launch and so must see few of them. Kernel
 # names are in the CSV files; a Triton kernel is called as its function in kernels/.
@@ -69,5 +69,5 @@ reports=(nvtx_pushpop_trace cuda_kern_exec_trace cuda_gpu_kern_sum nvtx_sum)
 run nsys stats "${reports[@]/#/--report=}" --format=csv --force-export=true --output="$out/steps" \
   "$out/steps.nsys-rep"
 
-run "$python" -m d2v.nsys --steps $((10#$last - 10#$first)) \
+run "$python" -m d2v.tools.nsys --steps $((10#$last - 10#$first)) \
   "$out"/steps_{nvtx_pushpop_trace,cuda_kern_exec_trace,cuda_gpu_kern_sum}.csv

@@ -14,8 +14,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from d2v.cli_race import read
-from d2v.race import recount
+from d2v.cli.race import read
+from d2v.tools.race import recount
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from benchmarks.downstream import downstream_rows
 from benchmarks.op_goals import op_goals_table
 from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
 from benchmarks.step_table import goals_table, hot_paths_table, plot_steps, step_table
-from d2v.race_report import plot_race, race_rows
+from d2v.tools.race_report import plot_race, race_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n)(.*?)(<!-- /results:\2 -->)", re.DOTALL)

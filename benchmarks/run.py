@@ -32,9 +32,9 @@ from benchmarks.machine import provenance
 from benchmarks.report import SCHEMA, add_ceilings, check_same_machine, compare, table, write_json
 from benchmarks.shapes import Size
 from benchmarks.step_cases import DEFAULT_VARIANTS
-from d2v.cpu import tune_allocator
-from d2v.machine import rates
-from d2v.presets import PRESETS
+from d2v.config.presets import PRESETS
+from d2v.tools.machine import rates
+from d2v.train.process import tune_allocator
 from d2vkern._backend import STEMS
 
 BASE = ["image_base", "audio_base", "text_base"]

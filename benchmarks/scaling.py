@@ -30,13 +30,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import provenance
-from d2v.config import Config, ImageFront, TextFront
-from d2v.cpu import tune_allocator
-from d2v.data import Batch
-from d2v.machine import synchronize
-from d2v.presets import PRESETS
-from d2v.presets import preset as load_preset
-from d2v.step import Trainer
+from d2v.config.fronts import ImageFront, TextFront
+from d2v.config.presets import PRESETS
+from d2v.config.presets import preset as load_preset
+from d2v.config.run import Config
+from d2v.data.types import Batch
+from d2v.tools.machine import synchronize
+from d2v.train.process import tune_allocator
+from d2v.train.step import Trainer
 from d2vkern.testing import peak_memory
 
 Precision = Literal["fp32", "bf16"]

@@ -1,4 +1,4 @@
-"""Shapes of the ops inside a preset's training step: widths and token counts from `d2v.presets`."""
+"""Shapes of the ops inside a preset's training step: widths and token counts from `d2v.config.presets`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import d2vkern
-from d2v.config import ImageFront, ModelConfig, TextFront
-from d2v.presets import preset as load_preset
+from d2v.config.fronts import ImageFront, TextFront
+from d2v.config.presets import preset as load_preset
+from d2v.config.run import ModelConfig
 
 Size = Literal["smoke", "cpu", "gpu"]
 

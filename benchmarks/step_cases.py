@@ -10,9 +10,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from d2v.config import Config, ImageFront, ModelConfig, TextFront
-from d2v.flops import step_flops
-from d2v.presets import preset as load_preset
+from d2v.config.fronts import ImageFront, TextFront
+from d2v.config.presets import preset as load_preset
+from d2v.config.run import Config, ModelConfig
+from d2v.tools.flops import step_flops
 
 Precision = Literal["fp32", "bf16"]
 

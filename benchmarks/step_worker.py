@@ -19,16 +19,18 @@ import torch
 
 import d2vkern
 from benchmarks.step_cases import Case, size_of
-from d2v import graph
-from d2v.config import Config, TextFront
-from d2v.cpu import tune_allocator
-from d2v.data import Batch
-from d2v.machine import rates, synchronize
-from d2v.profile import run_profile
-from d2v.step import Outcome, Trainer
+from d2v.config.fronts import TextFront
+from d2v.config.run import Config
+from d2v.data.types import Batch
+from d2v.tools.machine import rates, synchronize
+from d2v.tools.profile import run_profile
+from d2v.train import cuda_graph
+from d2v.train.learner import Outcome
+from d2v.train.process import tune_allocator
+from d2v.train.step import Trainer
 from d2vkern.testing import backend_spy
 
-WARMUP = {"cpu": 2, "cuda": graph.WARMUP + 2}
+WARMUP = {"cpu": 2, "cuda": cuda_graph.WARMUP + 2}
 """steps before the first turn: compilation, kernel choice, allocator, optimizer state, recorded graph"""
 TURN = {"cpu": 1, "cuda": 5}
 """steps under one reading of the clock; without a wait between them, as in training"""

@@ -27,7 +27,7 @@ from benchmarks.aot_record import DTYPES, META, as_on_a_gpu, cases_of, triton_st
 from benchmarks.cases import Call, Case, Settings, backward, gradients_like, make_inputs, named, require_grad
 from benchmarks.gate import Gate
 from benchmarks.harness import _sets_needed, _step, _with_gradients, time_variants
-from d2v.presets import PRESETS
+from d2v.config.presets import PRESETS
 from d2vkern.kernels import _tuning
 from d2vkern.kernels._launch import record_launches
 from d2vkern.kernels._tuning import Config, forced, record_choices

@@ -134,7 +134,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "License-Expression: MIT\n" in text
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", text, re.MULTILINE)
     assert sorted(required) == ["numpy", "nvtx", "torch>=2.10"]
-    assert "d2v = d2v.cli:main" in scripts
+    assert "d2v = d2v.cli.main:main" in scripts
 
 
 def test_installed_wheel_finds_kernels_without_the_checkout(wheel: Path, tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks.scaling import FACTORS, curve, fit, main, points
-from d2v.config import TextFront
-from d2v.presets import PRESETS
+from d2v.config.fronts import TextFront
+from d2v.config.presets import PRESETS
 
 CPU = torch.device("cpu")
 

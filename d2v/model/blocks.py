@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import d2vkern
 
-from ..config import ModelConfig
+from ..config.run import ModelConfig
 
 
 class AttentionContext(NamedTuple):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import d2vkern
 
-from ..config import ImageFront, ModelConfig
+from ..config.fronts import ImageFront
+from ..config.run import ModelConfig
 from .blocks import linear
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import d2vkern
 from d2vkern._nvtx import phase
 
-from ..config import ImageFront, ModelConfig, TextFront, WaveformFront
+from ..config.fronts import ImageFront, TextFront, WaveformFront
+from ..config.run import ModelConfig
 from .blocks import AttentionContext, Block, alibi_slopes, layer_norm
 from .decoder import Decoder
 from .frontends import (

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import d2vkern
 
-from ..config import ImageFront, LogMelFront, ModelConfig, TextFront, WaveformFront
-from ..fronts import Front
+from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
+from ..config.run import ModelConfig
 from .blocks import layer_norm, linear
 from .logmel import log_mel
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import LogMelFront
+from ..config.fronts import LogMelFront
 
 LOG_FLOOR = 1e-2
 """added to the power of a band before the logarithm: about 50 dB below the mean of a unit-variance wave"""

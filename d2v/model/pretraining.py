@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ import d2vkern
 from d2vkern._nvtx import phase
 from d2vkern.ops.loss import LossOutput
 
-from ..config import ImageFront, ModelConfig, TextFront
+from ..config.fronts import ImageFront, TextFront
+from ..config.run import ModelConfig
 from .blocks import AttentionContext
 from .encoder import Network, run_blocks
 from .frontends import padding_of, token_lengths
 
+Weights = Literal["student", "teacher"]
 HEALTH_ROWS = 512
 """tokens of each kind that a forward pass hands to the collapse alarms"""
 

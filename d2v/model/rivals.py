@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import d2vkern
 from d2vkern._nvtx import phase
 
-from ..config import ImageFront, LogMelFront, ModelConfig, TextFront
+from ..config.fronts import ImageFront, LogMelFront, TextFront
+from ..config.run import ModelConfig
 from .blocks import AttentionContext, Block, layer_norm, linear
 from .decoder import masked_rows
 from .frontends import TextEmbedding, sincos_positions

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import d2vkern
 
-from ..config import ImageFront, ModelConfig
+from ..config.fronts import ImageFront
+from ..config.run import ModelConfig
 from .blocks import AttentionContext
 from .encoder import Network, ffn_outputs
 from .pretraining import Pretraining

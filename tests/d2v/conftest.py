@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from d2v.learner import Learner
+from d2v.train.learner import Learner
 from d2vkern import _backend
 from d2vkern._backend import Implementation
 from d2vkern.testing import backend_spy
@@ -15,7 +15,7 @@ from d2vkern.testing import backend_spy
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw nothing at their end, which takes them most of their time."""
-    for module in ("d2v.train", "d2v.finetune.run"):
+    for module in ("d2v.train.pretrain", "d2v.train.finetune"):
         monkeypatch.setattr(f"{module}.plot_run", lambda out: [])
 
 

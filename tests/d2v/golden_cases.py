@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v.formats.fairseq import translate
 from d2v.model import Data2Vec
-from d2v.original import translate
 
 CASES = ("image_base", "audio_base", "audio_padded", "text_base")
 

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.config import ModelConfig
-from d2v.fronts import TextFront, WaveformFront
+from d2v.config.fronts import TextFront, WaveformFront
+from d2v.config.presets import preset
+from d2v.config.run import ModelConfig
 from d2v.model import Data2Vec
-from d2v.presets import preset
 
 DEPTH, DECODER_DIM = 2, 32
 NAMES = {

@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 from torch import nn
 
-from d2v.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
-from d2v.cli import main
-from d2v.config import ProbeConfig
-from d2v.finetune import run as finetuning
-from d2v.finetune.run import run_finetune
-from d2v.online_probe import OnlineProbe
-from d2v.progress import read_metrics
-from d2v.train import run
+from d2v.cli.main import main
+from d2v.config.run import ProbeConfig
+from d2v.evaluate.online_probe import OnlineProbe
+from d2v.evaluate.scores import evaluate
+from d2v.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from d2v.train.progress import read_metrics
+from tests.d2v.tiny_runs import run, run_finetune
 
 from .test_finetune_run import config, labelled
 from .test_online_probe import stripes
@@ -90,8 +89,8 @@ def test_transformers_models(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_values_of_a_part(tmp_path: Path) -> None:
-    from d2v.extract import NotFinite
-    from d2v.probe import probe_rows
+    from d2v.evaluate.probe import probe_rows
+    from d2v.model.finite import NotFinite
 
     x, y = np.eye(4, dtype=np.float32), np.arange(4)
     broken = x.copy()
@@ -126,13 +125,10 @@ def test_probes_while_training_go_on(
     assert "step 2: probe test/linear" in said
 
 
-def test_fine_tuning_and_its_evaluation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_fine_tuning_and_its_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(tiny("image", steps=1), make_data("image", tmp_path / "plain"), tmp_path / "encoder")
     data = labelled("image", tmp_path / "labelled")
     cfg = config(tmp_path / "encoder", "image", steps=2, evaluate_every=1)
-    whole = finetuning.evaluate
 
     def break_once(model: nn.Module, *given: object) -> dict[str, float]:
         if not (tmp_path / "broken").exists():
@@ -141,13 +137,12 @@ def test_fine_tuning_and_its_evaluation(
             sound = head.clone()
             head[0] = float("inf")
             try:
-                return whole(model, *given)  # type: ignore[arg-type]
+                return evaluate(model, *given)  # type: ignore[arg-type]
             finally:
                 head.copy_(sound)
-        return whole(model, *given)  # type: ignore[arg-type]
+        return evaluate(model, *given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(finetuning, "evaluate", break_once)
-    result = run_finetune(cfg, tmp_path / "encoder", data, tmp_path / "run")
+    result = run_finetune(cfg, tmp_path / "encoder", data, tmp_path / "run", evaluate=break_once)
     assert result.finished and result.scores
     assert [row["step"] for row in read_metrics(tmp_path / "run") if "test/top1" in row] == [2]
     assert "warning: step 1: no scores: evaluate: outputs of samples 0 to" in capsys.readouterr().out

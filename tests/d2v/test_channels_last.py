@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import d2vkern
-from d2v.config import ImageFront, WaveformFront
+from d2v.config.fronts import ImageFront, WaveformFront
 from d2v.model import Data2Vec
 from d2vkern import _nvtx
 from d2vkern._backend import STEMS

@@ -17,19 +17,11 @@ import safetensors.torch
 import torch
 
 import d2v
-from d2v import checkpoint
-from d2v.checkpoint import (
-    CheckpointError,
-    diff_maths,
-    fill_model,
-    latest_checkpoint,
-    load_checkpoint,
-    read_config,
-    save_checkpoint,
-    write_config,
-)
-from d2v.environment import write_environment
-from d2v.presets import PRESETS, preset
+from d2v.config.presets import PRESETS, preset
+from d2v.config.toml import CheckpointError, diff_maths, read_config, write_config
+from d2v.train import checkpoint
+from d2v.train.checkpoint import fill_model, latest_checkpoint, load_checkpoint, save_checkpoint
+from d2v.train.environment import write_environment
 
 FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json")
 
@@ -190,7 +182,7 @@ def test_killed_while_saving(tmp_path):
 import os, sys
 sys.path.insert(0, {str(Path(d2v.__file__).parents[1])!r})
 import torch
-from d2v import checkpoint
+from d2v.train import checkpoint
 real = checkpoint.safetensors.torch.save_file
 def dying(tensors, path):
     if path.name.startswith("rng"):

@@ -1,13 +1,14 @@
-"""The command line: refusals come before anything runs, in words, with the exit codes that cli.py names."""
+"""The command line: refusals come before anything runs, in words, with the exit codes that cli/main.py
+names."""
 
 import subprocess
 import sys
 
 import pytest
 
-from d2v import cli
-from d2v.cli import main
-from d2v.data import guess_modality
+from d2v.cli import main as cli
+from d2v.cli.main import main
+from d2v.data.open import guess_modality
 
 
 def refused(capsys, *arguments):
@@ -21,7 +22,7 @@ def refused(capsys, *arguments):
 
 def test_help_needs_neither_torch_nor_matplotlib():
     code = (
-        "import sys\nfrom d2v.cli import main\nassert main(['--help']) == 0\n"
+        "import sys\nfrom d2v.cli.main import main\nassert main(['--help']) == 0\n"
         "assert main(['presets', 'image_base']) == 0\n"
         "sys.exit(sorted({'torch', 'matplotlib', 'rich'} & set(sys.modules)) or 0)"
     )
@@ -126,15 +127,15 @@ def test_refusals_say_what_is_wrong(arguments, message, capsys, tmp_path, monkey
 
 
 def test_overrides_reach_the_run(monkeypatch, tmp_path):
-    import d2v.train
+    import d2v.train.pretrain
 
     seen = {}
 
-    def fake_run(cfg, data, out, *, resume, capture):
+    def fake_run(cfg, data, out, *, resume, capture, probe):
         seen.update(cfg=cfg, data=data, out=out, resume=resume, capture=capture)
-        return d2v.train.RunResult(out, 0, False, 1, 0.0, [])
+        return d2v.train.pretrain.RunResult(out, 0, False, 1, 0.0, [])
 
-    monkeypatch.setattr(d2v.train, "run", fake_run)
+    monkeypatch.setattr(d2v.train.pretrain, "run", fake_run)
     overrides = [
         "--model.front.height",
         "32",
@@ -158,20 +159,20 @@ def test_overrides_reach_the_run(monkeypatch, tmp_path):
         (
             ["probe", "r", "--data", "d", "--layer", "-2", "--kind", "knn", "--weights", "teacher",
              "--backend", "eager", "--backend.mlp=triton"],
-            "d2v.probe.run_probe", ("r", "d"),
+            "d2v.evaluate.probe.run_probe", ("r", "d"),
             {"layer": -2, "weights": "teacher", "kinds": ["knn"], "backend": "eager,mlp=triton"},
         ),
         (
             ["probe", "r", "--data", "d"],
-            "d2v.probe.run_probe", ("r", "d"),
+            "d2v.evaluate.probe.run_probe", ("r", "d"),
             {"layer": -1, "weights": "student", "kinds": ["linear", "knn"], "backend": None},
         ),
         (
             ["extract", "r", "--data", "d", "--out", "f.npz", "--pool", "none"],
-            "d2v.extract.run_extract", ("r", "d", "f.npz"),
+            "d2v.evaluate.features.run_extract", ("r", "d", "f.npz"),
             {"layer": -1, "pool": "none", "weights": "student", "backend": None},
         ),
-        (["demo", "--minutes-scale", "0.5"], "d2v.demo.run_demo", ("runs/demo", 0.5), {}),
+        (["demo", "--minutes-scale", "0.5"], "d2v.tools.demo.run_demo", ("runs/demo", 0.5), {}),
     ],
 )  # fmt: skip
 def test_commands_hand_their_arguments_on(arguments, function, positional, named, monkeypatch):

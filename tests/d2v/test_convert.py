@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import d2v
-from d2v.checkpoint import CheckpointError
-from d2v.cli import main
-from d2v.convert import original_config, run_convert, save_folder, save_original
-from d2v.finetune.config import DropConfig, HeadConfig
-from d2v.finetune.model import FineTuned, tuned_model_config
-from d2v.fronts import WaveformFront
+from d2v.cli.main import main
+from d2v.config.fronts import WaveformFront
+from d2v.config.presets import PRESETS, preset
+from d2v.config.toml import CheckpointError
+from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
+from d2v.formats.convert import original_config, run_convert, save_folder, save_original
 from d2v.model import Data2Vec
-from d2v.presets import PRESETS, preset
-from d2v.train import run
+from d2v.model.tuned import FineTuned
+from d2v.train.pretrain import run
 from tests.d2v.tiny_models import make_model, make_source
 from tests.d2v.tiny_runs import make_data, tiny
 

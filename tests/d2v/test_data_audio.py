@@ -12,10 +12,11 @@ import pytest
 import soundfile
 import torch
 
-from d2v.config import Config
-from d2v.data import Batch, DataError, Pipeline, Position, check_data, open_data, open_labelled
-from d2v.data.audio_files import resample
-from d2v.presets import preset
+from d2v.config.presets import preset
+from d2v.config.run import Config
+from d2v.data.open import check_data, open_data, open_labelled
+from d2v.data.speech.files import resample
+from d2v.data.types import Batch, DataError, Pipeline, Position
 
 RATE = 16_000
 START = Position()

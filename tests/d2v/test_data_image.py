@@ -14,14 +14,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from d2v.config import Config, DataConfig, ImageFront
-from d2v.data import Batch, DataError, Pipeline, Position, check_data, open_data, open_labelled
+from d2v.config.fronts import ImageFront
+from d2v.config.presets import preset
+from d2v.config.run import Config, DataConfig
 from d2v.data.embedded import digits
-from d2v.data.eval_picture import eval_box
-from d2v.data.image import crop_box, enlarge_and_flip
-from d2v.data.loading import generator
-from d2v.normalisation import IMAGENET
-from d2v.presets import preset
+from d2v.data.images.eval_picture import eval_box
+from d2v.data.images.pipeline import crop_box, enlarge_and_flip
+from d2v.data.loader import generator
+from d2v.data.normalisation import IMAGENET
+from d2v.data.open import check_data, open_data, open_labelled
+from d2v.data.types import Batch, DataError, Pipeline, Position
 
 START = Position()
 

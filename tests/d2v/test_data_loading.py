@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from d2v.config import DataConfig
-from d2v.data import Batch, DataError, Position, Report, Unreadable
-from d2v.data.loading import AUGMENT, Loader, Source, generator
+from d2v.config.run import DataConfig
+from d2v.data.loader import AUGMENT, Loader, Source, generator
+from d2v.data.types import Batch, DataError, Position, Report, Unreadable
 
 
 class Numbers(Source):

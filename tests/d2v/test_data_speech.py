@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from d2v.data import Position, open_data, open_labelled
+from d2v.config.presets import preset
 from d2v.data.embedded import speech
-from d2v.presets import preset
+from d2v.data.open import open_data, open_labelled
+from d2v.data.types import Position
 
 RATE = 16_000
 

@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from d2v.config import Config, DataConfig, TextFront
-from d2v.data import Batch, DataError, Pipeline, Position, check_data, corpus, open_data, open_labelled
+from d2v.config.fronts import TextFront
+from d2v.config.presets import preset
+from d2v.config.run import Config, DataConfig
 from d2v.data.embedded import text as stdlib
-from d2v.data.tokenizer import BOS, EOS, PAD, SPECIALS, load_tokenizer, train_tokenizer
-from d2v.presets import preset
+from d2v.data.open import check_data, open_data, open_labelled
+from d2v.data.text import corpus
+from d2v.data.text.tokenizer import BOS, EOS, PAD, SPECIALS, load_tokenizer, train_tokenizer
+from d2v.data.types import Batch, DataError, Pipeline, Position
 
 START = Position()
 WORDS = "the quick brown fox jumps over a lazy dog and finds über-große Käse in naïve cafés"
@@ -112,7 +115,7 @@ def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a.txt").write_text(prose(400), encoding="utf-8")
     whole = first(open_data(str(tmp_path / "a.txt"), config(), cache_dir=tmp_path / "x"))[0]
     monkeypatch.setattr(corpus, "PIECE", 100)
-    monkeypatch.setattr("d2v.data.text.TOGETHER", 500)
+    monkeypatch.setattr("d2v.data.text.pipeline.TOGETHER", 500)
     pieces = first(open_data(str(tmp_path / "a.txt"), config(), cache_dir=tmp_path / "y"))[0]
     assert torch.equal(whole.source, pieces.source)
 

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from d2v import demo, load
-from d2v.data import Labelled, Split
-from d2v.demo import MARKER, TASKS, TEXT_NOTE, remarks, run_demo, scaled, table
-from d2v.presets import preset
-from d2v.step import Trainer
-from d2v.train import RunError
+from d2v import load
+from d2v.config.presets import preset
+from d2v.data.types import Labelled, Split
+from d2v.tools import demo
+from d2v.tools.demo import MARKER, TASKS, TEXT_NOTE, remarks, run_demo, scaled, table
+from d2v.train.loop import RunError
+from d2v.train.step import Trainer
 
 from .tiny_runs import make_data, tiny
 

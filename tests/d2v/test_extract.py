@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import d2v
-from d2v import extract
-from d2v.cli import main
-from d2v.data import open_data
-from d2v.extract import open_model, run_extract, token_features
-from d2v.train import run
+from d2v.cli.main import main
+from d2v.data.open import open_data
+from d2v.evaluate import features
+from d2v.evaluate.features import run_extract, token_features
+from d2v.formats.open import open_model
+from d2v.train.pretrain import run
 
 from .tiny_runs import make_data, tiny
 
@@ -93,7 +94,7 @@ def test_a_failed_write_keeps_the_file_before(trained, tmp_path, monkeypatch):
     def full(*arguments, **arrays):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(extract.np, "savez", full)
+    monkeypatch.setattr(features.np, "savez", full)
     with pytest.raises(OSError, match="No space left"):
         run_extract(out, data, file, layer=0)
     assert file.read_bytes() == before and os.listdir(tmp_path) == ["f.npz"]

@@ -15,19 +15,22 @@ import soundfile
 import torch
 from tokenizers import Tokenizer, processors
 
-from d2v.config import from_dict, to_dict
-from d2v.data import DataError
-from d2v.data.loading import generator
-from d2v.data.tokenizer import train_tokenizer
-from d2v.finetune.config import AugmentConfig, FineTuneConfig
-from d2v.finetune.data import choose, span_mask
-from d2v.finetune.decode import beam_search, greedy
-from d2v.finetune.images import erase, mix, rand_augment, soft_cross_entropy
-from d2v.finetune.metrics import GLUE_METRICS, class_scores, is_better, regression_scores, transcript_scores
-from d2v.finetune.recipes import RECIPES, recipe
-from d2v.finetune.sentences import GLUE, Sentence, Specials, encode, pad, read_sentences, targets_of
-from d2v.finetune.transcripts import Vocabulary, ctc_loss, normalise, read_spoken
-from d2v.presets import preset
+from d2v.config.presets import preset
+from d2v.config.recipes import RECIPES, recipe
+from d2v.config.toml import from_dict, to_dict
+from d2v.config.tune import AugmentConfig, FineTuneConfig
+from d2v.data.images.augment import erase, mix, rand_augment
+from d2v.data.loader import generator
+from d2v.data.speech.letters import normalise
+from d2v.data.speech.transcripts import Vocabulary, read_spoken
+from d2v.data.text.sentences import GLUE, Sentence, Specials, encode, pad, read_sentences, targets_of
+from d2v.data.text.tokenizer import train_tokenizer
+from d2v.data.tune import choose, span_mask
+from d2v.data.types import DataError
+from d2v.evaluate.ctc import beam_search, greedy
+from d2v.evaluate.scores import GLUE_METRICS, class_scores, regression_scores, transcript_scores
+from d2v.train.finetune import is_better
+from d2v.train.losses import ctc_loss, soft_cross_entropy
 from tests.d2v.tiny_runs import LINES, tiny
 
 ROWS = {

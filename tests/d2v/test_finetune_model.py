@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import d2v
-from d2v.checkpoint import CheckpointError
-from d2v.convert import run_convert
-from d2v.finetune.config import DropConfig, FineTuneConfig, HeadConfig, TuneConfig
-from d2v.finetune.images import soft_cross_entropy
-from d2v.finetune.model import FineTuned, tuned_model_config
-from d2v.finetune.tuner import param_groups
+from d2v.config.toml import CheckpointError
+from d2v.config.tune import DropConfig, FineTuneConfig, HeadConfig, TuneConfig, tuned_model_config
+from d2v.formats.convert import run_convert
+from d2v.formats.fairseq import is_finetuned, translate
 from d2v.model import Data2Vec
 from d2v.model.blocks import Block
-from d2v.original import is_finetuned, translate
+from d2v.model.tuned import FineTuned
+from d2v.train.losses import soft_cross_entropy
+from d2v.train.tuner import param_groups
 from tests.d2v.golden_cases import load
 from tests.d2v.tiny_models import make_model, make_source
 

@@ -16,22 +16,20 @@ import torch
 import torch.nn.functional as F
 
 import d2v
-from d2v.checkpoint import CheckpointError
-from d2v.cli import main
-from d2v.data import Batch, DataError, Position
-from d2v.finetune.config import FineTuneConfig
-from d2v.finetune.data import open_tune_data
-from d2v.finetune.evaluate import run_eval
-from d2v.finetune.load import read_tuned_config
-from d2v.finetune.model import FineTuned
-from d2v.finetune.recipes import default_recipe, recipe, with_drops
-from d2v.finetune.run import resume_finetune, run_finetune
-from d2v.finetune.tuner import Tuner
-from d2v.presets import preset
-from d2v.progress import read_metrics
-from d2v.train import run
+from d2v.cli.main import main
+from d2v.config.presets import preset
+from d2v.config.recipes import default_recipe, recipe, with_drops
+from d2v.config.toml import CheckpointError, read_tuned_config
+from d2v.config.tune import FineTuneConfig
+from d2v.data.tune import open_tune_data
+from d2v.data.types import Batch, DataError, Position
+from d2v.evaluate.scores import run_eval
+from d2v.model.tuned import FineTuned
+from d2v.train.pretrain import run
+from d2v.train.progress import read_metrics
+from d2v.train.tuner import Tuner
 from tests.d2v.test_resume import assert_same_run
-from tests.d2v.tiny_runs import LINES, make_data, tiny
+from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune, tiny
 from tests.d2v.transfers import no_transfers
 
 RECIPES = {"image": "image_tiny", "audio": "speech_tiny", "text": "text_tiny"}

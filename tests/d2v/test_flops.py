@@ -20,13 +20,22 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import d2vkern
-from d2v.config import ImageFront, LogMelFront, ModelConfig, Objective, TextFront, WaveformFront
-from d2v.flops import Work, block_flops, decoder_flops, spared_flops, step_flops, step_work, supervised_work
+from d2v.config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
+from d2v.config.objectives import for_objective
+from d2v.config.presets import preset
+from d2v.config.run import ModelConfig, Objective
 from d2v.model import build_model
 from d2v.model.logmel import log_mel
-from d2v.objectives import for_objective
-from d2v.presets import preset
-from d2v.supervised import Supervised
+from d2v.tools.flops import (
+    Work,
+    block_flops,
+    decoder_flops,
+    spared_flops,
+    step_flops,
+    step_work,
+    supervised_work,
+)
+from d2v.tools.supervised import Supervised
 from tests.d2v.tiny_runs import tiny
 
 WAVEFORM = WaveformFront(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from d2v.config import ImageFront, LogMelFront, WaveformFront
+from d2v.config.fronts import ImageFront, LogMelFront, WaveformFront
 from tests.d2v.tiny_models import SAMPLES, make_model, make_source
 
 

@@ -6,9 +6,20 @@ import math
 import pytest
 import torch
 
-from d2v.config import LogMelFront, TrainConfig, WaveformFront
-from d2v.health import PARTS, REPEAT_AFTER, Alarm, AlarmLog, Health, deviation, effective_rank, judge, measure
-from d2v.train import run
+from d2v.config.fronts import LogMelFront, WaveformFront
+from d2v.config.run import TrainConfig
+from d2v.train.health import (
+    PARTS,
+    REPEAT_AFTER,
+    Alarm,
+    AlarmLog,
+    Health,
+    deviation,
+    effective_rank,
+    judge,
+    measure,
+)
+from d2v.train.pretrain import run
 from tests.d2v.tiny_runs import tiny
 from tests.d2v.transfers import META, no_transfers
 

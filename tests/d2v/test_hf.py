@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 import d2v
-from d2v.checkpoint import CheckpointError
-from d2v.cli import main
-from d2v.convert import run_convert, save_folder, save_original
-from d2v.finetune.config import HeadConfig
-from d2v.finetune.model import FineTuned
-from d2v.fronts import LogMelFront
-from d2v.hf.export import write_folder
+from d2v.cli.main import main
+from d2v.config.fronts import LogMelFront
+from d2v.config.objectives import for_objective
+from d2v.config.toml import CheckpointError
+from d2v.config.tune import HeadConfig
+from d2v.formats.convert import run_convert, save_folder, save_original
+from d2v.formats.hf_export import write_folder
 from d2v.model import Data2Vec
-from d2v.objectives import for_objective
-from d2v.train import run
+from d2v.model.tuned import FineTuned
+from d2v.train.pretrain import run
 from tests.d2v.test_convert import FRONT, assert_same, moved
 from tests.d2v.tiny_models import make_model, make_source
 from tests.d2v.tiny_runs import make_data, tiny

@@ -14,20 +14,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from d2v.cli import main
-from d2v.extract import open_encoder, open_model, token_features
-from d2v.finetune.evaluate import run_eval
-from d2v.finetune.load import load_run
-from d2v.finetune.model import build_tuned
-from d2v.finetune.recipes import recipe
-from d2v.finetune.run import resume_finetune, run_finetune
-from d2v.finetune.tuner import param_groups
-from d2v.fronts import ImageFront, TextFront, WaveformFront
-from d2v.hf.backbone import HuggingFaceBackbone
-from d2v.hf.encoder import HuggingFaceEncoder
+from d2v.cli.main import main
+from d2v.config.fronts import ImageFront, TextFront, WaveformFront
+from d2v.config.recipes import recipe
+from d2v.evaluate.features import token_features
+from d2v.evaluate.scores import run_eval
+from d2v.formats.open import load_run, open_encoder, open_model
+from d2v.model.huggingface import HuggingFaceBackbone, HuggingFaceEncoder
+from d2v.model.tuned import build_tuned
+from d2v.train.tuner import param_groups
 from tests.d2v.test_online_probe import stripes
 from tests.d2v.test_resume import assert_same_run
-from tests.d2v.tiny_runs import LINES, make_data
+from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")
@@ -137,7 +135,7 @@ def test_texts_are_read_in_the_models_own_tokens(
         (texts / f"{part}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["probe", f"hf:{tmp_path / 'model'}", "--data", str(texts)]) == 0
     assert "linear, features" in capsys.readouterr().out
-    from d2v.hf.encoder import open_hf_texts
+    from d2v.formats.hf_import import open_hf_texts
 
     encoder, cfg, _ = open_encoder(f"hf:{tmp_path / 'model'}")
     assert isinstance(cfg.model.front, TextFront) and cfg.model.front.max_positions == 40
@@ -262,7 +260,7 @@ def test_pairs_reach_bert_as_its_own_tokenizer_makes_them(tmp_path: Path) -> Non
     out = tmp_path / "run"
     tune = ["finetune", f"hf:{folder}", "--task", "sentence", "--data", str(texts), "--out", str(out)]
     assert main([*tune, "--train.steps", "1", "--train.evaluate-every", "1", "--data.batch", "4"]) == 0
-    from d2v.finetune.data import open_tune_data
+    from d2v.data.tune import open_tune_data
 
     model, cfg, path = load_run(out)
     found = open_tune_data(path, cfg, device=torch.device("cpu"), encoder_dir=None, run_dir=out)

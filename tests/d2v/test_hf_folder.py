@@ -18,20 +18,22 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 
-from d2v.config import Config, ImageFront, TextFront, WaveNorm
-from d2v.convert import run_convert, save_original
-from d2v.data import DataError, open_data
-from d2v.data.image import ImageSource
-from d2v.data.image_store import ArrayStore, FolderStore
-from d2v.data.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
-from d2v.finetune.config import DropConfig, HeadConfig
-from d2v.finetune.decode import BLANK, greedy
-from d2v.finetune.letters import SPECIALS
-from d2v.finetune.model import FineTuned, tuned_model_config
-from d2v.finetune.sentences import Sentence, Specials, encode
-from d2v.finetune.transcripts import Vocabulary
-from d2v.hf.export import write_folder
-from d2v.normalisation import Normalisation
+from d2v.config.fronts import ImageFront, TextFront
+from d2v.config.run import Config, WaveNorm
+from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
+from d2v.data.images.pipeline import ImageSource
+from d2v.data.images.store import ArrayStore, FolderStore
+from d2v.data.normalisation import Normalisation
+from d2v.data.open import open_data
+from d2v.data.speech.letters import SPECIALS
+from d2v.data.speech.transcripts import Vocabulary
+from d2v.data.text.sentences import Sentence, Specials, encode
+from d2v.data.text.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
+from d2v.data.types import DataError
+from d2v.evaluate.ctc import greedy
+from d2v.formats.convert import run_convert, save_original
+from d2v.formats.hf_export import write_folder
+from d2v.model.tuned import BLANK, FineTuned
 from tests.d2v.test_convert import moved
 from tests.d2v.tiny_models import make_model
 from tests.d2v.tiny_runs import LINES, tiny

@@ -13,24 +13,22 @@ import soundfile
 import torch
 from torch import Tensor, nn
 
-from d2v.checkpoint import CheckpointError
-from d2v.cli import main
-from d2v.data import open_data
-from d2v.data.audio_files import resample
-from d2v.extract import open_encoder, token_features
-from d2v.finetune.config import HeadConfig
-from d2v.finetune.load import load_run
-from d2v.finetune.model import FineTuned
-from d2v.finetune.run import resume_finetune
-from d2v.fronts import ImageFront, WaveformFront
-from d2v.hf.backbone import HuggingFaceBackbone
-from d2v.hf.encoder import HuggingFaceEncoder
-from d2v.hf.export import write_folder
+from d2v.cli.main import main
+from d2v.config.fronts import ImageFront, WaveformFront
+from d2v.config.toml import CheckpointError
+from d2v.config.tune import HeadConfig
+from d2v.data.open import open_data
+from d2v.data.speech.files import resample
+from d2v.evaluate.features import token_features
+from d2v.formats.hf_export import write_folder
+from d2v.formats.open import load_run, open_encoder
+from d2v.model.huggingface import HuggingFaceBackbone, HuggingFaceEncoder
+from d2v.model.tuned import FineTuned
 from tests.d2v.test_convert import moved
 from tests.d2v.test_hf_encoder import MODELS, SMALL, SPEECH, saved
 from tests.d2v.test_online_probe import stripes
 from tests.d2v.tiny_models import make_source
-from tests.d2v.tiny_runs import make_data
+from tests.d2v.tiny_runs import make_data, resume_finetune
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from d2v.extract import open_encoder
+from d2v.formats.open import open_encoder
 from tests.d2v.test_hf_encoder import saved
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

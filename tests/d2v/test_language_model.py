@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from d2v.cli import main
-from d2v.finetune.decode import beam_search
-from d2v.finetune.language_model import LanguageModel
+from d2v.cli.main import main
+from d2v.evaluate.ctc import beam_search
+from d2v.evaluate.language_model import LanguageModel
 from tests.d2v.test_finetune_data import shares_of_texts
 
 LETTERS = ("<s>", "|", "a", "b")
@@ -165,7 +165,7 @@ def test_what_is_refused(
 
 
 def test_eval_takes_a_model(arpa: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from d2v.train import run
+    from d2v.train.pretrain import run
     from tests.d2v.tiny_runs import make_data, tiny
 
     run(tiny("audio", steps=1), make_data("audio", tmp_path / "data"), tmp_path / "run")

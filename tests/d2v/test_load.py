@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import d2v
-from d2v.checkpoint import CheckpointError, read_config, save_checkpoint, write_config
-from d2v.convert import run_convert
-from d2v.finetune.config import HeadConfig
-from d2v.finetune.load import load_run
-from d2v.finetune.model import FineTuned
-from d2v.finetune.recipes import recipe
+from d2v.config.recipes import recipe
+from d2v.config.toml import CheckpointError, read_config, write_config
+from d2v.config.tune import HeadConfig
+from d2v.formats.convert import run_convert
+from d2v.formats.open import load_run
+from d2v.model.tuned import FineTuned
+from d2v.train.checkpoint import save_checkpoint
 from tests.d2v.tiny_runs import tiny
 
 

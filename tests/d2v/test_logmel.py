@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.signal import get_window
 
-from d2v.config import LogMelFront
+from d2v.config.fronts import LogMelFront
 from d2v.model.logmel import LOG_FLOOR, log_mel, mel_filters
 
 FRONTS = {

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from d2v.config import ModelConfig
+from d2v.config.presets import preset
+from d2v.config.run import ModelConfig
 from d2v.model import Data2Vec
-from d2v.presets import preset
 from d2vkern import MaskPlan
 from d2vkern.testing import assert_bitwise_equal
 from tests.d2v.tiny_models import TOKENS, make_model, make_source

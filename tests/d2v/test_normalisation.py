@@ -15,22 +15,23 @@ import torch
 from torch import Tensor
 
 import d2v
-from d2v.checkpoint import CheckpointError, read_settings
-from d2v.config import Config, ProbeConfig
-from d2v.convert import run_convert, save_folder
-from d2v.data import DataError, open_data
-from d2v.data.image import ImageSource
-from d2v.extract import open_encoder, open_model, run_extract
-from d2v.finetune.evaluate import run_eval
-from d2v.finetune.recipes import recipe
-from d2v.finetune.run import resume_finetune, run_finetune
-from d2v.fronts import ImageFront, WaveformFront
+from d2v.config.fronts import ImageFront, WaveformFront
+from d2v.config.recipes import recipe
+from d2v.config.run import Config, ProbeConfig
+from d2v.config.toml import CheckpointError, read_settings
+from d2v.data.images.pipeline import ImageSource
+from d2v.data.normalisation import IMAGENET, Normalisation, of_preprocessor
+from d2v.data.open import open_data
+from d2v.data.types import DataError
+from d2v.evaluate.features import run_extract
+from d2v.evaluate.probe import run_probe
+from d2v.evaluate.scores import run_eval
+from d2v.formats.convert import run_convert, save_folder
+from d2v.formats.open import open_encoder, open_model
+from d2v.formats.recorded import recorded
 from d2v.model.encoder import ModalityEncoder
-from d2v.normalisation import IMAGENET, Normalisation, of_preprocessor, recorded
-from d2v.probe import run_probe
-from d2v.race import run_race
-from d2v.train import run
-from tests.d2v.tiny_runs import tiny
+from d2v.tools.race import run_race
+from tests.d2v.tiny_runs import resume_finetune, run, run_finetune, tiny
 
 TRAIN, OTHER = (7, 31, 81), (53, 211)
 """brightness of the pictures of two data sets; every picture is of one brightness, so crops are too"""
@@ -150,7 +151,7 @@ def test_one_value_goes_through_everything(
         run_convert(tuned, tmp_path / f"tuned-{target}", target)  # type: ignore[arg-type]
         assert value.same_as(recorded(tmp_path / f"tuned-{target}", front))
 
-    monkeypatch.setattr("d2v.race_report.plot_race", lambda *_: None)
+    monkeypatch.setattr("d2v.tools.race_report.plot_race", lambda *_: None)
     found = run_race(
         cfg, data, tmp_path / "race", objectives=("data2vec2",), minutes=1e-4, seeds=1, lr_scales=(1.0,),
         evaluations=1,

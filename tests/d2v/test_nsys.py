@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import d2v.train
-from d2v.checkpoint import read_config
-from d2v.cli import main as command
-from d2v.nsys import Capture, hot_path, main, parse_steps, read_reports, summarise, table
-from d2v.train import run
+import d2v.train.pretrain
+from d2v.cli.main import main as command
+from d2v.config.toml import read_config
+from d2v.tools.nsys import hot_path, main, read_reports, summarise, table
+from d2v.train.capture import Capture, parse_steps
+from d2v.train.pretrain import run
 from d2vkern._nvtx import ranges_are_on
 from tests.d2v.tiny_runs import make_data, tiny
 
@@ -262,14 +263,14 @@ def test_a_run_captures_its_steps_and_keeps_no_trace_of_it(tmp_path, monkeypatch
     monkeypatch.delenv("NSYS_PROFILING_SESSION_ID", raising=False)
     cfg, data = tiny("image", steps=5), make_data("image", tmp_path / "data")
     plain = run(cfg, data, tmp_path / "plain")
-    trained = d2v.train.Trainer.step
+    trained = d2v.train.pretrain.Trainer.step
 
     def step(self, number, batches):
         profiler_calls.append(number)
         return trained(self, number, batches)
 
-    monkeypatch.setattr(d2v.train.Trainer, "step", step)
-    monkeypatch.setattr(d2v.train, "Capture", lambda steps, device: Capture(steps, CUDA))
+    monkeypatch.setattr(d2v.train.pretrain.Trainer, "step", step)
+    monkeypatch.setattr(d2v.train.pretrain, "Capture", lambda steps, device: Capture(steps, CUDA))
     captured = run(cfg, data, tmp_path / "captured", capture=(1, 3))
     assert profiler_calls == [1, "wait", "start", 2, 3, "wait", "stop", 4, 5]
     assert "nothing is recorded" in capsys.readouterr().out
@@ -304,7 +305,7 @@ def test_dry_run_prints_commands_that_fit_together():
     ]  # fmt: skip
     assert stats[:2] == ["nsys", "stats"] and stats[-1] == "a b/steps.nsys-rep"
     reported = [word.removeprefix("--report=") for word in stats if word.startswith("--report=")]
-    assert report[:5] == ["/opt/python", "-m", "d2v.nsys", "--steps", "5"]
+    assert report[:5] == ["/opt/python", "-m", "d2v.tools.nsys", "--steps", "5"]
     assert report[5:] == [f"a b/steps_{name}.csv" for name in reported[:3]]
     assert not (ROOT / "a b").exists()
 
@@ -312,11 +313,11 @@ def test_dry_run_prints_commands_that_fit_together():
 def test_the_printed_train_command_is_understood(monkeypatch):
     seen = {}
 
-    def fake_run(cfg, data, out, *, resume, capture):
+    def fake_run(cfg, data, out, *, resume, capture, probe):
         seen.update(data=data, out=out, steps=cfg.train.steps, capture=capture)
-        return d2v.train.RunResult(out, 0, False, 0, 0.0, [])
+        return d2v.train.pretrain.RunResult(out, 0, False, 0, 0.0, [])
 
-    monkeypatch.setattr(d2v.train, "run", fake_run)
+    monkeypatch.setattr(d2v.train.pretrain, "run", fake_run)
     words = shlex.split(shell("--dry-run", "image_tiny", "--data", "digits").stdout.splitlines()[0])
     assert command(words[words.index("d2v") + 1 :]) == 0
     assert seen == {"data": "digits", "out": "runs/nsys-image_tiny/run", "steps": 20, "capture": (10, 20)}

@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import d2v
-from d2v.cli import main
-from d2v.config import ModelConfig
-from d2v.convert import run_convert
-from d2v.finetune.model import FineTuned
+import d2v.data.open
+from d2v.cli.main import main
+from d2v.config.objectives import for_objective
+from d2v.config.presets import PRESETS, preset
+from d2v.config.run import ModelConfig
+from d2v.evaluate.probe import features_of
+from d2v.formats.convert import run_convert
 from d2v.model import Pretraining, build_model
 from d2v.model.rivals import Data2Vec1, MaskedAutoencoder, MaskedLM, _corrupted
-from d2v.objectives import for_objective
-from d2v.presets import PRESETS, preset
-from d2v.probe import features_of
-from d2v.train import run
+from d2v.model.tuned import FineTuned
+from d2v.train.pretrain import run
 from d2vkern import MaskPlan
 from tests.d2v.test_resume import RANDOM, assert_same_run
 from tests.d2v.tiny_models import make_source
@@ -224,7 +225,7 @@ def test_a_rivals_run_is_loaded_probed_fine_tuned_and_converted(tmp_path: Path) 
 
     pictures = np.random.default_rng(0).integers(0, 255, (40, 24, 24, 1), dtype=np.uint8)
     np.savez(tmp_path / "labelled.npz", images=pictures, labels=np.arange(40) % 2)
-    labelled = d2v.data.open_labelled(str(tmp_path / "labelled.npz"), tiny("image"))  # type: ignore[attr-defined]
+    labelled = d2v.data.open.open_labelled(str(tmp_path / "labelled.npz"), tiny("image"))  # type: ignore[attr-defined]
     assert features_of(model, labelled.splits["test"])[0].shape == (8, 16)
     with pytest.raises(ValueError, match="weights must be student: objective mae"):
         features_of(model, labelled.splits["test"], weights="teacher")

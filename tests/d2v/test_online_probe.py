@@ -13,19 +13,20 @@ import pytest
 import torch
 
 import d2v
-from d2v.checkpoint import latest_checkpoint, load_checkpoint, read_config
-from d2v.cli import main
-from d2v.config import Config, ProbeConfig
-from d2v.data import DataError, open_labelled
-from d2v.extract import open_model
+from d2v.cli.main import main
+from d2v.config.run import Config, ProbeConfig
+from d2v.config.toml import read_config
+from d2v.data.open import open_labelled
+from d2v.data.types import DataError
+from d2v.evaluate.online_probe import evenly
+from d2v.evaluate.probe import probe_model
+from d2v.formats.open import open_model
 from d2v.model import Data2Vec
-from d2v.online_probe import evenly
-from d2v.probe import probe_model
-from d2v.progress import TIMING, read_metrics
-from d2v.train import run
+from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
+from d2v.train.progress import TIMING, read_metrics
 from d2vkern import _backend
 from tests.d2v.test_resume import RANDOM, assert_same_run
-from tests.d2v.tiny_runs import LINES, make_data, tiny
+from tests.d2v.tiny_runs import LINES, make_data, run, tiny
 
 PARTS = {"image": ("test",), "audio": ("test", "unseen_voice"), "text": ("test",)}
 Chosen = Callable[[Callable[[], object]], set[str]]

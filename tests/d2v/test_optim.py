@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from d2v.config import Config, EMAConfig, ImageFront, ModelConfig, OptimConfig
-from d2v.optim import (
+from d2v.config.fronts import ImageFront
+from d2v.config.run import Config, EMAConfig, ModelConfig, OptimConfig
+from d2v.train.optim import (
     build_optimizer,
     clip_factor,
     learning_rate,

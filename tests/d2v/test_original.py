@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from d2v.checkpoint import CheckpointError
-from d2v.config import ImageFront, TextFront, WaveformFront
-from d2v.original import load_original, translate
+from d2v.config.fronts import ImageFront, TextFront, WaveformFront
+from d2v.config.toml import CheckpointError
+from d2v.formats.fairseq import load_original, translate
 
 CASES = ("image_base", "audio_base", "text_base")
 

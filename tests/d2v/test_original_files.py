@@ -16,13 +16,13 @@ import pytest
 import torch
 
 import d2v
-from d2v.checkpoint import CheckpointError
-from d2v.finetune.config import DropConfig, HeadConfig
-from d2v.finetune.model import FineTuned, tuned_model_config
+from d2v.config.toml import CheckpointError
+from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
+from d2v.formats.fairseq import translate
+from d2v.formats.fairseq_config import KNOWN
+from d2v.formats.recorded import recorded_waves
 from d2v.model import Data2Vec
-from d2v.normalisation import recorded_waves
-from d2v.original import translate
-from d2v.original_config import KNOWN
+from d2v.model.tuned import FineTuned
 from tests.d2v.original_files import (
     NAMES,
     nested,

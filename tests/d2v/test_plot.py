@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from d2v.plot import plot_run
-from d2v.progress import METRICS
+from d2v.train.plot import plot_run
+from d2v.train.progress import METRICS
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -63,5 +63,5 @@ def test_a_run_without_lines_is_refused(tmp_path):
 
 
 def test_matplotlib_is_imported_late():
-    code = "import sys, d2v.plot; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, d2v.train.plot; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

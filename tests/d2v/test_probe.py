@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from d2v import extract
-from d2v.cli import main
-from d2v.data import DataError, Labelled, Split, open_labelled
-from d2v.extract import mean_over_tokens, open_model, token_features
+from d2v.cli.main import main
+from d2v.data.open import open_labelled
+from d2v.data.types import DataError, Labelled, Split
+from d2v.evaluate.features import token_features
+from d2v.evaluate.probe import features_of, probe_model, probe_raw, probe_rows, run_probe
+from d2v.formats import open as opening
+from d2v.formats.open import open_model
 from d2v.model import Data2Vec
-from d2v.probe import features_of, probe_model, probe_raw, probe_rows, run_probe
-from d2v.train import run
+from d2v.model.pool import mean_over_tokens
+from d2v.train.pretrain import run
 
 from .tiny_runs import make_data, tiny
 
@@ -238,7 +241,7 @@ def test_text_runs_are_probed_with_their_own_tokenizer(tmp_path, capsys):
 
 
 def test_an_original_text_model_needs_a_tokenizer_beside_it(text_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(extract, "load", lambda path, device: text_model)
+    monkeypatch.setattr(opening, "load", lambda path, device: text_model)
     with pytest.raises(ValueError, match="tokenizer.json must lie beside"):
         open_model(tmp_path / "nlp_base.pt")
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -11,16 +11,18 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from d2v.cli import main
-from d2v.config import Config, ImageFront, LogMelFront, Objective
-from d2v.data import Batch
-from d2v.flops import spared_flops, step_flops
-from d2v.hotpaths import Event, fold, read_events
-from d2v.machine import rates
-from d2v.objectives import for_objective
-from d2v.presets import preset
-from d2v.profile import Profile, run_profile
-from d2v.step import Trainer
+from d2v.cli.main import main
+from d2v.config.fronts import ImageFront, LogMelFront
+from d2v.config.objectives import for_objective
+from d2v.config.presets import preset
+from d2v.config.run import Config, Objective
+from d2v.data.types import Batch
+from d2v.tools.flops import spared_flops, step_flops
+from d2v.tools.hotpaths import Event, fold, read_events
+from d2v.tools.machine import rates
+from d2v.tools.profile import run_profile
+from d2v.tools.profile_report import Profile
+from d2v.train.step import Trainer
 from d2vkern import BackendError
 from d2vkern._nvtx import phase
 from d2vkern.testing import backend_spy
@@ -314,7 +316,9 @@ def test_requests_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    monkeypatch.setattr("d2v.profile.rates", lambda device, dtypes, quick: rates(device, dtypes, quick=True))
+    monkeypatch.setattr(
+        "d2v.tools.profile.rates", lambda device, dtypes, quick: rates(device, dtypes, quick=True)
+    )
     out = str(tmp_path / "out")
     arguments = ["image_tiny", "--steps", "1", "--batch", "2", "--precision", "bf16", "--model.depth", "3"]
     assert main(["profile", *arguments, "--train.device", "cpu", "--out", out]) == 0
@@ -326,6 +330,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v.machine.median_seconds", lambda call, device: call() is not None and 2.0)
+    monkeypatch.setattr("d2v.tools.machine.median_seconds", lambda call, device: call() is not None and 2.0)
     found = rates(torch.device("cpu"), [torch.float32], quick=True)
     assert found == {"copy": 8 << 20, "torch.float32": 256.0**3}

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from d2v.checkpoint import CheckpointError
-from d2v.original import load_original
-from d2v.pt_file import PtFile
+from d2v.config.toml import CheckpointError
+from d2v.formats.fairseq import load_original
+from d2v.formats.pt_file import PtFile
 
 
 def tiny(tmp_path: Path, root: object, **options: object) -> Path:

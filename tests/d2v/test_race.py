@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from d2v import rng
-from d2v.cli import main
-from d2v.config import Config, Objective, ProbeConfig
-from d2v.data import loading, open_labelled
-from d2v.flops import step_work, supervised_work
-from d2v.objectives import for_objective
-from d2v.online_probe import evenly
-from d2v.race import COUNTED, WIDER, Contestant, beyond, recount, run_race
-from d2v.race_report import best_of, race_lines, race_rows, ratios, time_to
-from d2v.supervised import SupervisedTrainer
-from d2v.train import run
+from d2v.cli.main import main
+from d2v.config.objectives import for_objective
+from d2v.config.run import Config, Objective, ProbeConfig
+from d2v.data import loader
+from d2v.data.open import open_labelled
+from d2v.evaluate.online_probe import evenly
+from d2v.tools.flops import step_work, supervised_work
+from d2v.tools.race import COUNTED, WIDER, Contestant, beyond, recount, run_race
+from d2v.tools.race_report import best_of, race_lines, race_rows, ratios, time_to
+from d2v.tools.supervised import SupervisedTrainer
+from d2v.train import process
 from tests.d2v.test_online_probe import stripes
-from tests.d2v.tiny_runs import tiny
+from tests.d2v.tiny_runs import run, tiny
 
 
 def raced(**changed: Any) -> Config:
@@ -165,7 +165,7 @@ def test_a_contestant_trains_as_a_run_does_whoever_else_races(tmp_path: Path) ->
         parameter.data.fill_(float("nan"))
     diverged = other.scores(labelled)
     assert diverged.keys() == first.scores(labelled).keys() and set(diverged.values()) == {0.0}
-    rng.seed_all(99)
+    process.seed_all(99)
     run(cfg, data, tmp_path / "run")
     import d2v
 
@@ -184,13 +184,13 @@ def test_a_contestant_reads_all_steps_with_one_loader_and_is_probed_on_its_backe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made: list[Any] = []
-    torchs = loading.DataLoader
+    torchs = loader.DataLoader
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         made.append(torchs(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(loading, "DataLoader", counted)
+    monkeypatch.setattr(loader, "DataLoader", counted)
     cfg = tiny(modality, train={"backend": "eager,residual_norm=triton"})
     data = stripes(tmp_path) if modality == "image" else "speech"
     labelled = open_labelled(data, cfg)

@@ -12,24 +12,23 @@ import pytest
 import soundfile
 from torch import Tensor
 
-from d2v.config import ProbeConfig
-from d2v.convert import run_convert, save_folder
-from d2v.data import DataError
-from d2v.data.tokenizer import load_tokenizer
-from d2v.extract import open_model, run_extract
-from d2v.finetune.config import HeadConfig
-from d2v.finetune.evaluate import run_eval
-from d2v.finetune.load import read_tuned_config
-from d2v.finetune.model import FineTuned
-from d2v.finetune.recipes import recipe
-from d2v.finetune.run import run_finetune
+from d2v.config.recipes import recipe
+from d2v.config.run import ProbeConfig
+from d2v.config.toml import read_tuned_config
+from d2v.config.tune import HeadConfig
+from d2v.data.text.tokenizer import load_tokenizer
+from d2v.data.types import DataError
+from d2v.evaluate.features import run_extract
+from d2v.evaluate.scores import run_eval
+from d2v.formats.convert import run_convert, save_folder
+from d2v.formats.open import open_model
+from d2v.formats.recorded import recorded_waves
 from d2v.model.encoder import ModalityEncoder
-from d2v.normalisation import recorded_waves
-from d2v.race import run_race
-from d2v.train import run
+from d2v.model.tuned import FineTuned
+from d2v.tools.race import run_race
 from tests.d2v.test_normalisation import SOUND, one_step
 from tests.d2v.tiny_models import make_model
-from tests.d2v.tiny_runs import LINES, make_data, tiny
+from tests.d2v.tiny_runs import LINES, make_data, run, run_finetune, tiny
 
 
 def sounds(folder: Path) -> str:
@@ -154,7 +153,7 @@ def test_a_race_takes_its_tokens_from_what_it_trains_on(
     data, other = make_data("text", tmp_path / "data"), labelled_texts(tmp_path / "other", part="test")
     cfg = tiny("text", steps=3)
     run(cfg, data, tmp_path / "run", stop=one_step)
-    monkeypatch.setattr("d2v.race_report.plot_race", lambda *_: None)
+    monkeypatch.setattr("d2v.tools.race_report.plot_race", lambda *_: None)
     raced = dataclasses.replace(cfg, probe=ProbeConfig(data=other))
     short: dict[str, Any] = {"minutes": 1e-4, "seeds": 1, "lr_scales": (1.0,), "evaluations": 1}
     run_race(raced, data, tmp_path / "race", objectives=("mlm",), supervised=False, **short)

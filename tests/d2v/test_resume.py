@@ -12,14 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2v import rng
-from d2v.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, read_config, write_config
-from d2v.cli import main
-from d2v.data import Position, open_data
-from d2v.learner import Learner
-from d2v.progress import METRICS, TIMING, read_metrics, truncate_metrics
-from d2v.step import Trainer
-from d2v.train import run
+from d2v.cli.main import main
+from d2v.config.toml import CheckpointError, read_config, write_config
+from d2v.data.loader import keyed
+from d2v.data.open import open_data
+from d2v.data.types import Position
+from d2v.train import process
+from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
+from d2v.train.learner import Learner
+from d2v.train.pretrain import run
+from d2v.train.progress import METRICS, TIMING, read_metrics, truncate_metrics
+from d2v.train.step import Trainer
 from tests.d2v.tiny_runs import make_data, tiny
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -144,7 +147,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path, images):
 def test_micro_batches_are_kept_over_a_resume(capturable, tmp_path, monkeypatch, images):
     """They follow the free memory, and another split of the batch would round differently."""
     cfg = tiny("image", steps=4, train={"precision": "bf16"})
-    monkeypatch.setattr("d2v.train.micro_batch", lambda *_: 3)
+    monkeypatch.setattr("d2v.train.pretrain.micro_batch", lambda *_: 3)
     run(cfg, images, tmp_path / "whole")
     run(cfg, images, tmp_path / "parts", stop=lambda step: step == 2)
     monkeypatch.undo()
@@ -245,8 +248,8 @@ def test_what_does_not_change_the_maths_may_change(capturable, tmp_path, images)
 
 PROGRAM = """
 import sys
-from d2v.cli import main
-from d2v.learner import Learner
+from d2v.cli.main import main
+from d2v.train.learner import Learner
 Learner.decides_on = staticmethod(lambda device: {capturable})
 sys.exit(main())
 """
@@ -306,7 +309,7 @@ def test_slurms_warning_signal_stops_a_run_too(tmp_path, capsys, images):
 
 
 def test_a_second_ctrl_c_exits_at_once():
-    from d2v.signals import StopRequest
+    from d2v.train.process import StopRequest
 
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as request:
@@ -319,7 +322,7 @@ def test_a_second_ctrl_c_exits_at_once():
 
 
 def test_ctrl_c_after_sigterm_exits_at_once_but_sigterm_twice_does_not():
-    from d2v.signals import StopRequest
+    from d2v.train.process import StopRequest
 
     with StopRequest() as request:
         signal.raise_signal(signal.SIGTERM)
@@ -338,14 +341,14 @@ def test_random_states_are_restored_exactly():
         return torch.rand(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1), random.random()
 
     cpu = torch.device("cpu")
-    rng.seed_all(7)
+    process.seed_all(7)
     draw()  # leaves half a Gaussian pair in numpy and Python
-    states = rng.capture(cpu)
+    states = process.capture(cpu)
     first = draw()
     draw()
-    rng.restore(states, cpu)
+    process.restore(states, cpu)
     assert draw() == first
-    rng.seed_all(7)
+    process.seed_all(7)
     draw()
     assert draw() == first
 
@@ -357,18 +360,18 @@ def test_keyed_draws_depend_on_their_seed_alone_and_leave_no_trace(device):
     def draw():
         return torch.rand(3).tolist(), torch.rand(3, device=device).tolist()
 
-    rng.seed_all(1)
+    process.seed_all(1)
     untouched = draw(), draw()
     found = []
     for seed in (1, 2):
-        rng.seed_all(seed)
+        process.seed_all(seed)
         before = draw()
-        with rng.keyed(2**63 - 1, device):
+        with keyed(2**63 - 1, device):
             found.append(draw())
         if seed == 1:
             assert (before, draw()) == untouched
     assert found[0] == found[1] != before
-    with rng.keyed(0, device):
+    with keyed(0, device):
         assert draw() != found[0]
 
 

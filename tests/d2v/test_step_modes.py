@@ -15,17 +15,20 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from d2v import graph, rng
-from d2v.checkpoint import load_checkpoint, save_checkpoint
-from d2v.cli import TrainOptions, _with_modes
-from d2v.cli_parse import join_backends
-from d2v.config import Config, Objective, WaveformFront
-from d2v.data import Batch, Position, open_data
-from d2v.graph import StepGraphs
-from d2v.objectives import for_objective
-from d2v.profile import run_profile
-from d2v.step import Outcome, Trainer
-from d2v.train import run
+from d2v.cli.parse import join_backends
+from d2v.cli.train import TrainOptions, _with_modes
+from d2v.config.fronts import WaveformFront
+from d2v.config.objectives import for_objective
+from d2v.config.run import Config, Objective
+from d2v.data.open import open_data
+from d2v.data.types import Batch, Position
+from d2v.tools.profile import run_profile
+from d2v.train import cuda_graph, process
+from d2v.train.checkpoint import load_checkpoint, save_checkpoint
+from d2v.train.cuda_graph import StepGraphs
+from d2v.train.learner import Outcome
+from d2v.train.pretrain import run
+from d2v.train.step import Trainer
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source
 from tests.d2v.tiny_runs import make_data, tiny
@@ -311,12 +314,14 @@ def test_replayed_steps_equal_plain_ones(modality: str) -> None:
 
 def test_replayed_steps_go_on_from_a_checkpoint(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a new trainer, and of one that has graphs of another state."""
-    monkeypatch.setattr(graph, "WARMUP", 1)
+    monkeypatch.setattr(cuda_graph, "WARMUP", 1)
     cfg = quiet(tiny("image", steps=12, optim={"eps": 1e-3}))
     saver = Trainer(cfg, CPU, capturable=False)
     for step in (1, 2, 3):
         saver.step(step, [batch("image", step)])
-    folder = save_checkpoint(tmp_path, 3, saver.model, saver.optimizer_state(), {}, rng.capture(CPU), keep=1)
+    folder = save_checkpoint(
+        tmp_path, 3, saver.model, saver.optimizer_state(), {}, process.capture(CPU), keep=1
+    )
     plain = Trainer(cfg, CPU, capturable=True)
     plain.model.graph_safe = True
     fresh, used = graphed(cfg), graphed(cfg)
@@ -338,7 +343,7 @@ def test_replayed_steps_go_on_from_a_checkpoint(tmp_path: Any, monkeypatch: pyte
 
 
 def test_a_replay_draws_anew_and_follows_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "WARMUP", 1)
+    monkeypatch.setattr(cuda_graph, "WARMUP", 1)
     cfg = tiny("image", steps=50, optim={"warmup": 40, "lr": 1e-3})
     trainer, capture = graphed(cfg)
     same = batch("image", 1)
@@ -354,8 +359,8 @@ def test_a_replay_draws_anew_and_follows_the_schedule(monkeypatch: pytest.Monkey
 
 
 def test_no_more_graphs_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph, "WARMUP", 0)
-    monkeypatch.setattr(graph, "MOST", 1)
+    monkeypatch.setattr(cuda_graph, "WARMUP", 0)
+    monkeypatch.setattr(cuda_graph, "MOST", 1)
     trainer, capture = graphed(tiny("image"))
     for step, size in enumerate((2, 3, 2, 3), 1):
         assert trainer.step(step, [batch("image", step, size)]).good

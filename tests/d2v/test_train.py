@@ -10,16 +10,17 @@ import resource
 import pytest
 import torch
 
-import d2v.train
-from d2v.batching import activation_bytes, equation, micro_batch
-from d2v.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, read_config
-from d2v.data import DataError, Position, open_data
-from d2v.objectives import for_objective
-from d2v.optim import learning_rate, teacher_decay
-from d2v.presets import PRESETS, preset
-from d2v.progress import Progress, duration, read_metrics
-from d2v.step import Trainer
-from d2v.train import RunError, run
+import d2v.train.pretrain
+from d2v.config.objectives import for_objective
+from d2v.config.toml import CheckpointError, read_config
+from d2v.data.open import open_data
+from d2v.data.types import DataError, Position
+from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
+from d2v.train.loop import RunError
+from d2v.train.optim import learning_rate, teacher_decay
+from d2v.train.pretrain import run
+from d2v.train.progress import Progress, duration, read_metrics
+from d2v.train.step import Trainer
 from tests.d2v.tiny_runs import make_data, tiny
 
 CPU = torch.device("cpu")
@@ -194,7 +195,7 @@ def test_the_phases_of_a_step_are_marked_for_profilers(monkeypatch, images):
     cfg = tiny("image", batch=4)
     (batches,) = batches_of(images, cfg, 1, micro=2)
     phases = []
-    monkeypatch.setattr("d2v.step.phase", lambda name: phases.append(name) or contextlib.nullcontext())
+    monkeypatch.setattr("d2v.train.step.phase", lambda name: phases.append(name) or contextlib.nullcontext())
     Trainer(cfg, CPU).step(1, batches)
     assert phases == ["masks", *["forward", "backward", "loss"] * 2, "optimizer"]
 
@@ -234,7 +235,7 @@ def spoil(monkeypatch, bad_steps):
         pipeline.micro_batches = micro_batches
         return pipeline
 
-    monkeypatch.setattr(d2v.train, "open_data", opened)
+    monkeypatch.setattr(d2v.train.pretrain, "open_data", opened)
 
 
 def test_bad_steps_are_skipped_and_reported(tmp_path, monkeypatch, capsys, images):
@@ -348,7 +349,7 @@ def test_data_that_gives_out_saves_what_was_trained(tmp_path, monkeypatch, image
         pipeline.micro_batches = micro_batches
         return pipeline
 
-    monkeypatch.setattr(d2v.train, "open_data", opened)
+    monkeypatch.setattr(d2v.train.pretrain, "open_data", opened)
     with pytest.raises(
         RunError, match=r"step 4: data: 40 of 100 samples unreadable(?s:.)*saved: continue with"
     ):
@@ -407,44 +408,3 @@ def test_metrics_of_a_killed_run_can_still_be_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnoise\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2"):
         read_metrics(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "text"),
-    [
-        (32, 32, "batch 32 images = 1 process x 1 micro-batch of 32"),
-        (32, 8, "batch 32 images = 1 process x 4 micro-batches of 8"),
-        (32, 12, "batch 32 images = 1 process x 3 micro-batches of at most 12"),
-    ],
-)
-def test_the_batch_is_printed_as_an_equation(batch, micro, text):
-    assert equation(tiny("image", batch=batch), micro) == text
-
-
-def test_the_micro_batch_follows_the_free_memory(monkeypatch):
-    cfg = preset("image_base")
-    one = activation_bytes(cfg)
-    for room, expected in ((1_000 * one, 256), (100 * one, 86), (3 * one, 3), (0, 1)):
-        monkeypatch.setattr("d2v.batching.free_bytes", lambda device, room=room: int(room / 0.6) + 1_000)
-        assert micro_batch(cfg, CPU, 0) == expected
-    chosen = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, micro_batch=7))
-    assert micro_batch(chosen, CPU, 0) == 7
-
-
-def test_a_speech_micro_batch_holds_the_longest_utterance(monkeypatch):
-    monkeypatch.setattr("d2v.batching.free_bytes", lambda device: 0)
-    assert 20 <= micro_batch(preset("audio_base"), CPU, 0) <= 40
-
-
-@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("tiny")])
-def test_tiny_presets_take_the_whole_batch(name, monkeypatch):
-    monkeypatch.setattr("d2v.batching.free_bytes", lambda device: 4 << 30)
-    cfg = preset(name)
-    assert micro_batch(cfg, CPU, 1_000_000) == cfg.data.batch
-
-
-def test_the_estimate_of_activations_is_of_the_right_size():
-    """image_base, one image in fp32: a step of the original peaked at 3,107 MiB on two CPU cores."""
-    cfg = preset("image_base")
-    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision="fp32"))
-    assert 0.5e9 < activation_bytes(cfg) < 3.2e9

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from d2v.config import Config
-from d2v.data import Batch
-from d2v.step import Trainer
+from d2v.config.run import Config
+from d2v.data.types import Batch
+from d2v.train.step import Trainer
 from d2vkern._backend import STEMS
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source

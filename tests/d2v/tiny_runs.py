@@ -1,14 +1,24 @@
 """The tiny presets shrunk further, and data for them: runs of a few milliseconds a step."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import soundfile
 
-from d2v.config import Config
-from d2v.presets import preset
+from d2v.config.presets import preset
+from d2v.config.run import Config
+from d2v.config.tune import FineTuneConfig
+from d2v.evaluate.online_probe import OnlineProbe
+from d2v.evaluate.scores import evaluate
+from d2v.formats.open import open_encoder
+from d2v.train import finetune, pretrain
+
+# as the command line calls them
+run = functools.partial(pretrain.run, probe=OnlineProbe)
+resume_finetune = functools.partial(finetune.resume_finetune, evaluate=evaluate)
 
 LINES = [
     "the cat sat on the mat and looked at the rain",
@@ -73,3 +83,13 @@ def make_data(modality: str, folder: Path) -> str:
         wave = 0.3 * np.sin(2 * np.pi * (200 + 40 * number) * t) + 0.05 * rng.standard_normal(t.size)
         soundfile.write(folder / f"{number:02d}.wav", wave.astype(np.float32), 16_000)
     return str(folder)
+
+
+def run_finetune(
+    cfg: FineTuneConfig, encoder: str | Path, data: str, out: Path, **rest: Any
+) -> finetune.TuneResult:
+    """As the command line calls it: the encoder opened first, unless it is given."""
+    rest = {"evaluate": evaluate, **rest}
+    if "opened" not in rest:
+        rest["opened"] = open_encoder(encoder)
+    return finetune.run_finetune(cfg, encoder, data, out, **rest)

@@ -1,0 +1,1 @@
+"""The command `d2v`: one file for each group of commands."""

@@ -1,0 +1,116 @@
+"""The commands `d2v check`, `d2v presets` and `d2v plot`: a look at data, presets and runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from ..config.presets import PRESETS, preset
+from .parse import DataPath, Model, parse
+
+if TYPE_CHECKING:
+    from ..data.types import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Read a data set once: counts, sizes, histograms, every unreadable file.
+
+    Exits with 1 when training would refuse it.
+    """
+
+    data: DataPath
+    """folder, file, tar or embedded data set"""
+    preset: Annotated[str | None, arg(metavar="NAME")] = None
+    """whose front end reads the data (channels, sample rate, tokenizer)"""
+    modality: Literal["image", "audio", "text"] | None = None
+    """in place of a preset: the published base preset of this modality; none: what most files are"""
+
+
+def check(arguments: Sequence[str]) -> int:
+    """See `CheckOptions`."""
+    given = parse(CheckOptions, arguments, "check")
+    embedded = {"digits": "image_tiny", "speech": "audio_tiny", "text": "text_tiny"}
+    from ..data.open import check_data, guess_modality
+
+    name = given.preset or (None if given.modality else embedded.get(given.data))
+    cfg = preset(name or f"{given.modality or guess_modality(given.data)}_base")
+    return _print_report(check_data(given.data, cfg))
+
+
+def _print_report(report: Report) -> int:
+    from ..data.types import MAX_UNREADABLE
+
+    print(f"{report.path}: {report.total:,} samples, {len(report.unreadable):,} unreadable")
+    for reason, count in report.skipped.items():
+        print(f"  skipped {count:,}: {reason}")
+    for name, value in report.facts.items():
+        print(f"  {name}: {value}")
+    for name, reason in report.unreadable.items():
+        print(f"  unreadable {name}: {reason}")
+    return int(report.total == 0 or len(report.unreadable) > MAX_UNREADABLE * report.total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsOptions:
+    """List the presets, or print every value of one with its source."""
+
+    name: Annotated[Positional[str | None], arg(metavar="NAME")] = None
+    """a preset"""
+
+
+def presets(arguments: Sequence[str]) -> int:
+    """See `PresetsOptions`."""
+    name = parse(PresetsOptions, arguments, "presets").name
+    if name is None:
+        width = max(map(len, PRESETS))
+        for key, make in PRESETS.items():
+            print(f"{key:<{width}}  {(inspect.getdoc(make) or '').splitlines()[0]}")
+        return 0
+    cfg = preset(name)
+    print(f"{name}: {inspect.getdoc(PRESETS[name])}\n")
+    print(
+        "* set by the preset, from the source named above; the others are the defaults of d2v/config/run.py:"
+    )
+    print("  for model, optim and ema fairseq's (examples/data2vec/models/data2vec2.py, modalities/*.py)\n")
+    for key, value, changed in _values(cfg):
+        print(f"{'*' if changed else ' '} {key} = {value!r}")
+    return 0
+
+
+def _values(section: Any, prefix: str = "") -> list[tuple[str, Any, bool]]:
+    """(dotted key, value, whether it differs from the dataclass default) of every leaf."""
+    rows: list[tuple[str, Any, bool]] = []
+    for f in dataclasses.fields(section):
+        value, key = getattr(section, f.name), f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            if key == "model.front":
+                rows.append((key, type(value).__name__, True))
+            rows += _values(value, f"{key}.")
+        elif key != "preset":
+            rows.append((key, value, value != f.default))
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Draw RUN/plots/*.png from RUN/metrics.jsonl."""
+
+    run: Model
+    """run directory"""
+
+
+def plot(arguments: Sequence[str]) -> int:
+    """See `PlotOptions`."""
+    run = parse(PlotOptions, arguments, "plot").run
+
+    from ..train.plot import plot_run
+
+    for path in plot_run(run):
+        print(path)
+    return 0

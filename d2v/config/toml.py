@@ -1,0 +1,188 @@
+"""Configs as TOML: written to a run's `config.toml`, read from it, compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tomli_w
+
+from .fronts import FRONTS
+from .run import Config
+from .tune import FineTuneConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain containers for TOML: no None (absent), tuples as lists, `front.kind` naming its class."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            out = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            kinds = [name for name, cls in FRONTS.items() if cls is type(value)]
+            return {
+                k: v for k, v in {**({"kind": kinds[0]} if kinds else {}), **out}.items() if v is not None
+            }
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        return value
+
+    return plain(config)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict`; an unknown key raises `ValueError` naming it."""
+    data = dict(data)
+    if cls in FRONTS.values():
+        data.pop("kind", None)
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(data) - known):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}, known: {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name == "front":
+            kind = value.get("kind")
+            if kind not in FRONTS:
+                raise ValueError(f"{where}.front: kind must be one of {sorted(FRONTS)}, got {kind!r}")
+            values[name] = from_dict(FRONTS[kind], value, f"{where}.front")
+        elif isinstance(value, dict):
+            values[name] = from_dict(get_type_hints(cls)[name], value, f"{where}.{name}")
+        else:
+            values[name] = _tuples(value)
+    # a key absent because it was None must come back as None, whatever the default is
+    for f in dataclasses.fields(cls):
+        if f.name not in values and "None" in str(f.type):
+            values[f.name] = None
+    return cls(**values)
+
+
+SETTINGS = "config.toml"
+C = TypeVar("C")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or trusted; the message names the file."""
+
+
+def read_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The tables of a run's `config.toml`. Raises `CheckpointError` naming a file that is not one."""
+    path = Path(run_dir) / SETTINGS
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}: not a run directory") from error
+    except ValueError as error:  # TOMLDecodeError is a ValueError
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def is_tuned(values: dict[str, Any]) -> bool:
+    """Whether the tables that `read_settings` gave are those of a fine-tuning run."""
+    return isinstance(values.get("head"), dict)
+
+
+def parse_settings(
+    cls: type[C], run_dir: str | Path, values: dict[str, Any], *about: str
+) -> tuple[C, list[str]]:
+    """The config of class `cls` in what `read_settings` gave, and entries of `[run]`; `CheckpointError`."""
+    try:
+        found = [values["run"][name] for name in about]
+        settings = {name: value for name, value in values.items() if name != "run"}
+        return from_dict(cls, settings), found
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{Path(run_dir) / SETTINGS}: {error}") from error
+
+
+def read_config(run_dir: str | Path) -> tuple[Config, str]:
+    """The config and data path of a pretraining run; anything wrong raises `CheckpointError`."""
+    values = read_settings(run_dir)
+    if is_tuned(values):
+        raise CheckpointError(f"{Path(run_dir) / SETTINGS}: of a fine-tuning run, not of pretraining")
+    config, (data,) = parse_settings(Config, run_dir, values, "data")
+    return config, data
+
+
+_NEUTRAL = frozenset({
+    "preset", "data.workers", "data.prefetch", "train.device", "train.save_every", "train.keep",
+    "train.log_every", "train.max_bad_steps", "train.min_rank", "train.min_variance", "train.alarm_after",
+    "probe.every", "probe.data", "probe.rows", "probe.layers",
+})  # fmt: skip
+"""settings that change neither weights nor their order of computation"""
+
+
+def diff_maths(
+    old: Config,
+    new: Config,
+    *,
+    data: tuple[str, str] | None = None,
+    exact: bool = True,
+) -> list[str]:
+    """The settings that differ and change the numbers of a run, as "key: old -> new".
+
+    data: the two data paths, compared as well. exact: also list `train.micro_batch`, which keeps the
+    maths but changes the order of sums, so that the curve is no longer bitwise the same.
+    """
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    if data is not None:
+        before["data"], after["data"] = data
+    skip = _NEUTRAL if exact else _NEUTRAL | {"train.micro_batch"}
+    keys = sorted((before.keys() | after.keys()) - skip)
+    return [
+        f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_config(run_dir: str | Path, config: Any, data: str, **about: Any) -> None:
+    """Write `config.toml`: every setting; under `[run]` the data path and what else is given and not None."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    found = {name: value for name, value in about.items() if value is not None}
+    text = tomli_w.dumps({"run": {"data": data, **found}, **to_dict(config)})
+    write_text(Path(run_dir) / SETTINGS, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file in one step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    sync(temporary)
+    temporary.rename(path)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_tuned_config(run: str | Path) -> tuple[FineTuneConfig, str, str]:
+    """Config, data path and encoder path of a fine-tuning run. Raises CheckpointError naming the file."""
+    values = read_settings(run)
+    if not is_tuned(values):
+        raise CheckpointError(f"{Path(run) / SETTINGS}: not a fine-tuning run: it has no [head]")
+    cfg, (data, encoder) = parse_settings(FineTuneConfig, run, values, "data", "encoder")
+    return cfg, data, encoder

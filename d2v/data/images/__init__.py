@@ -1,0 +1,1 @@
+"""Pictures: files and arrays, how they are cut, normalised and augmented."""

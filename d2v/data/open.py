@@ -1,0 +1,111 @@
+"""The three doors `open_data`, `open_labelled` and `check_data`, which dispatch to a modality's `pipeline` by
+the preset's front end.
+
+A `pipeline` module provides three functions of the same names and a `loader.Source`; everything that does not
+depend on the modality (order, workers, resuming, bad files) is in `loader`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from ..config.fronts import Modality
+from ..config.run import Config
+from .types import DataError, Labelled, Pipeline, Report
+
+ROOMS = {"image": "images", "audio": "speech", "text": "text"}
+"""modality -> its room"""
+
+
+def _module(path: str, cfg: Config) -> ModuleType:
+    from .embedded import EMBEDDED
+
+    modality = cfg.model.modality
+    if path in EMBEDDED:
+        if EMBEDDED[path] != modality:
+            raise DataError(
+                f"data: {path!r} is embedded {EMBEDDED[path]} data, preset {cfg.preset} reads {modality}"
+            )
+    elif not Path(path).exists():
+        raise DataError(f"data: {path} does not exist; embedded data sets: {', '.join(EMBEDDED)}")
+    return importlib.import_module(f".{ROOMS[modality]}.pipeline", __package__)
+
+
+def open_data(
+    path: str,
+    cfg: Config,
+    *,
+    device: torch.device | str = "cpu",
+    purpose: Literal["train", "eval"] = "train",
+    run_dir: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+) -> Pipeline:
+    """The batches of a folder, file, tar or embedded data set ("digits", "speech", "text").
+
+    purpose: "eval" takes the held-out part of an embedded data set. Whether samples are augmented depends
+        on how they are read: `micro_batches` augments, `in_order` does not.
+    run_dir: where files that belong to the run are kept (a trained tokenizer).
+    cache_dir: where derived files are kept (token blocks); none: `default_cache()`.
+    Raises DataError.
+    """
+    return _module(path, cfg).open_data(
+        path,
+        cfg,
+        device=torch.device(device),
+        purpose=purpose,
+        run_dir=_path(run_dir),
+        cache_dir=_path(cache_dir),
+    )
+
+
+def open_labelled(
+    path: str, cfg: Config, *, run_dir: str | Path | None = None, cache_dir: str | Path | None = None
+) -> Labelled:
+    """The labelled splits of a data set; DataError "labels missing: ..." when it has no labels."""
+    return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir), cache_dir=_path(cache_dir))
+
+
+def check_data(path: str, cfg: Config) -> Report:
+    """Read everything once: counts, sizes, histograms and every unreadable file with its reason."""
+    return _module(path, cfg).check_data(path, cfg)
+
+
+def guess_modality(path: str) -> Modality:
+    """The modality that most files under `path` belong to, by their suffixes.
+
+    Raises DataError when `path` does not exist or holds no file of any modality.
+    """
+    from .images.store import EXTENSIONS as IMAGE
+    from .speech.files import SUFFIXES
+    from .text.corpus import EXTENSIONS as TEXT
+
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"data: {path} does not exist")
+    kinds: dict[Modality, set[str]] = {
+        "image": {*IMAGE, ".npz", ".tar"}, "audio": {*SUFFIXES, ".tsv"}, "text": set(TEXT)
+    }  # fmt: skip
+    files = [root] if root.is_file() else root.rglob("*")
+    found = Counter(kind for file in files for kind, known in kinds.items() if file.suffix.lower() in known)
+    if not found:
+        raise DataError(f"data: {path} holds no image, audio or text file")
+    return found.most_common(1)[0][0]
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def default_cache() -> Path:
+    """`$D2V_CACHE`, else `d2v` in the user's cache folder."""
+    import os
+
+    if chosen := os.environ.get("D2V_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2v"

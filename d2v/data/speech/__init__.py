@@ -1,0 +1,1 @@
+"""Speech: files, batches of waveforms, transcripts and letters."""

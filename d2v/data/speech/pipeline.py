@@ -1,0 +1,303 @@
+"""Speech from a folder, file, manifest or the embedded set: training batches, labelled splits, a check.
+
+The model gets waveforms for either front end; log-mel spectra are its own business. Batching is in
+`source`, files in `files`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ...config.fronts import LogMelFront, WaveformFront
+from ...config.run import Config, DataConfig
+from ...model.logmel import log_mel
+from ..embedded import speech
+from ..loader import Loader
+from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
+from .files import FileUtterances, Header, Utterances, in_threads, index_files
+from .source import AudioSource, SpeechUtterances, normalise_wave
+
+TEST_EVERY = 5
+"""every fifth file of a class is a test file when there are no train and test folders"""
+BINS = (0.0, 0.5, 1, 2, 4, 8, 12, 16, 20, 30, 60, math.inf)
+"""seconds: edges of the length histogram of `check_data`"""
+
+
+def _usable(utterances: Utterances, cfg: Config, report: Report) -> np.ndarray:
+    """[k] int64: the utterances that are long enough; the others are counted in `report`."""
+    front = _front(cfg)
+    long_enough = utterances.lengths >= cfg.data.min_seconds * front.sample_rate
+    if short := int((~long_enough).sum()):
+        report.skipped[f"shorter than data.min_seconds ({cfg.data.min_seconds} s)"] = short
+        report.facts["too_short"] = [utterances.names[i] for i in np.flatnonzero(~long_enough)]
+    for i in np.flatnonzero(long_enough & (utterances.lengths < front.receptive_field)):
+        report.unreadable[utterances.names[i]] = (
+            f"{utterances.lengths[i]} samples are shorter than the receptive field of {front.receptive_field}"
+        )
+        long_enough[i] = False
+    return np.flatnonzero(long_enough)
+
+
+def _front(cfg: Config) -> WaveformFront | LogMelFront:
+    front = cfg.model.front
+    assert isinstance(front, (WaveformFront, LogMelFront))
+    shortest, rate = front.receptive_field, front.sample_rate
+    if int(cfg.data.max_seconds * rate) < shortest:
+        raise DataError(
+            f"data: data.max_seconds must hold the receptive field of {shortest / rate:g} s, "
+            f"got {cfg.data.max_seconds}"
+        )
+    return front
+
+
+def _index(path: str, cfg: Config, split: speech.SplitName | None) -> tuple[Utterances, Report]:
+    """What can be told without decoding: the utterances with good headers, the others in the report.
+
+    split: part of the embedded set; None: all of it.
+    """
+    rate = _front(cfg).sample_rate
+    if path == "speech":
+        numbers = [i for i, u in enumerate(speech.utterances()) if split in (None, u.split)]
+        utterances = SpeechUtterances(np.array(numbers, dtype=np.int64), rate)
+        return utterances, Report(path, len(utterances))
+    root, names, found = index_files(Path(path))
+    report = Report(path, len(names))
+    good: list[tuple[str, Header]] = []
+    for name, header in zip(names, found, strict=True):
+        if reason := header if isinstance(header, str) else header.problem():
+            report.unreadable[name] = reason
+        elif isinstance(header, Header):
+            good.append((name, header))
+    headers = [header for header in found if isinstance(header, Header)]
+    for fact, field in (("sample_rates", "rate"), ("channels", "channels"), ("formats", "format")):
+        counts = Counter(getattr(header, field) for header in headers)
+        report.facts[fact] = {str(value): count for value, count in sorted(counts.items())}
+    report.facts["resampled"] = sum(header.rate != rate for _, header in good)
+    return FileUtterances(root, [name for name, _ in good], [header for _, header in good], rate), report
+
+
+def _open(path: str, cfg: Config, split: speech.SplitName) -> tuple[Utterances, Report]:
+    """The usable utterances of an embedded split, folder, file or manifest; the rest in the report."""
+    rate = _front(cfg).sample_rate
+    utterances, report = _index(path, cfg, split)
+    usable = _usable(utterances, cfg, report)
+    report.stop_if_too_many()
+    if not len(usable):
+        reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
+        longest = utterances.names[int(utterances.lengths.argmax())]
+        raise DataError(
+            f"data: {path}: none of {report.total} utterances can be used: {reasons}; "
+            f"the longest, {longest}, lasts {utterances.lengths.max() / rate:g} s"
+        )
+    utterances = utterances.select(usable)
+    report.facts["hours"] = round(float(utterances.lengths.sum()) / rate / 3600, 4)
+    return utterances, report
+
+
+def open_data(
+    path: str,
+    cfg: Config,
+    *,
+    device: torch.device,
+    purpose: str,
+    run_dir: Path | None,
+    cache_dir: Path | None,
+) -> Pipeline:
+    """See `d2v.data.open.open_data`; nothing is kept in `run_dir` or `cache_dir`.
+
+    Of the embedded set, training gets the train split, evaluation the test split of the same voices.
+    """
+    utterances, report = _open(path, cfg, "train" if purpose == "train" else "test")
+    source = AudioSource(path, utterances, cfg)
+    if purpose == "train":
+        _check_batch(source, cfg.data)
+    return Loader(source, cfg.data, device, report)
+
+
+def _check_batch(source: AudioSource, cfg: DataConfig) -> None:
+    longest, total = source.capped.max() / source.rate, source.capped.sum() / source.rate
+    if longest > cfg.batch:
+        raise DataError(
+            f"data: {source.path}: data.batch must hold the longest crop, {longest:g} s "
+            f"(data.max_seconds is {cfg.max_seconds:g}), got {cfg.batch} s"
+        )
+    if total < cfg.batch:
+        raise DataError(
+            f"data: {source.path}: {total:.1f} s in {len(source)} utterances (crops of at most "
+            f"{cfg.max_seconds:g} s) are less than one batch; data.batch is {cfg.batch} s"
+        )
+
+
+class AudioSplit(Split):
+    """Labelled utterances, whole; unreadable ones are left out of both iterators and counted."""
+
+    def __init__(self, source: AudioSource, labels: list[np.ndarray], cfg: Config, report: Report) -> None:
+        """labels: one int64 array per utterance, [] for the utterance or [tokens]"""
+        self.source, self.labels, self.cfg = source, labels, cfg
+        self.front = _front(cfg)
+        self.loader = Loader(source, cfg.data, torch.device("cpu"), report)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def select(self, keep: np.ndarray) -> AudioSplit:
+        source = AudioSource(self.source.path, self.source.utterances.select(keep), self.cfg)
+        return AudioSplit(source, [self.labels[i] for i in keep.tolist()], self.cfg, self.loader.report)
+
+    def batches(self, size: int) -> Iterator[LabelledBatch]:
+        """Waveforms [B,samples], padding or None, labels [B] or [B,T] with -1 on padding."""
+        return self._labelled(self.loader.in_order(size))
+
+    def drawn(self, choices: Iterable[np.ndarray]) -> Iterator[LabelledBatch]:
+        """See `Split.drawn`; one loader reads them all."""
+        return self._labelled(self.loader.chosen(choices))
+
+    def _labelled(self, loaded: Iterable[tuple[list[str], Batch]]) -> Iterator[LabelledBatch]:
+        for _, batch in loaded:
+            labels = [torch.from_numpy(self.labels[i]) for i in batch.ids.tolist()]
+            if labels[0].ndim:
+                tokens = self.front.frames(batch.source.shape[1])
+                labels = [F.pad(one, (0, tokens - len(one)), value=-1) for one in labels]
+            yield batch.source, batch.padding_mask, torch.stack(labels)
+
+    def raw(self) -> tuple[np.ndarray, np.ndarray]:
+        """Log-mel features: per token as `LogMelFront` has them; per utterance their mean and deviation.
+
+        For the waveform front end one spectrum per token, over the samples the token sees.
+        """
+        front = _spectral(self.front)
+        features, labels = [], []
+        for _, batch in self.loader.in_order(1):
+            label = self.labels[int(batch.ids)]
+            wave = batch.source
+            if self.cfg.data.wave_norm == "none":  # the baseline is the same for every encoder
+                wave = normalise_wave(wave[0], "fairseq")[None]
+            mel = log_mel(wave, front, normalise=bool(label.ndim))[0]
+            if not label.ndim:
+                mel = torch.cat([mel.mean(0), mel.std(0, correction=0)])[None]
+            features.append(mel.numpy())
+            labels.append(np.atleast_1d(label))
+        return np.concatenate(features), np.concatenate(labels)
+
+
+def _hop(front: WaveformFront | LogMelFront) -> int:
+    """Samples from one token to the next."""
+    if isinstance(front, LogMelFront):
+        return front.hop * front.stack
+    return math.prod(stride for _, _, stride in front.conv_layers)
+
+
+def _spectral(front: WaveformFront | LogMelFront) -> LogMelFront:
+    """A log-mel front end with the tokens of `front`."""
+    if isinstance(front, LogMelFront):
+        return front
+    return LogMelFront(sample_rate=front.sample_rate, window=front.receptive_field, hop=_hop(front), stack=1)
+
+
+def _phone_labels(utterances: SpeechUtterances, front: WaveformFront | LogMelFront) -> list[np.ndarray]:
+    """The phone at the centre of what each token sees, [tokens] int64 per utterance."""
+    labels = []
+    for number, length in zip(utterances.numbers, utterances.lengths.tolist(), strict=True):
+        centre = np.arange(front.frames(length)) * _hop(front) + front.receptive_field / 2
+        labels.append(speech.utterances()[number].phones_at(centre * speech.SAMPLE_RATE / front.sample_rate))
+    return labels
+
+
+def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
+    """See `d2v.data.open.open_labelled`. The embedded set has the phone of every token and a third split
+    `unseen_voice`. In a folder every subfolder is a class of utterances; train and test are `train/` beside
+    `test/`, `val/` or `valid/`, or else every fifth file of a class is for testing."""
+    if path == "speech":
+        splits: dict[str, Split] = {}
+        for part in speech.SPLITS:
+            utterances, report = _open(path, cfg, part)
+            assert isinstance(utterances, SpeechUtterances)
+            source = AudioSource(path, utterances, cfg)
+            splits[part] = AudioSplit(source, _phone_labels(utterances, _front(cfg)), cfg, report)
+        return Labelled(splits, speech.phone_names(), "token")
+    root = Path(path)
+    if not root.is_dir():
+        raise DataError(f"labels missing: {path}: one folder per class is needed, got a file")
+    tests = [root / name for name in ("val", "test", "valid") if (root / name).is_dir()]
+    if (root / "train").is_dir() and tests:
+        opened = {
+            "train": _open(str(root / "train"), cfg, "train"),
+            "test": _open(str(tests[0]), cfg, "test"),
+        }
+        named = {name: _classes(root, utterances) for name, (utterances, _) in opened.items()}
+    else:
+        utterances, report = _open(path, cfg, "train")
+        classes = _classes(root, utterances)
+        rank: Counter[str] = Counter()
+        is_test = np.zeros(len(classes), dtype=bool)
+        for i, name in enumerate(classes):
+            rank[name] += 1
+            is_test[i] = rank[name] % TEST_EVERY == 0
+        numbers = {"train": np.flatnonzero(~is_test), "test": np.flatnonzero(is_test)}
+        opened = {name: (utterances.select(keep), report) for name, keep in numbers.items()}
+        named = {name: [classes[i] for i in keep] for name, keep in numbers.items()}
+    return _by_class(path, cfg, opened, named)
+
+
+def _classes(root: Path, utterances: Utterances) -> list[str]:
+    """The class folder of each utterance."""
+    for name in utterances.names:
+        if len(Path(name).parts) < 2:
+            raise DataError(f"labels missing: {root}: one folder per class is needed, {name} lies in none")
+    return [Path(name).parts[0] for name in utterances.names]
+
+
+def _by_class(
+    path: str, cfg: Config, opened: dict[str, tuple[Utterances, Report]], named: dict[str, list[str]]
+) -> Labelled:
+    known = sorted(set(named["train"]))
+    if len(known) < 2:
+        raise DataError(f"labels missing: {path}: at least 2 class folders are needed, got {known}")
+    if not named["test"]:
+        raise DataError(
+            f"labels missing: {path}: no class has {TEST_EVERY} files, so none is left for testing"
+        )
+    if unknown := sorted(set(named["test"]) - set(known)):
+        raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
+    number = {name: np.array(i, dtype=np.int64) for i, name in enumerate(known)}
+    splits: dict[str, Split] = {
+        part: AudioSplit(AudioSource(path, utterances, cfg), [number[c] for c in named[part]], cfg, report)
+        for part, (utterances, report) in opened.items()
+    }
+    return Labelled(splits, known, "sample")
+
+
+def check_data(path: str, cfg: Config) -> Report:
+    """Decode every file: rates, channels, formats, lengths, and each unreadable file with its reason."""
+    rate = _front(cfg).sample_rate
+    utterances, report = _index(path, cfg, split=None)
+    _usable(utterances, cfg, report)
+
+    def reason(index: int) -> str:
+        try:
+            utterances.wave(index)
+        except Unreadable as error:
+            return str(error)
+        return ""
+
+    for name, text in zip(utterances.names, in_threads(reason, range(len(utterances))), strict=True):
+        if text:
+            report.unreadable[name] = text
+    seconds = utterances.lengths / rate
+    histogram, _ = np.histogram(seconds, BINS)
+    report.facts |= {
+        "hours": round(float(seconds.sum()) / 3600, 4),
+        "length_histogram": {
+            f"{low:g}-{high:g} s" if high < math.inf else f"over {low:g} s": int(n)
+            for low, high, n in zip(BINS, BINS[1:], histogram, strict=False)
+            if n
+        },
+    }
+    return report

@@ -1,0 +1,1 @@
+"""Text: files, tokenizer, blocks of tokens, labelled sentences."""

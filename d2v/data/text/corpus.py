@@ -1,0 +1,164 @@
+"""Where text lies: .txt files (one document each), .jsonl files (one document a line, its "text"), or the
+standard library. A document that is not UTF-8, or a line that is not such JSON, is unreadable as a whole:
+counted and skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..embedded import text as stdlib
+from ..types import DataError, Report
+
+EXTENSIONS = (".txt", ".jsonl")
+PIECE = 1 << 20
+"""bytes after which a document is cut, at the end of a line, so that a file of any size can be read"""
+
+
+class Corpus(ABC):
+    """Documents in a fixed order."""
+
+    path: str
+
+    @abstractmethod
+    def documents(self, report: Report) -> Iterator[Iterator[str]]:
+        """Each readable document as pieces of text; all are counted in `report`."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the documents may have changed."""
+
+
+def _fingerprint(files: list[Path]) -> str:
+    stats = ((str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files)
+    return hashlib.sha256(json.dumps(list(stats)).encode()).hexdigest()
+
+
+def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
+    return f"not UTF-8: {error.reason} at byte {offset + error.start}"
+
+
+def _invalid_utf8(file: Path) -> str | None:
+    """What is wrong with a file that is not UTF-8, and at which byte."""
+    offset = 0
+    with file.open("rb") as lines:
+        for line in lines:  # a line's end is never inside a character
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return _not_utf8(error, offset)
+            offset += len(line)
+    return None
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    with file.open("rb") as opened:
+        while lines := opened.readlines(PIECE):
+            yield b"".join(lines).decode()
+
+
+def json_lines(file: Path, report: Report) -> Iterator[tuple[str, dict]]:
+    """(file:line, object) of each line that is an object with a string "text"; blank lines do not count."""
+    offset = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            name = f"{file}:{number}"
+            if line.strip():
+                report.total += 1
+                try:
+                    entry = json.loads(line.decode())
+                    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+                        yield name, entry
+                    else:
+                        report.unreadable[name] = 'not an object with a string "text"'
+                except UnicodeDecodeError as error:
+                    report.unreadable[name] = _not_utf8(error, offset)
+                except json.JSONDecodeError as error:
+                    report.unreadable[name] = f"not JSON: {error}"
+            offset += len(line)
+
+
+class Files(Corpus):
+    """A .txt or .jsonl file, or all of them at any depth below a folder, in sorted order."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        root = Path(path)
+        if root.is_dir():
+            found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
+            self.files = sorted(f for f in found if f.suffix in EXTENSIONS and not f.name.startswith("."))
+        else:
+            self.files = [root] if root.suffix in EXTENSIONS else []
+        if not self.files:
+            raise DataError(f"data: {path}: no text in it; known: {', '.join(EXTENSIONS)}")
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.files)
+
+    def documents(self, report: Report) -> Iterator[Iterator[str]]:
+        for file in self.files:
+            if file.suffix == ".jsonl":
+                for _, entry in json_lines(file, report):
+                    yield iter([entry["text"]])
+                continue
+            report.total += 1
+            if reason := _invalid_utf8(file):
+                report.unreadable[str(file)] = reason
+            else:
+                yield _pieces(file)
+
+
+class StandardLibrary(Corpus):
+    """The embedded text."""
+
+    path = "text"
+
+    def fingerprint(self) -> str:
+        return sys.version + _fingerprint([*stdlib.files(), Path(stdlib.__file__)])
+
+    def documents(self, report: Report) -> Iterator[Iterator[str]]:
+        for _, text in stdlib.documents():
+            report.total += 1
+            yield iter([text])
+
+
+def open_corpus(path: str) -> Corpus:
+    """The documents at a path, or the embedded "text"."""
+    return StandardLibrary() if path == "text" else Files(path)
+
+
+def labelled_texts(path: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Texts and labels by part. From .jsonl lines with "text" and "label": in a folder train.jsonl beside
+    test.jsonl, val.jsonl, valid.jsonl or dev.jsonl is the division, else all is under "all".
+
+    Raises DataError: "labels missing", more than 1% unreadable.
+    """
+    if path == "text":
+        return stdlib.paragraphs()
+    files = [file for file in Files(path).files if file.suffix == ".jsonl"]
+    if not files:
+        raise DataError(f'labels missing: {path}: labels come from .jsonl lines with "text" and "label"')
+    by_stem = {file.stem: [file] for file in files}
+    tests = [stem for stem in ("test", "val", "valid", "dev") if stem in by_stem]
+    named = Path(path).is_dir() and "train" in by_stem and tests
+    parts = {"train": by_stem["train"], "test": by_stem[tests[0]]} if named else {"all": files}
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    report = Report(path, 0)
+    for part, part_files in parts.items():
+        texts, labels = found[part] = [], []
+        for file in part_files:
+            for name, entry in json_lines(file, report):
+                if not isinstance(entry.get("label"), (str, int)):
+                    raise DataError(
+                        f'labels missing: {name} has no "label" that is a string or a whole number'
+                    )
+                texts.append(entry["text"])
+                labels.append(str(entry["label"]))
+    report.stop_if_too_many()
+    return found

@@ -1,0 +1,276 @@
+"""Text to blocks of tokens: documents are tokenised once into one long stream in a memory-mapped file.
+
+The stream is all documents one after the other, each ended by </s>; a block of T tokens is <s> and the
+next T - 1 of the stream (fairseq's TokenBlockDataset without break mode under a PrependTokenDataset). So
+the stream does not depend on T. It lies in a cache folder whose name is a hash of the files (path, size,
+time) and of the tokenizer: changing either makes a new one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from ...config.fronts import TextFront
+from ...config.run import Config
+from ..loader import Loader, Source, number_classes
+from ..open import default_cache
+from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split
+from .corpus import Corpus, labelled_texts, open_corpus
+from .tokenizer import BOS, EOS, PAD, check_tokenizer, load_tokenizer, train_tokenizer
+
+TOGETHER = 1 << 23
+"""characters handed to the tokenizer at a time: it works on them in parallel"""
+RAW_TOKENS = 4_096
+"""most frequent tokens that the baseline counts"""
+
+
+class TextSource(Source):
+    """Blocks of a token stream on disk."""
+
+    def __init__(self, path: str, stream: Path, dtype: str, cfg: Config) -> None:
+        super().__init__(path, cfg.train.seed, cfg.data.batch)
+        self.block = cfg.data.block
+        self.stream, self.dtype = stream, dtype
+        self.tokens = stream.stat().st_size // np.dtype(dtype).itemsize
+        self._map: np.ndarray | None = None
+        if len(self) == 0:
+            raise DataError(
+                f"data: {path}: {self.tokens} tokens are less than one block; data.block is {self.block}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_map": None}  # a worker maps the file itself
+
+    def __len__(self) -> int:
+        return self.tokens // (self.block - 1)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}, tokens from {index * (self.block - 1)}"
+
+    def read(self, index: int, epoch: int | None) -> np.ndarray:
+        """One block [T] int64."""
+        if self._map is None:
+            self._map = np.memmap(self.stream, dtype=self.dtype, mode="r")
+        size = self.block - 1
+        return np.concatenate(([BOS], self._map[index * size : (index + 1) * size]), dtype=np.int64)
+
+    def collate(self, items: list[np.ndarray], ids: np.ndarray, epoch: int | None) -> Batch:
+        """source [B,T] int64; no padding mask, for every block is full."""
+        return Batch(torch.from_numpy(np.stack(items)), torch.from_numpy(ids), epoch or 0)
+
+
+def _tokenizer(corpus: Corpus, cfg: Config, run_dir: Path | None, cache: Path) -> tuple[Tokenizer, Path]:
+    """The run's own tokenizer, else the one of data.tokenizer, else one trained on the data; and its file."""
+    front = _front(cfg)
+    given = cfg.data.tokenizer
+    key = _hash(corpus.fingerprint(), str(front.vocab_size), given or "")
+    kept = (run_dir or cache / "tokenizers" / key) / "tokenizer.json"
+    if kept.is_file() and (run_dir or not given):
+        return check_tokenizer(load_tokenizer(kept), str(kept), front), kept
+    if given:
+        if not Path(given).exists():
+            raise DataError(f"data: data.tokenizer {given} does not exist")
+        tokenizer = check_tokenizer(load_tokenizer(Path(given)), given, front)
+    else:
+        report = Report(corpus.path, 0)
+        trained = train_tokenizer(chain.from_iterable(corpus.documents(report)), front.vocab_size)
+        report.stop_if_too_many()
+        tokenizer = check_tokenizer(trained, "trained on the data", front)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=kept.parent, encoding="utf-8", delete=False) as file:
+        file.write(tokenizer.to_str(pretty=True))
+    os.replace(file.name, kept)
+    return tokenizer, kept
+
+
+def _front(cfg: Config) -> TextFront:
+    front = cfg.model.front
+    assert isinstance(front, TextFront)
+    if not 2 <= cfg.data.block <= front.max_positions:
+        raise ValueError(f"data: data.block must be in 2..{front.max_positions} (front.max_positions), "
+                         f"got {cfg.data.block}")  # fmt: skip
+    return front
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _encode(corpus: Corpus, tokenizer: Tokenizer, report: Report) -> Iterator[list[int]]:
+    """Token ids of all documents, in order, each document ended by </s>."""
+
+    def flush() -> Iterator[list[int]]:
+        encoded = tokenizer.encode_batch([text for text, _ in waiting], add_special_tokens=False)
+        for (_, last), encoding in zip(waiting, encoded, strict=True):
+            yield [*encoding.ids, EOS] if last else encoding.ids
+        waiting.clear()
+
+    waiting: list[tuple[str, bool]] = []
+    """texts, and whether they end a document"""
+    characters = 0
+    for document in corpus.documents(report):
+        text = next(document, "")
+        for following in chain(document, [None]):
+            waiting.append((text, following is None))
+            characters += len(text)
+            text = following or ""
+        if characters > TOGETHER:
+            yield from flush()
+            characters = 0
+    yield from flush()
+
+
+def _stream(corpus: Corpus, tokenizer: Tokenizer, dtype: str, cache: Path) -> tuple[Path, Report]:
+    """The file of all tokens, made now or found in the cache, and what was counted while making it."""
+    folder = cache / "text" / _hash(corpus.fingerprint(), tokenizer.to_str(), dtype)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            report, tokens = Report(corpus.path, 0), 0
+            with open(making / "tokens.bin", "wb") as file:
+                for ids in _encode(corpus, tokenizer, report):
+                    np.array(ids, dtype=dtype).tofile(file)
+                    tokens += len(ids)
+            report.stop_if_too_many()
+            found = {"total": report.total, "unreadable": report.unreadable, "facts": {"tokens": tokens}}
+            (making / "report.json").write_text(json.dumps(found))
+            if not folder.is_dir():  # another process may have been faster
+                making.rename(folder)
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return folder / "tokens.bin", Report(corpus.path, **json.loads((folder / "report.json").read_text()))
+
+
+def open_data(
+    path: str,
+    cfg: Config,
+    *,
+    device: torch.device,
+    purpose: str,
+    run_dir: Path | None,
+    cache_dir: Path | None,
+) -> Pipeline:
+    """See `d2v.data.open.open_data`; meta["tokenizer"] is the path of the tokenizer's .json, in `run_dir` if
+    there is one. `purpose` changes nothing."""
+    corpus, cache = open_corpus(path), cache_dir or default_cache()
+    tokenizer, file = _tokenizer(corpus, cfg, run_dir, cache)
+    dtype = "<u2" if _front(cfg).vocab_size <= 1 << 16 else "<u4"
+    stream, report = _stream(corpus, tokenizer, dtype, cache)
+    source = TextSource(path, stream, dtype, cfg)
+    source.meta = {"tokenizer": str(file)}
+    return Loader(source, cfg.data, device, report)
+
+
+class TextSplit(Split):
+    """Labelled texts as <s> tokens </s>, cut to data.block tokens."""
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        labels: np.ndarray,
+        tokenizer: Tokenizer,
+        block: int,
+        specials: tuple[int, int, int] = (BOS, PAD, EOS),
+    ) -> None:
+        begin, self.pad, end = specials
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        self.tokens = [np.array([begin, *e.ids[: block - 2], end]) for e in encoded]
+        self.labels = labels
+        self.counted = np.empty(0, dtype=np.int64)
+        """tokens that `raw` counts: the same for all splits"""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def select(self, keep: np.ndarray) -> TextSplit:
+        chosen = copy.copy(self)
+        chosen.tokens, chosen.labels = [self.tokens[i] for i in keep.tolist()], self.labels[keep]
+        return chosen
+
+    def batches(self, size: int) -> Iterator[LabelledBatch]:
+        """Tokens [B,T] int64 padded to the longest, padding_mask [B,T], labels [B]."""
+        for i in range(0, len(self), size):
+            rows = [torch.from_numpy(t) for t in self.tokens[i : i + size]]
+            source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+            yield source, source == self.pad, torch.from_numpy(self.labels[i : i + size])
+
+    def raw(self) -> tuple[np.ndarray, np.ndarray]:
+        """How often each of the most frequent tokens occurs, and the labels."""
+        size = int(self.counted.max(initial=0)) + 1
+        rows = [np.bincount(t[t < size], minlength=size)[self.counted] for t in self.tokens]
+        return np.array(rows, dtype=np.float32), self.labels
+
+
+def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
+    """See `d2v.data.open.open_labelled`. Labels come from .jsonl lines with "text" and "label" (train.jsonl
+    beside test.jsonl, else 80/20 by chance) or, for the embedded text, from the area of the library."""
+    parts, classes = _labelled_parts(path)
+    tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, cache_dir or default_cache())
+    splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
+    return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
+
+
+def open_tokenized(path: str, tokenizer: Tokenizer, block: int, specials: tuple[int, int, int]) -> Labelled:
+    """As `open_labelled`, in the tokens of any tokenizer. specials: its ids of begin, padding and end."""
+    parts, classes = _labelled_parts(path)
+    return Labelled(_splits(parts, classes, tokenizer, block, specials), classes, "sample")
+
+
+def _labelled_parts(path: str) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
+    """Texts and labels of "train" and "test", and the classes."""
+    parts = labelled_texts(path)
+    if "all" in parts:
+        texts, names = parts["all"]
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(texts))
+        cut = max(1, len(texts) // 5)
+        chosen = {"train": np.sort(order[cut:]), "test": np.sort(order[:cut])}
+        parts = {part: ([texts[i] for i in ids], [names[i] for i in ids]) for part, ids in chosen.items()}
+    classes, _ = number_classes(parts["train"][1])
+    if unknown := sorted(set(parts["test"][1]) - set(classes)):
+        raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
+    return parts, list(classes)
+
+
+def _splits(
+    parts: dict[str, tuple[list[str], list[str]]],
+    classes: list[str],
+    tokenizer: Tokenizer,
+    block: int,
+    specials: tuple[int, int, int],
+) -> dict[str, TextSplit]:
+    number = {name: i for i, name in enumerate(classes)}
+    splits = {
+        part: TextSplit(texts, np.array([number[n] for n in names]), tokenizer, block, specials)
+        for part, (texts, names) in parts.items()
+    }
+    seen, counts = np.unique(np.concatenate(splits["train"].tokens), return_counts=True)
+    for split in splits.values():
+        split.counted = np.sort(seen[np.argsort(-counts, kind="stable")[:RAW_TOKENS]])
+    return splits
+
+
+def check_data(path: str, cfg: Config) -> Report:
+    """Read every document: counts, a histogram of lengths, and each unreadable one with its reason."""
+    report = Report(path, 0)
+    lengths: Counter[int] = Counter()
+    for document in open_corpus(path).documents(report):
+        lengths[sum(map(len, document)).bit_length()] += 1
+    report.facts["documents by characters"] = {
+        f"below {1 << bits}": lengths[bits] for bits in sorted(lengths)
+    }
+    return report

@@ -1,1 +1,0 @@
-"""Fine-tuning: heads on a pretrained encoder, recipes, data with labels, scores."""

@@ -1,0 +1,1 @@
+"""Profiles, races, the demo: whole programs on top of training and evaluation."""

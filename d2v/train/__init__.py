@@ -1,0 +1,1 @@
+"""Pretraining and fine-tuning: the runs, their steps, their files."""
