@@ -2,7 +2,7 @@
 # Triton 3.6.0 and 3.7.0 pipeline a matrix product on sm_90 without fence.proxy.async between the copy into shared
 # memory (cp.async, SASS LDGSTS) and the product that reads it (wgmma, SASS HGMMA); 3.7.1 has it (FENCE.VIEW.ASYNC).
 # The PTX ISA asks for that fence between the generic and the async proxy. PR 9610 of triton-lang/triton mended it,
-# after 3.7.0 was released. torch 2.10 and 2.11 bring 3.6.0. Without pipelining 3.6.0 has the fence, too.
+# after 3.7.0 was released. torch 2.11 brings 3.6.0. Without pipelining 3.6.0 has the fence, too.
 #
 # Seen: for each version how many LDGSTS, HGMMA and FENCE.VIEW.ASYNC are in the kernel's one loop:
 #   3.6.0: copies 8, products 4, fences 0

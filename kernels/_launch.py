@@ -95,9 +95,16 @@ def launch(
         return
     if torch.version.hip:
         num_stages = min(num_stages, MOST_STAGES_ON_AMD)
-    elif num_stages > 1 and _hazard() and torch.cuda.is_available():
-        num_stages = most_stages(kernel, num_stages, torch.cuda.get_device_capability(_first_device(args)))
-    with _device_of(args):
+    device = _first_device(args)
+    if (
+        num_stages > 1
+        and device is not None
+        and device.type == "cuda"
+        and not torch.version.hip
+        and _hazard()
+    ):
+        num_stages = most_stages(kernel, num_stages, torch.cuda.get_device_capability(device))
+    with _current(device):
         kernel[tuple(grid)](
             *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=fp_fusion, **constexprs
         )
@@ -140,14 +147,12 @@ def multiplies(kernel: Any) -> bool:
 
 
 def _first_device(args: tuple[Any, ...]) -> torch.device | None:
+    """Of the first tensor."""
     return next((value.device for value in args if isinstance(value, Tensor)), None)
 
 
-def _device_of(args: tuple[Any, ...]) -> AbstractContextManager[object]:
-    """Makes the GPU of the first tensor current where it is not: Triton starts kernels there."""
-    for value in args:
-        if isinstance(value, Tensor):
-            if value.is_cuda and value.device.index != torch.cuda.current_device():
-                return torch.cuda.device(value.device)
-            break
+def _current(device: torch.device | None) -> AbstractContextManager[object]:
+    """Makes a GPU current where it is not: Triton starts kernels there."""
+    if device is not None and device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
     return nullcontext()

@@ -172,3 +172,17 @@ def test_opcheck(name: str, samples: dict[str, list[tuple[Any, ...]]]) -> None:
 def test_every_triton_op_registers_something_and_has_a_case() -> None:
     assert {case.stem for case in ALL.values()} == set(STEMS)
     assert len(REGISTERED) >= len(STEMS)
+
+
+def test_cpu_tensors_are_started_beside_a_gpu_and_a_triton_without_fences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A GPU's compute capability is asked of GPUs alone: interpreted kernels run beside one, too."""
+    from d2vkern.kernels import _launch
+
+    seen: list[dict[str, Any]] = []
+    kernel = {(1,): lambda *args, **options: seen.append(options)}
+    monkeypatch.setattr(_launch, "_hazard", lambda: "a hazard")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _launch.launch(kernel, (1,), torch.ones(2), num_stages=3)
+    assert [options["num_stages"] for options in seen] == [3]
