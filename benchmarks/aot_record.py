@@ -107,7 +107,7 @@ def _record(stem: str, case: Case, direction: str, run: Callable[[], object]) ->
         tally_costs() as costs,
     ):
         run()
-    tables = [(table.data, table.staged) for table in _table._tables.values()]
+    tables = [(table.data, table.staged) for table in _table.tables.values()]
     ours = [tally for name, tally in costs.items() if name.endswith("/triton")]
     floor, calls = sum(tally.bytes for tally in ours), sum(tally.calls for tally in ours)
     flops = sum(tally.flops for tally in ours)
@@ -142,7 +142,7 @@ def record_candidates(stem: str, case: Case) -> list[Record]:
 def record_tuned(stem: str, case: Case) -> list[Record]:
     """`record` with the configurations measured on each GPU of kernels/tuned.json."""
     found = []
-    for gpu in _tuning._table():
+    for gpu in _tuning.read_table():
         targets = tuple(target for word, target in GPUS.items() if word in gpu)
         with mock.patch.object(_tuning, "_gpu", lambda gpu=gpu: gpu):
             found += [replace(one, targets=targets) for one in record(stem, case)]

@@ -23,7 +23,7 @@ from benchmarks.aot_read import Resources
 from benchmarks.aot_record import DTYPES, Record
 from benchmarks.aot_trace import OpTrace
 from benchmarks.cases import Inputs, Settings, backward, gradients_like, named, require_grad
-from d2vkern.testing import _allocations
+from d2vkern.testing import allocations
 
 H200_COPY = 4.3e12
 """bytes/s, read plus written, of a PyTorch copy of 8.6 GB from device to device on an H200 (2.0 ms)"""
@@ -200,7 +200,7 @@ def _count(run: Callable[[], object], scale: float) -> dict[str, int]:
             run()
         return trace
 
-    trace, changes = _allocations(traced)
+    trace, changes = allocations(traced)
     return {
         "eager_moved": int(trace.bytes * scale),
         "eager_allocated": int(sum(change for change in changes if change > 0) * scale),

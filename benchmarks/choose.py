@@ -117,7 +117,7 @@ def write(path: Path, where: str, about: dict[str, Any], measured: dict[tuple[st
     if ops:
         table[where] = {"about": about, "ops": ops}
     write_json(path, dict(sorted(table.items())))
-    _measured._table.cache_clear()
+    _measured.read_table.cache_clear()
 
 
 def load() -> list[float]:

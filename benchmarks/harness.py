@@ -87,16 +87,16 @@ def measure_case(
     gate = Gate(case, settings)
     refused: dict[str, tuple[str, str]] = {}
     for variant in variants:
-        status, reason = _admit(variant, gate)
+        status, reason = admit(variant, gate)
         if status != "ok":
             refused[variant.name] = (status, reason)
-    count = _sets_needed(inputs, settings)
+    count = sets_needed(inputs, settings)
     del gate, inputs
-    sets = [_with_gradients(case, make_inputs(case, settings, i), settings) for i in range(count)]
+    sets = [with_gradients(case, make_inputs(case, settings, i), settings) for i in range(count)]
     rows = []
     for direction in directions:
         runs = {
-            variant.name: [_step(case, variant.run, some, direction) for some in sets]
+            variant.name: [step_of(case, variant.run, some, direction) for some in sets]
             for variant in variants
             if variant.run is not None and variant.name not in refused
         }
@@ -107,12 +107,12 @@ def measure_case(
                 row["status"], row["reason"] = refused[variant.name]
             else:
                 row |= {"status": "ok", "sets": len(sets), **timed[variant.name]}
-                row["peak_MiB"] = _peak(runs[variant.name][0], settings.device) / (1 << 20)
+                row["peak_MiB"] = peak_of(runs[variant.name][0], settings.device) / (1 << 20)
             rows.append(row)
     return rows
 
 
-def _admit(variant: Variant, gate: Gate) -> tuple[str, str]:
+def admit(variant: Variant, gate: Gate) -> tuple[str, str]:
     """("ok" | "skipped" | "failed", reason)."""
     if variant.run is None:
         return "skipped", variant.reason
@@ -145,7 +145,7 @@ def _row(stem: str, case: Case, variant: Variant, direction: str) -> dict[str, A
     }
 
 
-def _with_gradients(case: Case, inputs: Inputs, settings: Settings) -> tuple[Inputs, dict[str, Tensor]]:
+def with_gradients(case: Case, inputs: Inputs, settings: Settings) -> tuple[Inputs, dict[str, Tensor]]:
     """An input set and the gradients its backward starts from."""
     if not case.leaves:
         return inputs, {}
@@ -153,7 +153,7 @@ def _with_gradients(case: Case, inputs: Inputs, settings: Settings) -> tuple[Inp
     return inputs, gradients_like(outputs, settings, case.dtype)
 
 
-def _step(
+def step_of(
     case: Case, run: Call, some: tuple[Inputs, dict[str, Tensor]], direction: str
 ) -> Callable[[], object]:
     inputs, gradients = some
@@ -255,7 +255,7 @@ def _graph(calls: list[Callable[[], object]], device: torch.device) -> tuple[Cal
     return graph.replay, "CUDA graph, events"
 
 
-def _peak(call: Callable[[], object], device: torch.device) -> int:
+def peak_of(call: Callable[[], object], device: torch.device) -> int:
     """Bytes by which tensor memory rises during a call."""
     if device.type != "cuda":
         return peak_memory(call)
@@ -268,7 +268,7 @@ def _peak(call: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _sets_needed(inputs: Inputs, settings: Settings) -> int:
+def sets_needed(inputs: Inputs, settings: Settings) -> int:
     """Input sets that together exceed three times the last-level cache."""
     size = sum(t.numel() * t.element_size() for t in tensors(inputs))
     return max(1, min(settings.most_sets, math.ceil(3 * last_level_cache(settings.device) / max(1, size))))

@@ -21,7 +21,7 @@ import torch
 from benchmarks import bench_attention
 from benchmarks.cases import Case, Settings, make_inputs, tensors
 from benchmarks.gate import Gate
-from benchmarks.harness import _admit, _peak, _step, _with_gradients, variants_of
+from benchmarks.harness import admit, peak_of, step_of, variants_of, with_gradients
 from benchmarks.machine import provenance
 from benchmarks.report import write_json
 from benchmarks.run import BASE, PRECISIONS
@@ -49,11 +49,13 @@ def measure(case: Case, settings: Settings) -> list[dict[str, Any]]:
             "variant": variant.name,
             "ours": variant.ours,
         }
-        row["status"], row["reason"] = _admit(variant, gate)
+        row["status"], row["reason"] = admit(variant, gate)
         if row["status"] == "ok":
             assert variant.run is not None
-            some = _with_gradients(case, make_inputs(case, settings, 0), settings)
-            row["peak_MiB"] = _peak(_step(case, variant.run, some, direction), settings.device) / (1 << 20)
+            some = with_gradients(case, make_inputs(case, settings, 0), settings)
+            row["peak_MiB"] = peak_of(step_of(case, variant.run, some, direction), settings.device) / (
+                1 << 20
+            )
         rows.append(row)
     return rows
 

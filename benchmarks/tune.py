@@ -26,7 +26,7 @@ import torch
 from benchmarks.aot_record import DTYPES, META, as_on_a_gpu, cases_of, triton_stems
 from benchmarks.cases import Call, Case, Settings, backward, gradients_like, make_inputs, named, require_grad
 from benchmarks.gate import Gate
-from benchmarks.harness import _sets_needed, _step, _with_gradients, time_variants
+from benchmarks.harness import sets_needed, step_of, time_variants, with_gradients
 from d2v.config.presets import PRESETS
 from d2vkern.kernels import _tuning
 from d2vkern.kernels._launch import record_launches
@@ -84,9 +84,9 @@ def measure(choice: Choice, settings: Settings) -> list[dict[str, Any]]:
         return case.call(inputs, "triton")
 
     rows = _gated(choice, Gate(case, settings), on_triton)
-    count = _sets_needed(make_inputs(case, settings, 0), settings)
-    sets = [_with_gradients(case, make_inputs(case, settings, i), settings) for i in range(count)]
-    steps = [_step(case, on_triton, some, choice.direction) for some in sets]
+    count = sets_needed(make_inputs(case, settings, 0), settings)
+    sets = [with_gradients(case, make_inputs(case, settings, i), settings) for i in range(count)]
+    steps = [step_of(case, on_triton, some, choice.direction) for some in sets]
     sound = {str(i): row for i, row in enumerate(rows) if "failed" not in row}
     runs = {name: [with_candidate(row["config"], step) for step in steps] for name, row in sound.items()}
     timed = time_variants(runs, settings)
@@ -146,7 +146,7 @@ def tune(choices: list[Choice], settings: Settings, gpu: str, path: Path) -> Non
             print(f" {mark} {_words(row['config'])}: {result}", flush=True)
         write(path, gpu, {choice.kernel for choice in choices[:i]}, chosen)
         torch.cuda.empty_cache()
-    _tuning._table.cache_clear()
+    _tuning.read_table.cache_clear()
 
 
 def _title(choice: Choice) -> str:

@@ -76,7 +76,7 @@ def machine(device: str) -> str:
 
 def times_of(where: str) -> dict[str, dict[str, Times]]:
     """op -> bucket -> backend -> microseconds on that machine; empty where nothing was measured."""
-    return _table(TABLE).get(where, {}).get("ops", {})
+    return read_table(TABLE).get(where, {}).get("ops", {})
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def record_buckets() -> Iterator[list[str]]:
 
 
 @cache
-def _table(path: Path) -> dict[str, Any]:
+def read_table(path: Path) -> dict[str, Any]:
     """The file's content. ValueError, naming the entry, for what is not a table of times."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))

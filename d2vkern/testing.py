@@ -95,7 +95,7 @@ def peak_memory(fn: Callable[[], object]) -> int:
 
     Counts every allocator call: tensors saved for backward and temporaries inside C++ ops too.
     """
-    _, changes = _allocations(fn)
+    _, changes = allocations(fn)
     peak = held = 0
     for change in changes:
         held += change
@@ -105,11 +105,11 @@ def peak_memory(fn: Callable[[], object]) -> int:
 
 def live_memory(fn: Callable[[], Result]) -> tuple[Result, int]:
     """Call `fn`; return its result and the bytes of CPU tensor memory still held, by the result or others."""
-    result, changes = _allocations(fn)
+    result, changes = allocations(fn)
     return result, sum(changes)
 
 
-def _allocations(fn: Callable[[], Result]) -> tuple[Result, list[int]]:
+def allocations(fn: Callable[[], Result]) -> tuple[Result, list[int]]:
     """The result of `fn` and the allocator's changes in bytes, in order of time."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

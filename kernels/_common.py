@@ -38,20 +38,20 @@ def not_below_zero(x):
 def gelu(x):
     """GELU(x), exact form; x is an fp32 block."""
     size = tl.abs(x)
-    tail, _ = _normal_tail(x, size)
+    tail, _ = normal_tail(x, size)
     return tl.maximum(x, 0.0) - size * tail
 
 
 @triton.jit
 def gelu_grad(x):
     """d GELU(x) / dx; x is an fp32 block."""
-    tail, bell = _normal_tail(x, tl.abs(x))
+    tail, bell = normal_tail(x, tl.abs(x))
     # bell / sqrt(2 pi) is the normal density.
     return tl.where(x < 0, tail, 1.0 - tail) + x * bell * 0.3989422804014327
 
 
 @triton.jit
-def _normal_tail(x, size):
+def normal_tail(x, size):
     """Phi(-|x|) and exp(-x^2 / 2); size is |x|."""
     # exp(-x^2 / 2) as 2 to the power of -x^2 * log2(e) / 2.
     bell = tl.exp2(x * x * -0.7213475204444817)

@@ -44,7 +44,7 @@ def dense(*vectors: Tensor | None) -> list[Tensor | None]:
     return [None if vector is None else vector.contiguous() for vector in vectors]
 
 
-def _chunk(width: int, itemsize: int, most: int) -> int:
+def chunk_width(width: int, itemsize: int, most: int) -> int:
     """Columns of a tile: of as few warps as leave a thread at most `most` values of a row."""
     vector = 16 // itemsize
     chunk = 32 * vector
@@ -61,7 +61,7 @@ def row_config(kernel: str, x: Tensor, most: int, loop: bool = False) -> Config:
     most: values of a row that a thread may hold.
     """
     width, itemsize = x.shape[-1], x.element_size()
-    chunk, span = _chunk(width, itemsize, most), 512 // itemsize
+    chunk, span = chunk_width(width, itemsize, most), 512 // itemsize
     candidates: list[Config] = []
     for least, tiles in ((4, 1), (8, 1)) if loop else ((4, 1), (4, 2), (8, 1)):
         warps = max(least, chunk // span)
@@ -112,3 +112,9 @@ def load_vector(vector_ptr, column, D: tl.constexpr, BLOCK_R: tl.constexpr):
     """fp32 [BLOCK_R, CHUNK]: a vector over the columns, once for each row, in the layout of the rows."""
     at = column + tl.zeros([BLOCK_R, 1], tl.int32)
     return tl.load(vector_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def replaced(values, index: tl.constexpr, value):
+    """The tuple with another value at `index`."""
+    return values[:index] + (value,) + values[index + 1 :]

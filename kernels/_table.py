@@ -71,7 +71,7 @@ class Table:
     """`data` on the host, pinned for a GPU; the copy may still be on its way"""
 
 
-_tables: dict[tuple[object, ...], Table] = {}
+tables: dict[tuple[object, ...], Table] = {}
 
 
 class _Kept(NamedTuple):
@@ -118,7 +118,7 @@ def _lookup(op: str, columns: Sequence[Column], chunk: int, backend: str) -> Tab
     rows = (len(column.tensors) if column.rows is None else tuple(column.rows) for column in columns)
     key = (chunk, device, *rows, numels, addresses, dtypes)
     capturing = _is_captured(device)
-    table = _tables.get(key)
+    table = tables.get(key)
     if table is None or capturing:
         _release()
     if table is not None and capturing:
@@ -130,9 +130,9 @@ def _lookup(op: str, columns: Sequence[Column], chunk: int, backend: str) -> Tab
             # Nobody else may use it: it is filled at the first replay.
             _keep(table.staged, columns)
         else:
-            _tables[key] = table
-            if len(_tables) > _CACHED_TABLES:
-                del _tables[next(iter(_tables))]
+            tables[key] = table
+            if len(tables) > _CACHED_TABLES:
+                del tables[next(iter(tables))]
     if device.type == "cuda" and not capturing:
         # Callers on several streams are ordered by the tensors that they write, the allocator is not.
         table.data.record_stream(torch.cuda.current_stream(device))

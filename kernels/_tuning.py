@@ -27,7 +27,7 @@ def choose(kernel: str, bucket: str, candidates: Sequence[Config]) -> Config:
         asked[key] = list(candidates)
     if key in _forced:
         return _forced[key]
-    return _table().get(_gpu(), {}).get(kernel, {}).get(bucket, candidates[0])
+    return read_table().get(_gpu(), {}).get(kernel, {}).get(bucket, candidates[0])
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def power_of_two_bucket(**sizes: int) -> str:
 
 
 @cache
-def _table() -> dict[str, dict[str, dict[str, Config]]]:
+def read_table() -> dict[str, dict[str, dict[str, Config]]]:
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
 

@@ -12,7 +12,7 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import _chunk, mean_near, mean_of, tile_columns
+from d2vkern.kernels._rows import chunk_width, mean_near, mean_of, replaced, tile_columns
 from d2vkern.kernels._taps import Places, Taps, share_of
 from d2vkern.kernels._taps_tiles import launch_tiles
 from d2vkern.kernels._taps_weight import weight_gradient
@@ -69,7 +69,7 @@ def conv_block_bwd_kernel_rows(
             centred = values[chunk] - mean
             if D % CHUNK != 0:
                 centred = tl.where(column < D, centred, 0.0)
-            values = _replaced(values, chunk, centred)
+            values = replaced(values, chunk, centred)
             total += centred * centred
         # Rows without an output have variance 0, of which there is no root.
         square = tl.where(made, tl.sum(total, 1) / D, 1.0)[:, None]
@@ -79,7 +79,7 @@ def conv_block_bwd_kernel_rows(
         for chunk in tl.static_range(CHUNKS):
             normal = values[chunk] * rstd
             dh = gradients[chunk] * gelu_grad(normal)
-            values, gradients = _replaced(values, chunk, normal), _replaced(gradients, chunk, dh)
+            values, gradients = replaced(values, chunk, normal), replaced(gradients, chunk, dh)
             total += dh
             along += dh * normal
         mean_total, mean_along = mean_near(total, D), mean_near(along, D)
@@ -92,7 +92,7 @@ def conv_block_bwd_kernel_rows(
                 mask=inside,
             )
             if BIAS:
-                sums = _replaced(sums, chunk, sums[chunk] + dr)
+                sums = replaced(sums, chunk, sums[chunk] + dr)
 
     if BIAS:
         for chunk in tl.static_range(CHUNKS):
@@ -101,12 +101,6 @@ def conv_block_bwd_kernel_rows(
             tl.store(
                 partials_ptr + program.to(tl.int64) * D + column, tl.sum(sums[chunk], 0), mask=column < D
             )
-
-
-@triton.jit
-def _replaced(values, index: tl.constexpr, value):
-    """The tuple with another value at `index`."""
-    return values[:index] + (value,) + values[index + 1 :]
 
 
 def backward_outputs(
@@ -198,7 +192,7 @@ def _rows_config(dr: Tensor) -> Config:
     first, second = (4, 8) if itemsize < 4 else (8, 4)
     candidates = []
     for most, least, stages in ((16, first, ahead), (16, second, ahead), (24, 8, ahead), (24, 4, ahead)):
-        chunk = _chunk(width, itemsize, most)
+        chunk = chunk_width(width, itemsize, most)
         warps = max(least, chunk // span)
         tile = {"CHUNK": chunk, "BLOCK_R": warps * span // chunk, "STAGES": stages, "num_warps": warps}
         if tile not in candidates:  # narrow rows know fewer chunks

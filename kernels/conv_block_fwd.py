@@ -10,7 +10,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._common import gelu
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import _chunk, dense, mean_of, row_config, tile_columns
+from d2vkern.kernels._rows import chunk_width, dense, mean_of, row_config, tile_columns
 from d2vkern.kernels._taps import Places, Taps, first_places, grouped, packed_weights, tap_bits, taps_product
 from d2vkern.kernels._taps_tiles import launch_tiles, product_config, store_product
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
@@ -293,7 +293,7 @@ def _forward_rows(
     """Both phases in one launch."""
     name, itemsize, width = "conv_block_fwd_kernel_rows", x.element_size(), y.shape[-1]
     config = product_config(name, taps, places, itemsize, owner=True)
-    chunk = _chunk(width, itemsize, most=40)
+    chunk = chunk_width(width, itemsize, most=40)
     launch(
         conv_block_fwd_kernel_rows,
         (triton.cdiv(places.blocks(config["SPAN"]), config["BLOCK_M"]),),

@@ -17,13 +17,13 @@ from d2vkern.kernels._rows import (
     dense,
     load_vector,
     mean_near,
+    replaced,
     row_config,
     row_offset,
     tile_columns,
 )
 from d2vkern.kernels._stem import WIDE_ROWS, packed, product_config, window_start
 from d2vkern.kernels._stem_wave import wave_backward
-from d2vkern.kernels.residual_norm_bwd import _replaced
 
 _PROGRAMS = 2 * MULTIPROCESSORS
 
@@ -84,9 +84,9 @@ def conv_stem_bwd_kernel_norm(
             weight = load_vector(weight_ptr, column, OUT, BLOCK_R)
             dh = dy * gelu_grad(normal * weight + load_vector(bias_ptr, column, OUT, BLOCK_R))
             if WEIGHT:
-                dweights = _replaced(dweights, chunk, dweights[chunk] + dh * normal)
+                dweights = replaced(dweights, chunk, dweights[chunk] + dh * normal)
             if BIAS:
-                dbiases = _replaced(dbiases, chunk, dbiases[chunk] + dh)
+                dbiases = replaced(dbiases, chunk, dbiases[chunk] + dh)
             dh *= weight
             total += dh
             along += dh * normal

@@ -9,7 +9,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._common import gelu
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import _chunk, dense, load_vector, mean_of, tile_columns
+from d2vkern.kernels._rows import chunk_width, dense, load_vector, mean_of, tile_columns
 from d2vkern.kernels._stem import (
     WAVE,
     WIDE_ROWS,
@@ -287,5 +287,5 @@ def forward(
 
 def _norm_tile(y: Tensor, warps: int, most_rows: int) -> dict[str, int]:
     """CHUNK and BLOCK_R of the norm's tiles; a warp takes a row's chunk."""
-    item, chunk = y.element_size(), _chunk(y.shape[-1], y.element_size(), most=24)
+    item, chunk = y.element_size(), chunk_width(y.shape[-1], y.element_size(), most=24)
     return {"CHUNK": chunk, "BLOCK_R": max(1, min(most_rows, warps * (512 // item) // chunk))}

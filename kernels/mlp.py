@@ -42,7 +42,7 @@ from d2vkern import _costs
 from d2vkern._library import define
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
-from d2vkern.kernels._common import _normal_tail, gelu
+from d2vkern.kernels._common import gelu, normal_tail
 from d2vkern.kernels._dropout import draw_seed, dropout_scale, keep_span, keep_tile, threshold
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
@@ -146,7 +146,7 @@ def _store_sums(sums_ptr, total, tile, WIDTH: tl.constexpr, BLOCK_F: tl.constexp
 def _gelu_and_grad(x):
     """GELU(x) and its derivative, with one exponential between them; x is an fp32 block."""
     size = tl.abs(x)
-    tail, bell = _normal_tail(x, size)
+    tail, bell = normal_tail(x, size)
     slope = tl.where(x < 0, tail, 1.0 - tail) + x * bell * 0.3989422804014327
     return tl.maximum(x, 0.0) - size * tail, slope
 

@@ -16,6 +16,7 @@ from d2vkern.kernels._rows import (
     dense,
     load_vector,
     mean_near,
+    replaced,
     row_config,
     row_offset,
     tile_columns,
@@ -88,9 +89,9 @@ def residual_norm_bwd_kernel_rows(
             z = tl.load(z_ptr + row64[:, None] * D + column, mask=inside, other=0.0).to(tl.float32)
             normal = (z - mean) * rstd
             if WEIGHT:
-                dweights = _replaced(dweights, chunk, dweights[chunk] + dy * normal)
+                dweights = replaced(dweights, chunk, dweights[chunk] + dy * normal)
             if BIAS:
-                dbiases = _replaced(dbiases, chunk, dbiases[chunk] + dy)
+                dbiases = replaced(dbiases, chunk, dbiases[chunk] + dy)
             if weight_ptr is not None:
                 dy *= weights[chunk]
             total += dy
@@ -112,7 +113,7 @@ def residual_norm_bwd_kernel_rows(
             if dupdate_ptr is not None:
                 tl.store(dupdate_ptr + at, dz.to(dupdate_ptr.dtype.element_ty), mask=inside)
             if UPDATE_BIAS:
-                dupdate_biases = _replaced(dupdate_biases, chunk, dupdate_biases[chunk] + dz)
+                dupdate_biases = replaced(dupdate_biases, chunk, dupdate_biases[chunk] + dz)
 
     sums_ptr = partials_ptr + program * (D * (WEIGHT + BIAS + UPDATE_BIAS))
     for chunk in tl.static_range(CHUNKS):
@@ -125,12 +126,6 @@ def residual_norm_bwd_kernel_rows(
         if UPDATE_BIAS:
             at = D * (WEIGHT + BIAS) + column
             tl.store(sums_ptr + at, tl.sum(dupdate_biases[chunk], 0), mask=column < D)
-
-
-@triton.jit
-def _replaced(values, index: tl.constexpr, value):
-    """The tuple with another value at `index`."""
-    return values[:index] + (value,) + values[index + 1 :]
 
 
 def backward_outputs(

@@ -40,7 +40,7 @@ SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-6, "weig
 
 @pytest.fixture(autouse=True)
 def no_tables() -> None:
-    _table._tables.clear()
+    _table.tables.clear()
 
 
 class State:
@@ -352,7 +352,7 @@ def test_repeats_bitwise_with_poisoned_memory(triton_device: torch.device) -> No
     start.exp_avgs[1] = start.exp_avgs[1].t().contiguous().t()
     results = []
     for _ in range(2):
-        _table._tables.clear()
+        _table.tables.clear()
         results.append(start.clone())
         for step in (1.0, 2.0):
             results[-1].run(kernel, step, clip_factor=0.7)
@@ -440,7 +440,7 @@ def test_cuda_graph(triton_device: torch.device, table: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         state.run(kernel, steps, **settings)
-    _table._tables.clear()
+    _table.tables.clear()
     for step, found in ((1.0, 0.0), (2.0, 1.0), (2.0, 0.0)):
         torch._foreach_copy_(steps, on_device(state, step))
         found_inf.fill_(found)

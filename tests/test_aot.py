@@ -41,7 +41,7 @@ from benchmarks.aot_record import kernels_of, triton_stems, vector_bytes  # noqa
 from benchmarks.aot_roofline import eager_counts  # noqa: E402
 from benchmarks.aot_trace import OpTrace  # noqa: E402
 from d2vkern._backend import REGISTRY  # noqa: E402
-from d2vkern.testing import _allocations  # noqa: E402
+from d2vkern.testing import allocations  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 HGMMA = "matrix instructions: HGMMA, expected none"
@@ -398,7 +398,7 @@ def test_trace_and_allocator_agree() -> None:
             torch.relu(x) * 2
         return trace
 
-    trace, changes = _allocations(run)
+    trace, changes = allocations(run)
     assert trace.allocated == 2 * x.nbytes
     assert 2 * x.nbytes <= sum(change for change in changes if change > 0) < 2.01 * x.nbytes
 
@@ -439,7 +439,7 @@ from benchmarks import aot, aot_record
 from d2vkern.kernels import _tuning
 stem, case = next(aot_record.cases_of(["ema"], ["image_tiny"], ["bf16"]))
 for gpu, wanted in (("NVIDIA H200", ["sm_90"]), ("NVIDIA A100-SXM4-80GB", ["sm_80"]), ("Some GPU", TARGETS)):
-    with mock.patch.object(_tuning, "_table", lambda: {gpu: {}}):
+    with mock.patch.object(_tuning, "read_table", lambda: {gpu: {}}):
         tuned = aot_record.record_tuned(stem, case)
     assert [build.target for build in aot.users_of({"candidate": tuned}, TARGETS)] == wanted, gpu
     assert len(aot.users_of({"preset": aot_record.record(stem, case)}, TARGETS)) == len(TARGETS)

@@ -39,7 +39,7 @@ SIZES = {
 
 @pytest.fixture(autouse=True)
 def no_tables() -> None:
-    _table._tables.clear()
+    _table.tables.clear()
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_change_makes_a_new_table(triton_device: torch.device, builds: list[in
 def test_tables_do_not_pile_up(triton_device: torch.device) -> None:
     for size in range(1, 2 * _table._CACHED_TABLES):
         kernel([values(triton_device, size)], [values(triton_device, size)], 0.9, [None])
-    assert len(_table._tables) == _table._CACHED_TABLES
+    assert len(_table.tables) == _table._CACHED_TABLES
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["made before capture", "made during capture"])
@@ -298,7 +298,7 @@ def test_repeats_bitwise_with_poisoned_memory(triton_device: torch.device) -> No
     student.append(values(triton_device, 5, 6))
     results = []
     for _ in range(2):
-        _table._tables.clear()
+        _table.tables.clear()
         results.append(clones(start))
         kernel(results[-1], student, 0.99, [None] * len(start))
     for first, second in zip(*results, strict=True):
@@ -424,7 +424,7 @@ def test_cuda_graph(triton_device: torch.device, table: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         kernel(teacher, student, decay, none)
-    _table._tables.clear()
+    _table.tables.clear()
     for value in (0.5, 0.75):
         decay.fill_(value)
         graph.replay()

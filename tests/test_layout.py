@@ -1,6 +1,12 @@
-"""One stem names an op everywhere: its files exist; public names are importable, documented, swappable."""
+"""One stem names an op everywhere: its files exist; public names are importable, documented, swappable.
 
+A name that begins with an underscore belongs to its file: no other one imports it.
+"""
+
+import ast
 import inspect
+from collections.abc import Iterator
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -97,3 +103,66 @@ def test_public_names_are_typed(stem: str, name: str) -> None:
     ]
     assert not untyped
     assert signature.return_annotation is not inspect.Signature.empty
+
+
+def borrowed(root: Path, packages: dict[str, str]) -> Iterator[str]:
+    """`FILE:LINE: NAME` of every private name that a file takes from another one; packages: folder -> name.
+
+    Modules may have private names: `from d2vkern import _nvtx` is a package's own business.
+    """
+    modules = {
+        ".".join([package, *path.relative_to(root / folder).with_suffix("").parts]).removesuffix(
+            ".__init__"
+        ): path
+        for folder, package in packages.items()
+        for path in (root / folder).rglob("*.py")
+    }
+    for importer, path in modules.items():
+        package = importer if path.name == "__init__.py" else importer.rpartition(".")[0]
+        known: dict[str, str] = {}  # what a name of this file is, where that is one of the modules
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                source = resolve_name("." * node.level + (node.module or ""), package)
+                for name in node.names:
+                    full = f"{source}.{name.name}"
+                    if full in modules:
+                        known[name.asname or name.name] = full
+                    elif source in modules and is_private(name.name):
+                        yield f"{path.relative_to(root)}:{node.lineno}: {full}"
+            elif isinstance(node, ast.Import):
+                known |= {
+                    name.asname: name.name for name in node.names if name.asname and name.name in modules
+                }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and is_private(node.attr) and isinstance(node.value, ast.Name):
+                full = f"{known.get(node.value.id)}.{node.attr}"
+                if node.value.id in known and full not in modules:
+                    yield f"{path.relative_to(root)}:{node.lineno}: {full}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_file_takes_a_private_name_of_another() -> None:
+    packages = {"d2vkern": "d2vkern", "kernels": "d2vkern.kernels", "d2v": "d2v", "benchmarks": "benchmarks"}
+    assert list(borrowed(ROOT, packages)) == []
+
+
+def test_borrowed_names_are_found(tmp_path: Path) -> None:
+    files = {
+        "__init__.py": "from ._ground import made\n",
+        "_ground.py": "def _made(): ...\ndef made(): ...\n",
+        "near.py": "def use():\n    from ._ground import (made,\n        _made)\n",
+        "deep/far.py": "from shop import _ground as ground\nfrom os import _exit\nground._made\n",
+        "other.py": "import shop._ground as ground\nground._made\n",
+    }
+    for name, text in files.items():
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text(text, encoding="utf-8")
+    assert sorted(borrowed(tmp_path, {"src": "shop"})) == [
+        "src/deep/far.py:3: shop._ground._made",
+        "src/near.py:2: shop._ground._made",
+        "src/other.py:2: shop._ground._made",
+    ]

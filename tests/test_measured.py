@@ -32,14 +32,14 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     def write(buckets: dict[str, Any] | None = None, text: str | None = None) -> Path:
         content = {_measured.machine("cpu"): {"ops": {"attention": buckets}}}
         path.write_text(json.dumps(content) if text is None else text)
-        _measured._table.cache_clear()
+        _measured.read_table.cache_clear()
         return path
 
     monkeypatch.setattr(_measured, "TABLE", path)
     monkeypatch.setattr(_backend, "_announced", set())
     write({})
     yield write
-    _measured._table.cache_clear()
+    _measured.read_table.cache_clear()
 
 
 def used(qkv: Tensor = QKV, **given: Any) -> str:
@@ -146,7 +146,7 @@ def test_an_unknown_backend_and_a_torn_file_say_where(table: Write) -> None:
 
 def test_the_shipped_table_is_sound() -> None:
     names = set(_backend.backend_names("attention"))
-    for part in _measured._table(TABLE).values():
+    for part in _measured.read_table(TABLE).values():
         assert {"torch", "date", "load before", "load after"} <= set(part["about"])
         assert set(part["ops"]) <= set(_measured.BUCKETS)
         for times in part["ops"]["attention"].values():

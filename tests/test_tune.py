@@ -108,14 +108,14 @@ def test_what_is_written_is_what_a_kernel_then_gets(tmp_path: Path, monkeypatch:
     path = tmp_path / "tuned.json"
     monkeypatch.setattr(_tuning, "TABLE", path)
     monkeypatch.setattr(_tuning, "_gpu", lambda: "GPU A")
-    _tuning._table.cache_clear()
+    _tuning.read_table.cache_clear()
     try:
         write(path, "GPU A", ["x_kernel"], {("x_kernel", "rows64"): {"num_warps": 4}})
         default = [{"num_warps": 1}, {"num_warps": 4}]
         assert _tuning.choose("x_kernel", "rows64", default) == {"num_warps": 4}
         assert _tuning.choose("x_kernel", "rows128", default) == {"num_warps": 1}
     finally:
-        _tuning._table.cache_clear()
+        _tuning.read_table.cache_clear()
 
 
 def test_every_candidate_is_gated_forced_and_timed() -> None:

@@ -6,7 +6,7 @@ N sequences, S tokens, H heads; formulas and their conventions are eager's (d2vk
 import torch
 from torch import Tensor
 
-from d2vkern.reference.attention import _distance, _key_bias, _padded, clamped, without_padding
+from d2vkern.reference.attention import clamped, distances, is_padded, key_bias, without_padding
 
 
 def head_factor(slopes: Tensor, alibi_scale: Tensor | None) -> Tensor:
@@ -35,9 +35,9 @@ def dense_bias(
     bias is small, which is where the softmax looks.
     """
     factor = head_factor(slopes, alibi_scale)
-    bias = _distance(positions, torch.float32) * -factor.view(-1, 1, 1)
+    bias = distances(positions, torch.float32) * -factor.view(-1, 1, 1)
     if lengths is not None:
-        bias = bias + _key_bias(lengths, positions.shape[1], torch.float32)
+        bias = bias + key_bias(lengths, positions.shape[1], torch.float32)
     return bias.to(dtype)
 
 
@@ -45,9 +45,9 @@ def zero_padded_rows(out: Tensor, lengths: Tensor | None, padded_rows: str) -> T
     """out [N,S,D] with the rows behind each length set to 0 where `padded_rows` asks for it."""
     if lengths is None or padded_rows != "zero":
         return out
-    return out.masked_fill(_padded(lengths, out.shape[1]).unsqueeze(2), 0)
+    return out.masked_fill(is_padded(lengths, out.shape[1]).unsqueeze(2), 0)
 
 
 def key_mask(lengths: Tensor, s: int) -> Tensor:
     """[N,1,1,S] bool, True at the keys that may be attended to."""
-    return ~_padded(real_keys(lengths, s), s)[:, None, None]
+    return ~is_padded(real_keys(lengths, s), s)[:, None, None]

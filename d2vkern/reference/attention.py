@@ -64,7 +64,7 @@ class _Attention(torch.autograd.Function):
             o = torch.bmm(p.to(v.dtype).flatten(0, 1), v)
             out[chunk].view(-1, s, h, d).copy_(o.view(-1, h, s, d).transpose(1, 2))
         if lengths is not None and settings.zero_padded:
-            out.masked_fill_(_padded(lengths, s).unsqueeze(2), 0)
+            out.masked_fill_(is_padded(lengths, s).unsqueeze(2), 0)
         return out
 
     @staticmethod
@@ -82,7 +82,7 @@ class _Attention(torch.autograd.Function):
             q, k, v, p, dropped, distance = _probabilities(given, settings, chunk)
             do = dout[chunk].reshape(-1, s, h, d)
             if lengths is not None and settings.zero_padded:
-                do = do.masked_fill(_padded(lengths[chunk], s)[:, :, None, None], 0)
+                do = do.masked_fill(is_padded(lengths[chunk], s)[:, :, None, None], 0)
             if dropped is not None:
                 do = do / (1 - settings.dropout_p)
             do = _heads(do)
@@ -122,7 +122,7 @@ def _chunks(n: int, s: int, h: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n if s * h else 0, size)]
 
 
-def _padded(lengths: Tensor, s: int) -> Tensor:
+def is_padded(lengths: Tensor, s: int) -> Tensor:
     """[n,S] bool, True behind each sequence's length."""
     return torch.arange(s, device=lengths.device) >= lengths.unsqueeze(1)
 
@@ -132,14 +132,14 @@ def without_padding(qkv: Tensor, lengths: Tensor, zero_padded: bool) -> Tensor:
 
     All of a row is with zero_padded, else its key and value, where there are real ones.
     """
-    padded = _padded(lengths, qkv.shape[1])[:, :, None, None, None]
+    padded = is_padded(lengths, qkv.shape[1])[:, :, None, None, None]
     if not zero_padded:
         key_or_value = torch.arange(3, device=qkv.device)[:, None, None] > 0
         padded = padded & (lengths > 0)[:, None, None, None, None] & key_or_value
     return qkv.masked_fill(padded, 0)
 
 
-def _distance(positions: Tensor, dtype: torch.dtype) -> Tensor:
+def distances(positions: Tensor, dtype: torch.dtype) -> Tensor:
     """[n,S] -> [n,1,S,S] |pos_i - pos_j|, 0 for extra tokens (position -1)."""
     positions = positions.contiguous()
     distance = (positions.unsqueeze(2) - positions.unsqueeze(1)).abs()
@@ -152,9 +152,9 @@ def _heads(x: Tensor) -> Tensor:
     return x[0].transpose(0, 1) if x.shape[0] == 1 else x.transpose(1, 2).flatten(0, 1)
 
 
-def _key_bias(lengths: Tensor, s: int, dtype: torch.dtype) -> Tensor:
+def key_bias(lengths: Tensor, s: int, dtype: torch.dtype) -> Tensor:
     """[n,1,1,S]: -inf at padded keys, 0 elsewhere; all 0 where nothing but padding would be left."""
-    padded = _padded(lengths, s) & (lengths > 0).unsqueeze(1)
+    padded = is_padded(lengths, s) & (lengths > 0).unsqueeze(1)
     bias = torch.zeros(padded.shape, dtype=dtype, device=lengths.device)
     return bias.masked_fill_(padded, float("-inf"))[:, None, None]
 
@@ -174,7 +174,7 @@ def _probabilities(
     if given.slopes is None or given.positions is None:
         scores = torch.bmm(q, k.transpose(1, 2)).to(wide).view(n, h, s, s)
     else:
-        distance = _distance(given.positions[chunk], wide)
+        distance = distances(given.positions[chunk], wide)
         factor = _factor(given)
         scores = distance * -factor.to(wide).view(h, 1, 1)
         if qkv.dtype == wide:
@@ -182,7 +182,7 @@ def _probabilities(
         else:
             scores += torch.bmm(q, k.transpose(1, 2)).view(n, h, s, s)
     if given.lengths is not None:
-        scores += _key_bias(given.lengths[chunk], s, wide)
+        scores += key_bias(given.lengths[chunk], s, wide)
     p = torch.softmax(scores, -1)
     dropped = None
     if settings.dropout_p:
@@ -206,16 +206,16 @@ def _traced(given: _Inputs, settings: _Settings) -> Tensor:
     scores = torch.bmm(q * settings.scale, k.transpose(1, 2)).view(n, h, s, s).to(wide)
     if given.slopes is not None and given.positions is not None:
         factor = _factor(given)
-        scores = scores - _distance(given.positions, wide) * factor.to(wide).view(h, 1, 1)
+        scores = scores - distances(given.positions, wide) * factor.to(wide).view(h, 1, 1)
     if given.lengths is not None:
-        scores = scores + _key_bias(given.lengths, s, wide)
+        scores = scores + key_bias(given.lengths, s, wide)
     p = torch.softmax(scores, -1)
     if settings.dropout_p:
         keep = keep_mask(p.shape, settings.dropout_p, p.device, settings.seed)
         p = p.masked_fill(~keep, 0) * (1 / (1 - settings.dropout_p))
     out = torch.bmm(p.to(v.dtype).flatten(0, 1), v).view(n, h, s, d).transpose(1, 2).reshape(n, s, h * d)
     if given.lengths is not None and settings.zero_padded:
-        out = out.masked_fill(_padded(given.lengths, s).unsqueeze(2), 0)
+        out = out.masked_fill(is_padded(given.lengths, s).unsqueeze(2), 0)
     return out
 
 

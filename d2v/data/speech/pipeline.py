@@ -30,7 +30,7 @@ BINS = (0.0, 0.5, 1, 2, 4, 8, 12, 16, 20, 30, 60, math.inf)
 """seconds: edges of the length histogram of `check_data`"""
 
 
-def _usable(utterances: Utterances, cfg: Config, report: Report) -> np.ndarray:
+def find_usable(utterances: Utterances, cfg: Config, report: Report) -> np.ndarray:
     """[k] int64: the utterances that are long enough; the others are counted in `report`."""
     front = _front(cfg)
     long_enough = utterances.lengths >= cfg.data.min_seconds * front.sample_rate
@@ -87,7 +87,7 @@ def _open(path: str, cfg: Config, split: speech.SplitName) -> tuple[Utterances, 
     """The usable utterances of an embedded split, folder, file or manifest; the rest in the report."""
     rate = _front(cfg).sample_rate
     utterances, report = _index(path, cfg, split)
-    usable = _usable(utterances, cfg, report)
+    usable = find_usable(utterances, cfg, report)
     report.stop_if_too_many()
     if not len(usable):
         reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
@@ -278,7 +278,7 @@ def check_data(path: str, cfg: Config) -> Report:
     """Decode every file: rates, channels, formats, lengths, and each unreadable file with its reason."""
     rate = _front(cfg).sample_rate
     utterances, report = _index(path, cfg, split=None)
-    _usable(utterances, cfg, report)
+    find_usable(utterances, cfg, report)
 
     def reason(index: int) -> str:
         try:

@@ -24,7 +24,7 @@ from ..loader import Loader
 from ..types import DataError, Report
 from .files import FileUtterances, Header, Utterances, header_or_reason, in_threads, list_files, read_manifest
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
-from .pipeline import TEST_EVERY, _usable
+from .pipeline import TEST_EVERY, find_usable
 from .source import AudioSource, SpeechUtterances
 
 HELD_OUT = ("dev", "valid", "val", "test")
@@ -104,7 +104,7 @@ def read_spoken(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     else:
         found = _on_disk(Path(path), rate)
     for name, part in found.items():
-        usable = _usable(part.utterances, cfg, part.report)
+        usable = find_usable(part.utterances, cfg, part.report)
         if name == "train":
             fits = part.utterances.lengths[usable] <= cfg.data.max_seconds * rate
             if not fits.all():
