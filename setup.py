@@ -90,6 +90,7 @@ setup(
     version=version[1],
     packages=[
         "d2vkern",
+        "d2vkern.functions",
         "d2vkern.kernels",
         "d2vkern.native",
         "d2vkern.ops",

@@ -38,7 +38,7 @@ def bucket(**sizes: int) -> str:
     return " ".join(f"{name}{1 << (size - 1).bit_length() if size else 0}" for name, size in sizes.items())
 
 
-def masks(ids: Tensor, clones: int, tokens: int | tuple[int, int], **settings: Any) -> Cost:
+def masks(ids: Tensor, clones: int, tokens: int | Sequence[int], **settings: Any) -> Cost:
     """All three samplers: mask, slot and kept positions are written."""
     cells = tokens if isinstance(tokens, int) else tokens[0] * tokens[1]
     kept = settings["kept"] if "kept" in settings else cells - settings["masked"]
@@ -53,7 +53,7 @@ def gather(
     extra: Tensor | None,
     positions: Tensor | None,
     per_mask: Tensor | None,
-    grad: Needs,
+    grad: Needs = (),
 ) -> Cost:
     tokens, width = x.shape[1:]
     rows, kept = ids_keep.shape
@@ -68,7 +68,7 @@ def gather(
     return Cost(bucket(N=rows, T=tokens, K=kept, D=width), forward, 0, (backward, 0))
 
 
-def scatter(x: Tensor, ids_keep: Tensor, clones: int, tokens: int, *_: Any, grad: Needs) -> Cost:
+def scatter(x: Tensor, ids_keep: Tensor, clones: int, tokens: int, *_: Any, grad: Needs = ()) -> Cost:
     (rows, seen, width), kept = x.shape, ids_keep.shape[1]
     vector = width * x.element_size()
     forward = rows * (seen + tokens) * vector + 4 * rows * tokens

@@ -6,10 +6,14 @@ cannot trace are registered; eager stays traceable.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from d2vkern import _native
+from d2vkern._costs import Cost
+from d2vkern._nvtx import op_range
 from d2vkern.kernels._launch import recording
 
 _LIBRARY = torch.library.Library("d2vkern", "FRAGMENT")
@@ -36,3 +40,28 @@ def define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Ca
         return run(*args) if recording() else registered(*args)
 
     return call
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered op that several backends compute: all of it but the work.
+
+    schema: as `define` takes it; the extension has its own in csrc/ops.cpp.
+    range: name of its profiler range without the backend, "<op>/<fwd|bwd>".
+    outputs: the fake; what a backend's function returns, not yet written.
+    cost: takes the op's arguments.
+    """
+
+    schema: str
+    range: str
+    outputs: Callable[..., Any]
+    cost: Callable[..., Cost]
+
+    def triton(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """Register `run` as d2vkern's and return the function that calls it, see `define`."""
+        return define(self.schema, op_range(f"{self.range}/triton", self.cost)(run), self.outputs)
+
+    def native(self) -> Callable[..., Any]:
+        """The extension's op of that name, for torch.compile too; ImportError without the extension."""
+        registered = _native.op(self.schema.partition("(")[0], self.outputs)
+        return op_range(f"{self.range}/native", self.cost)(registered)

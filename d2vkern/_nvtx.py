@@ -105,7 +105,7 @@ def op_range(name: str, cost: Callable[..., Cost] | None = None) -> Callable[[Fu
     backward = name.split("/")[1] == "bwd"
 
     def decorate(function: Function) -> Function:
-        @functools.wraps(function)
+        @functools.wraps(function, updated=())
         def ranged(*args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or not ranges_are_on():
                 return function(*args, **kwargs)

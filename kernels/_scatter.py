@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern import _costs
-from d2vkern._nvtx import op_range
+from d2vkern.functions.gather import SCATTER_BWD, SCATTER_FWD
 from d2vkern.kernels._common import normals, philox
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
@@ -76,18 +75,10 @@ def scatter_fwd_kernel(
         slot = next_slot
 
 
-def _forward_cost(
-    x: Tensor, slot: Tensor, extras: int, noise_std: float, seed: Tensor | None, words: list[int]
-) -> _costs.Cost:
-    kept = x.new_empty((x.shape[0], x.shape[1] - extras), device="meta")
-    return _costs.scatter(x, kept, 1, slot.shape[1], grad=())
-
-
-@op_range("scatter/fwd/triton", _forward_cost)
 def forward(
     x: Tensor, slot: Tensor, extras: int, noise_std: float, seed: Tensor | None, words: list[int]
 ) -> Tensor:
-    out = forward_output(x, slot, extras, noise_std, seed, words)
+    out = SCATTER_FWD.outputs(x, slot, extras, noise_std, seed, words)
     rows, tokens, width = out.shape
     x = dense_columns(x)
     bucket = power_of_two_bucket(rows=rows * tokens, width=width, bytes=x.element_size())
@@ -117,26 +108,7 @@ def forward(
     return out
 
 
-def forward_output(
-    x: Tensor, slot: Tensor, extras: int, noise_std: float, seed: Tensor | None, words: list[int]
-) -> Tensor:
-    """What `forward` returns, not yet written."""
-    return x.new_empty((*slot.shape, x.shape[2]))
-
-
-def _backward_cost(dout: Tensor, ids_keep: Tensor, extras: int) -> _costs.Cost:
-    x = backward_output(dout.to("meta"), ids_keep, extras)
-    return _costs.scatter(x, ids_keep, 1, dout.shape[1], grad=()).of_backward()
-
-
-@op_range("scatter/bwd/triton", _backward_cost)
 def backward(dout: Tensor, ids_keep: Tensor, extras: int) -> Tensor:
-    dx = backward_output(dout, ids_keep, extras)
+    dx = SCATTER_BWD.outputs(dout, ids_keep, extras)
     pick(dx, dout, ids_keep, 1)
     return dx
-
-
-def backward_output(dout: Tensor, ids_keep: Tensor, extras: int) -> Tensor:
-    """What `backward` returns, not yet written."""
-    rows, kept = ids_keep.shape
-    return dout.new_empty((rows, extras + kept, dout.shape[2]))

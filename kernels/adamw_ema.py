@@ -19,7 +19,6 @@ with 16-bit copies of both.
 """
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -27,12 +26,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern import _costs
-from d2vkern._library import define
-from d2vkern._nvtx import op_range
+from d2vkern.functions.adamw_ema import ADAMW_EMA, adamw_ema_with, columns_of
 from d2vkern.kernels._chunks import NONE, address_of, find_chunk, lerp, pointer
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._table import Column, table_of
+from d2vkern.kernels._table import table_of
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 from d2vkern.reference.adamw_ema import grad_norm as grad_norm  # PyTorch's is a launch or a few
 
@@ -145,32 +142,6 @@ def _update(
                 tl.store(t_copy_ptr + at, t, mask=inside)
 
 
-def _cost(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    teachers: list[Tensor],
-    taught: list[int],
-    copies: list[Tensor],
-    copied: list[int],
-    teacher_copies: list[Tensor],
-    *settings: object,
-) -> _costs.Cost:
-    return _costs.adamw_ema(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        None,
-        teachers=teachers,
-        ema_decay=0.0,
-        copies=copies,
-        teacher_copies=teacher_copies,
-    )
-
-
-@op_range("adamw_ema/fwd/triton", _cost)
 def _run(
     params: list[Tensor],
     grads: list[Tensor],
@@ -197,17 +168,9 @@ def _run(
     weight_decay: float,
     eps_mode: str,
 ) -> None:
-    tensors = (found_inf, clip_tensor, decay_tensor, step_tensor, lr_tensor)
-    columns = (
-        Column("params", params, written=True),
-        Column("grads", grads),
-        Column("exp_avgs", exp_avgs, written=True),
-        Column("exp_avg_sqs", exp_avg_sqs, written=True),
-        Column("teachers", teachers, taught, written=True),
-        Column("copies", copies, copied, written=True),
-        Column("teacher_copies", teacher_copies, teacher_copied, written=True),
-    )
     below = float(np.nextafter(np.float32(beta2), np.float32(0.0)))
+    if lr_tensor is not None and step_tensor is None:
+        step_tensor = torch.full((), step, dtype=torch.float32, device=params[0].device)
     if step_tensor is not None:
         on_host: tuple[float | None, ...] = (eps, None, None, None)
         on_device: tuple[float | None, ...] = (lr, weight_decay, _log(beta1), _log(beta2))
@@ -226,12 +189,18 @@ def _run(
             {"CHUNK": 16384, "BLOCK": 1024, "num_warps": 4, "num_stages": 1},
         ],
     )
+    attached = (teachers, taught, copies, copied, teacher_copies, teacher_copied)
+    columns = columns_of(params, grads, exp_avgs, exp_avg_sqs, *attached)
     with table_of("adamw_ema", columns, config["CHUNK"]) as table:
         launch(
             adamw_ema_fwd_kernel,
             (table.programs,),
             table.data,
-            *(None if x is None else x.to(params[0].device) for x in tensors),
+            found_inf,
+            clip_tensor,
+            decay_tensor,
+            step_tensor,
+            lr_tensor,
             clip,
             1.0 - decay,
             1.0 - beta1,
@@ -246,79 +215,8 @@ def _run(
         )
 
 
-_step = define(
-    "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] teachers, int[] taught, Tensor(e!)[] copies, int[] copied, Tensor(f!)[] teacher_copies, "
-    "int[] teacher_copied, Tensor? found_inf, Tensor? clip_tensor, Tensor? decay_tensor, "
-    "Tensor? step_tensor, Tensor? lr_tensor, float clip, float decay, float step, float lr, float beta1, "
-    "float beta2, float eps, float weight_decay, str eps_mode) -> ()",
-    _run,
-    lambda *settings: None,
-)
-
-
-def adamw_ema_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: float | list[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    eps_mode: str,
-    clip_factor: float | Tensor | None,
-    teachers: Sequence[Tensor | None],
-    ema_decay: float | Tensor | None,
-    copies: Sequence[Tensor | None],
-    teacher_copies: Sequence[Tensor | None],
-    found_inf: Tensor | None = None,
-) -> None:
-    """One launch; arguments as d2vkern.reference.adamw_ema's, but grads stay as they are."""
-    step_tensor, step = (steps[0], 0.0) if isinstance(steps, list) else (None, float(steps))
-    if isinstance(lr, Tensor) and step_tensor is None:
-        step_tensor = torch.full((), step, dtype=torch.float32, device=params[0].device)
-    if ema_decay is None:
-        teachers = teacher_copies = [None] * len(params)
-    clip_tensor, clip = _tensor_and_number(clip_factor)
-    decay_tensor, decay = _tensor_and_number(ema_decay)
-    lr_tensor, lr = _tensor_and_number(lr)
-    _step(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        *_present(teachers),
-        *_present(copies),
-        *_present(teacher_copies),
-        found_inf,
-        clip_tensor,
-        decay_tensor,
-        step_tensor,
-        lr_tensor,
-        clip,
-        decay,
-        step,
-        lr,
-        *betas,
-        eps,
-        weight_decay,
-        eps_mode,
-    )
-
-
-def _present(tensors: Sequence[Tensor | None]) -> tuple[list[Tensor], list[int]]:
-    """The tensors that are there, and their rows."""
-    rows = [i for i, tensor in enumerate(tensors) if tensor is not None]
-    return [tensor for tensor in tensors if tensor is not None], rows
-
-
-def _tensor_and_number(value: float | Tensor | None) -> tuple[Tensor | None, float]:
-    """The one that it is; the other is not used, and 1 is as good as None."""
-    return (value, 1.0) if isinstance(value, Tensor) else (None, 1.0 if value is None else float(value))
-
-
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
+
+
+adamw_ema_ = adamw_ema_with(ADAMW_EMA.triton(_run))

@@ -10,20 +10,14 @@ Bytes per element, as at the floor: 12 with an fp32 student (read teacher and st
 a 16-bit one; 2 more for a 16-bit copy, 4 for an fp32 one.
 """
 
-from collections import defaultdict
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern import _costs
-from d2vkern._library import define
-from d2vkern._nvtx import op_range
+from d2vkern.functions.ema import EMA_UPDATE, columns_of, ema_update_with
 from d2vkern.kernels._chunks import NONE, address_of, find_chunk, lerp, pointer
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._table import Column, table_of
+from d2vkern.kernels._table import table_of
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 
 
@@ -77,13 +71,6 @@ def _average(
             tl.store(c_ptr + at, t, mask=inside)
 
 
-def _cost(
-    teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], *settings: object
-) -> _costs.Cost:
-    return _costs.ema(teacher, student, None, copies)
-
-
-@op_range("ema/fwd/triton", _cost)
 def _run(
     teacher: list[Tensor],
     student: list[Tensor],
@@ -92,11 +79,6 @@ def _run(
     decay: float,
     decay_tensor: Tensor | None,
 ) -> None:
-    columns = (
-        Column("teacher", teacher, written=True),
-        Column("student", student),
-        Column("copies", copies, copied, written=True),
-    )
     config = choose(
         "ema_fwd_kernel",
         power_of_two_bucket(values=sum(map(Tensor.numel, teacher))),
@@ -107,44 +89,17 @@ def _run(
             {"CHUNK": 32768, "BLOCK": 4096, "num_warps": 8, "num_stages": 1},
         ],
     )
+    columns = columns_of(teacher, student, copies, copied)
     with table_of("ema", columns, config["CHUNK"]) as table:
         launch(
             ema_fwd_kernel,
             (table.programs,),
             table.data,
-            None if decay_tensor is None else decay_tensor.to(teacher[0].device),
+            decay_tensor,
             None if decay_tensor is not None else 1.0 - decay,
             KINDS=table.kinds,
             **config,
         )
 
 
-_update = define(
-    "ema_update_(Tensor(a!)[] teacher, Tensor[] student, Tensor(b!)[] copies, int[] copied, float decay, "
-    "Tensor? decay_tensor) -> ()",
-    _run,
-    lambda teacher, student, copies, copied, decay, decay_tensor: None,
-)
-
-
-def ema_update_(
-    teacher: Sequence[Tensor],
-    student: Sequence[Tensor],
-    decay: float | Tensor,
-    copies: Sequence[Tensor | None],
-) -> None:
-    """In place on `teacher` and `copies`, one launch per device; see d2vkern.ops.ema."""
-    rows: defaultdict[torch.device, list[int]] = defaultdict(list)
-    for i, t in enumerate(teacher):
-        rows[t.device].append(i)
-    number, tensor = (0.0, decay) if isinstance(decay, Tensor) else (float(decay), None)
-    for here in rows.values():
-        low = [copies[i] for i in here]
-        _update(
-            [teacher[i] for i in here],
-            [student[i] for i in here],
-            [c for c in low if c is not None],
-            [i for i, c in enumerate(low) if c is not None],
-            number,
-            tensor,
-        )
+ema_update_ = ema_update_with(EMA_UPDATE.triton(_run))

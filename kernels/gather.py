@@ -33,98 +33,12 @@ The noise is bound by arithmetic: a normal takes 42 issue slots (36 instructions
 By that count image_base's 31 M normals take an H200 43 us at B = 16, where its bytes take 21.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-
-from d2vkern._library import define
+from d2vkern.functions import gather as functions
 from d2vkern.kernels import _scatter, gather_bwd, gather_fwd
-from d2vkern.reference.philox import split64
 
-if TYPE_CHECKING:
-    from d2vkern.ops.masks import MaskPlan
-
-_gather_fwd = define(
-    "gather_fwd(Tensor x, Tensor ids_keep, SymInt clones, Tensor? extra, Tensor? positions, "
-    "Tensor? per_mask) -> Tensor",
-    gather_fwd.forward,
-    gather_fwd.forward_output,
+gather_tokens = functions.gather_with(
+    functions.GATHER_FWD.triton(gather_fwd.forward), functions.GATHER_BWD.triton(gather_bwd.backward)
 )
-_gather_bwd = define(
-    "gather_bwd(Tensor dout, Tensor slot, SymInt clones, SymInt extras, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    gather_bwd.backward,
-    gather_bwd.backward_outputs,
+scatter_tokens = functions.scatter_with(
+    functions.SCATTER_FWD.triton(_scatter.forward), functions.SCATTER_BWD.triton(_scatter.backward)
 )
-_scatter_fwd = define(
-    "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words) "
-    "-> Tensor",
-    _scatter.forward,
-    _scatter.forward_output,
-)
-_scatter_bwd = define(
-    "scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras) -> Tensor",
-    _scatter.backward,
-    _scatter.backward_output,
-)
-
-
-def gather_tokens(
-    x: Tensor, plan: MaskPlan, extra: Tensor | None, positions: Tensor | None, per_mask: Tensor | None
-) -> Tensor:
-    """Kept tokens of each masked version, extra tokens in front: [N, E + K, D]."""
-    return _Gather.apply(x, plan.ids_keep, plan.slot, plan.clones, extra, positions, per_mask)
-
-
-def scatter_tokens(x: Tensor, plan: MaskPlan, noise_std: float, seed: int | Tensor) -> Tensor:
-    """Kept tokens back at their places, N(0, noise_std) at the masked ones: [N, T, D]."""
-    return _Scatter.apply(x, plan.ids_keep, plan.slot, noise_std, seed)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        ids_keep: Tensor,
-        slot: Tensor,
-        clones: int,
-        extra: Tensor | None,
-        positions: Tensor | None,
-        per_mask: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(slot)
-        ctx.clones, ctx.extras = clones, 0 if extra is None else extra.shape[0]
-        return _gather_fwd(x, ids_keep, clones, extra, positions, per_mask)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (slot,) = ctx.saved_tensors
-        x, _, _, _, extra, positions, per_mask = ctx.needs_input_grad
-        needs = [x, extra, positions, per_mask]
-        grads = _gather_bwd(dout, slot, ctx.clones, ctx.extras, needs)
-        dx, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-        return dx, None, None, None, *rest
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, ids_keep: Tensor, slot: Tensor, noise_std: float, seed: int | Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(ids_keep)
-        ctx.extras = x.shape[1] - ids_keep.shape[1]
-        if isinstance(seed, Tensor):
-            return _scatter_fwd(x, slot, ctx.extras, noise_std, seed.to(x.device), [0, 0])
-        return _scatter_fwd(x, slot, ctx.extras, noise_std, None, split64(seed))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (ids_keep,) = ctx.saved_tensors
-        return _scatter_bwd(dout, ids_keep, ctx.extras), None, None, None, None

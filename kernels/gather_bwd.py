@@ -6,8 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern import _costs
-from d2vkern._nvtx import op_range
+from d2vkern.functions.gather import GATHER_BWD, Gradients
 from d2vkern.kernels._column_sums import MOST_PARTS, column_sums, new_partials
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
@@ -15,8 +14,6 @@ from d2vkern.kernels.gather_fwd import chunk_of, columns, dense_columns, grid, p
 
 SAMPLES_PER_SUM = 4
 """samples that a partial sum of dpositions covers, at least"""
-
-Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 # Counts that change from batch to batch compile nothing anew.
@@ -83,26 +80,8 @@ def gather_bwd_kernel_rows(
             tl.store(into, total, mask=(sum_row < summed) & inside)
 
 
-def _cost(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> _costs.Cost:
-    (rows, tokens), (_, seen, width) = slot.shape, dout.shape
-
-    def shaped(*sizes: int) -> Tensor:
-        return dout.new_empty(sizes, device="meta")
-
-    return _costs.gather(
-        shaped(rows // clones, tokens, width),
-        shaped(rows, seen - extras),
-        clones,
-        shaped(extras, width),
-        None,
-        shaped(rows, tokens, width) if needs[3] else None,
-        grad=(),
-    ).of_backward()
-
-
-@op_range("gather/bwd/triton", _cost)
 def backward(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> Gradients:
-    grads = backward_outputs(dout, slot, clones, extras, needs)
+    grads = GATHER_BWD.outputs(dout, slot, clones, extras, needs)
     dx, dextra, dpositions, dper_mask = (
         grad if need else None for grad, need in zip(grads, needs, strict=True)
     )
@@ -156,15 +135,3 @@ def backward(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[b
     if sums is not None:
         column_sums(sums, (dextra, dpositions))
     return grads
-
-
-def backward_outputs(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> Gradients:
-    """Gradients of x, extra, positions and per_mask, not yet written; empty where none is needed."""
-    (rows, tokens), width = slot.shape, dout.shape[2]
-    x, extra, positions, per_mask = needs
-    return (
-        dout.new_empty((rows // clones if x else 0, tokens, width)),
-        dout.new_empty((extras if extra else 0, width)),
-        dout.new_empty((tokens if positions else 0, width)),
-        dout.new_empty((rows if per_mask else 0, tokens, width)),
-    )

@@ -1,13 +1,10 @@
 """gather_fwd_kernel, and what the programs of gather.py's kernels share; see gather.py."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern import _costs
-from d2vkern._nvtx import op_range
+from d2vkern.functions.gather import GATHER_FWD
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
 
@@ -85,11 +82,6 @@ def _add(a, b):
     return (a.to(tl.float32) + b.to(tl.float32)).to(a.dtype)
 
 
-def _cost(*args: Any) -> _costs.Cost:
-    return _costs.gather(*args, grad=())
-
-
-@op_range("gather/fwd/triton", _cost)
 def forward(
     x: Tensor,
     ids_keep: Tensor,
@@ -98,22 +90,9 @@ def forward(
     positions: Tensor | None,
     per_mask: Tensor | None,
 ) -> Tensor:
-    out = forward_output(x, ids_keep, clones, extra, positions, per_mask)
+    out = GATHER_FWD.outputs(x, ids_keep, clones, extra, positions, per_mask)
     pick(out, x, ids_keep, clones, extra, positions, per_mask)
     return out
-
-
-def forward_output(
-    x: Tensor,
-    ids_keep: Tensor,
-    clones: int,
-    extra: Tensor | None,
-    positions: Tensor | None,
-    per_mask: Tensor | None,
-) -> Tensor:
-    """What `forward` returns, not yet written."""
-    rows, kept = ids_keep.shape
-    return x.new_empty((rows, kept if extra is None else extra.shape[0] + kept, x.shape[2]))
 
 
 def pick(

@@ -28,15 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern import _costs
-from d2vkern._library import define
-from d2vkern._nvtx import op_range
+from d2vkern.functions.masks import MASKS_FWD, samplers_with
 from d2vkern.kernels._common import philox
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
-from d2vkern.reference.philox import CENTRES, PRIORITIES, Word, split64
-
-MaskTensors = tuple[Tensor, Tensor, Tensor]
+from d2vkern.reference.masks import MaskTensors
+from d2vkern.reference.philox import CENTRES, PRIORITIES
 
 REGISTER_TOKENS = 8192
 """the longest row that one program holds in registers"""
@@ -258,69 +255,6 @@ def _parked(row, t, tokens):
     return marked, tl.load(slot_ptr + t, mask=t < tokens, other=0).to(tl.uint32, bitcast=True)
 
 
-def inverse_block_mask(
-    ids: Tensor,
-    clones: int,
-    grid: tuple[int, int],
-    *,
-    centres: int,
-    kept: int,
-    length: int,
-    seed: Word,
-    epoch: Word,
-) -> MaskTensors:
-    """Visible squares of side `length` on a grid, the rest masked; exactly `kept` cells are visible."""
-    return _masks(ids, clones, grid, (length, length), centres, kept, True, seed, epoch)
-
-
-def span_mask(
-    ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, seed: Word, epoch: Word
-) -> MaskTensors:
-    """Masked spans of `length` tokens; exactly `masked` tokens are masked."""
-    return _masks(ids, clones, (1, tokens), (1, length), centres, masked, False, seed, epoch)
-
-
-def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, seed: Word, epoch: Word) -> MaskTensors:
-    """The `kept` tokens of smallest (priority, t) stay, the others are masked."""
-    return _masks(ids, clones, (1, tokens), (1, 1), 0, kept, True, seed, epoch)
-
-
-def _masks(
-    ids: Tensor,
-    clones: int,
-    grid: tuple[int, int],
-    block: tuple[int, int],
-    centres: int,
-    target: int,
-    keep_chosen: bool,
-    seed: Word,
-    epoch: Word,
-) -> MaskTensors:
-    """Words of an int seed and epoch go in as arguments, those of a tensor are read by the kernel."""
-    seed_tensor, epoch_tensor = (value if isinstance(value, Tensor) else None for value in (seed, epoch))
-    words = (*split64(0 if isinstance(seed, Tensor) else seed), 0 if isinstance(epoch, Tensor) else epoch)
-    return _masks_fwd(
-        ids, seed_tensor, epoch_tensor, words, clones, grid, block, centres, target, keep_chosen
-    )
-
-
-def _cost(
-    ids: Tensor,
-    seed: Tensor | None,
-    epoch: Tensor | None,
-    words: list[int],
-    clones: int,
-    grid: list[int],
-    block: list[int],
-    centres: int,
-    target: int,
-    keep_chosen: bool,
-) -> _costs.Cost:
-    tokens = grid[0] * grid[1]
-    return _costs.masks(ids, clones, tokens, kept=target if keep_chosen else tokens - target)
-
-
-@op_range("masks/fwd/triton", _cost)
 def _run(
     ids: Tensor,
     seed: Tensor | None,
@@ -333,7 +267,9 @@ def _run(
     target: int,
     keep_chosen: bool,
 ) -> MaskTensors:
-    mask, ids_keep, slot = _fake(ids, seed, epoch, words, clones, grid, block, centres, target, keep_chosen)
+    mask, ids_keep, slot = MASKS_FWD.outputs(
+        ids, seed, epoch, words, clones, grid, block, centres, target, keep_chosen
+    )
     rows, tokens = mask.shape
     tiled = tokens > REGISTER_TOKENS
     block_t = TILE if tiled else max(64, triton.next_power_of_2(tokens))
@@ -369,28 +305,6 @@ def _run(
     return mask, ids_keep, slot
 
 
-def _fake(
-    ids: Tensor,
-    seed: Tensor | None,
-    epoch: Tensor | None,
-    words: list[int],
-    clones: int,
-    grid: list[int],
-    block: list[int],
-    centres: int,
-    target: int,
-    keep_chosen: bool,
-) -> MaskTensors:
-    """The outputs, not yet written."""
-    rows, tokens = ids.shape[0] * clones, grid[0] * grid[1]
-    kept = target if keep_chosen else tokens - target
-    return (
-        ids.new_empty((rows, tokens), dtype=torch.bool),
-        ids.new_empty((rows, kept), dtype=torch.int32),
-        ids.new_empty((rows, tokens), dtype=torch.int32),
-    )
-
-
 def _candidates(block_t: int, tiled: bool) -> list[dict[str, int]]:
     """One warp where it holds a row: it counts without a barrier. Beyond that at most 16 cells a thread."""
     if tiled:
@@ -400,9 +314,4 @@ def _candidates(block_t: int, tiled: bool) -> list[dict[str, int]]:
     return [{"num_warps": warps, "num_stages": 1} for warps in (default, *others)]
 
 
-_masks_fwd = define(
-    "masks_fwd(Tensor ids, Tensor? seed, Tensor? epoch, SymInt[] words, SymInt clones, SymInt[] grid, "
-    "SymInt[] block, SymInt centres, SymInt target, bool keep_chosen) -> (Tensor, Tensor, Tensor)",
-    _run,
-    _fake,
-)
+inverse_block_mask, span_mask, random_mask = samplers_with(MASKS_FWD.triton(_run))

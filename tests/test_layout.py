@@ -50,13 +50,15 @@ def test_every_stem_has_its_files(stem: str) -> None:
     ]
     if "triton" in REGISTRY[stem]:
         wanted.append(f"kernels/{stem}.py")
+    if {"triton", "native"} <= REGISTRY[stem].keys():
+        wanted.append(f"d2vkern/functions/{stem}.py")
     missing = [path for path in wanted if not (ROOT / path).is_file()]
     if "native" in REGISTRY[stem] and not list((ROOT / "csrc").glob(f"{stem}.*")):
         missing.append(f"csrc/{stem}.*")
     assert not missing
 
 
-@pytest.mark.parametrize("folder", ["d2vkern/ops", "kernels"])
+@pytest.mark.parametrize("folder", ["d2vkern/functions", "d2vkern/ops", "kernels"])
 def test_no_file_is_named_after_nothing(folder: str) -> None:
     # `_fwd` and `_bwd` are how a long kernel file is split.
     names = [path.stem.removesuffix("_fwd").removesuffix("_bwd") for path in (ROOT / folder).glob("*.py")]

@@ -1,0 +1,163 @@
+"""gather_tokens and scatter_tokens of a backend's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from d2vkern import _costs
+from d2vkern._library import Kernel
+from d2vkern.reference.philox import split64
+
+if TYPE_CHECKING:
+    from d2vkern.ops.masks import MaskPlan
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _gathered(x: Tensor, ids_keep: Tensor, clones: int, extra: Tensor | None, *_: Tensor | None) -> Tensor:
+    rows, kept = ids_keep.shape
+    return x.new_empty((rows, kept if extra is None else extra.shape[0] + kept, x.shape[2]))
+
+
+def _gradients(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> Gradients:
+    """Of x, extra, positions and per_mask; empty where none is needed."""
+    (rows, tokens), width = slot.shape, dout.shape[2]
+    x, extra, positions, per_mask = needs
+    return (
+        dout.new_empty((rows // clones if x else 0, tokens, width)),
+        dout.new_empty((extras if extra else 0, width)),
+        dout.new_empty((tokens if positions else 0, width)),
+        dout.new_empty((rows if per_mask else 0, tokens, width)),
+    )
+
+
+def _gradients_cost(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> _costs.Cost:
+    (rows, tokens), (_, seen, width) = slot.shape, dout.shape
+
+    def shaped(*sizes: int) -> Tensor:
+        return dout.new_empty(sizes, device="meta")
+
+    return _costs.gather(
+        shaped(rows // clones, tokens, width),
+        shaped(rows, seen - extras),
+        clones,
+        shaped(extras, width),
+        None,
+        shaped(rows, tokens, width) if needs[3] else None,
+    ).of_backward()
+
+
+def _scattered(x: Tensor, slot: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((*slot.shape, x.shape[2]))
+
+
+def _unscattered(dout: Tensor, ids_keep: Tensor, extras: int) -> Tensor:
+    rows, kept = ids_keep.shape
+    return dout.new_empty((rows, extras + kept, dout.shape[2]))
+
+
+def _unscattered_cost(dout: Tensor, ids_keep: Tensor, extras: int) -> _costs.Cost:
+    x = _unscattered(dout.to("meta"), ids_keep, extras)
+    return _costs.scatter(x, ids_keep, 1, dout.shape[1]).of_backward()
+
+
+def _scattered_cost(x: Tensor, slot: Tensor, extras: int, *_: Any) -> _costs.Cost:
+    kept = x.new_empty((x.shape[0], x.shape[1] - extras), device="meta")
+    return _costs.scatter(x, kept, 1, slot.shape[1])
+
+
+GATHER_FWD = Kernel(
+    "gather_fwd(Tensor x, Tensor ids_keep, SymInt clones, Tensor? extra, Tensor? positions, "
+    "Tensor? per_mask) -> Tensor",
+    "gather/fwd",
+    _gathered,
+    _costs.gather,
+)
+GATHER_BWD = Kernel(
+    "gather_bwd(Tensor dout, Tensor slot, SymInt clones, SymInt extras, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "gather/bwd",
+    _gradients,
+    _gradients_cost,
+)
+SCATTER_FWD = Kernel(
+    "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words) "
+    "-> Tensor",
+    "scatter/fwd",
+    _scattered,
+    _scattered_cost,
+)
+SCATTER_BWD = Kernel(
+    "scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras) -> Tensor",
+    "scatter/bwd",
+    _unscattered,
+    _unscattered_cost,
+)
+
+
+def gather_with(forward: Callable[..., Tensor], backward: Callable[..., Gradients]) -> Callable[..., Tensor]:
+    """gather_tokens of kernels called as GATHER_FWD and GATHER_BWD; `slot` is saved."""
+
+    class _Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: Tensor,
+            ids_keep: Tensor,
+            slot: Tensor,
+            clones: int,
+            extra: Tensor | None,
+            positions: Tensor | None,
+            per_mask: Tensor | None,
+        ) -> Tensor:
+            ctx.save_for_backward(slot)
+            ctx.clones, ctx.extras = clones, 0 if extra is None else extra.shape[0]
+            return forward(x, ids_keep, clones, extra, positions, per_mask)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+            (slot,) = ctx.saved_tensors
+            x, _, _, _, extra, positions, per_mask = ctx.needs_input_grad
+            needs = [x, extra, positions, per_mask]
+            grads = backward(dout, slot, ctx.clones, ctx.extras, needs)
+            dx, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+            return dx, None, None, None, *rest
+
+    def gather_tokens(
+        x: Tensor, plan: MaskPlan, extra: Tensor | None, positions: Tensor | None, per_mask: Tensor | None
+    ) -> Tensor:
+        return _Gather.apply(x, plan.ids_keep, plan.slot, plan.clones, extra, positions, per_mask)
+
+    return gather_tokens
+
+
+def scatter_with(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """scatter_tokens of kernels called as SCATTER_FWD and SCATTER_BWD; `ids_keep` is saved."""
+
+    class _Scatter(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any, x: Tensor, ids_keep: Tensor, slot: Tensor, noise_std: float, seed: int | Tensor
+        ) -> Tensor:
+            ctx.save_for_backward(ids_keep)
+            ctx.extras = x.shape[1] - ids_keep.shape[1]
+            if isinstance(seed, Tensor):
+                return forward(x, slot, ctx.extras, noise_std, seed.to(x.device), [0, 0])
+            return forward(x, slot, ctx.extras, noise_std, None, split64(seed))
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+            (ids_keep,) = ctx.saved_tensors
+            return backward(dout, ids_keep, ctx.extras), None, None, None, None
+
+    def scatter_tokens(x: Tensor, plan: MaskPlan, noise_std: float, seed: int | Tensor) -> Tensor:
+        return _Scatter.apply(x, plan.ids_keep, plan.slot, noise_std, seed)
+
+    return scatter_tokens
