@@ -1,8 +1,8 @@
-// Philox 4x32-10 (Salmon et al., SC 2011) and the integers and uniforms made of its words.
+// Philox 4x32-10 (Salmon et al., SC 2011) and the integers made of its words.
 //
 // Compiles as CUDA and as plain C++, so that a host compiler tests the maths the GPU runs. The counter layouts
-// (which word holds what) and the contract for every conversion stand in d2vkern/reference/philox.py; the words,
-// `below` and `uniform` are the same bits everywhere. Normals: normals.cuh.
+// (which word holds what) and the contract for every conversion stand in d2vkern/reference/philox.py; the words
+// and `below` are the same bits everywhere. Normals: normals.cuh.
 #pragma once
 
 #include "host_device.cuh"
@@ -43,8 +43,5 @@ D2V_HOST_DEVICE Words philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3,
 
 // An integer in [0, bound).
 D2V_HOST_DEVICE uint32_t below(uint32_t word, uint32_t bound) { return mul_high(word, bound); }
-
-// A multiple of 2^-24 in [0, 1), exact in fp32.
-D2V_HOST_DEVICE float uniform(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
 
 }  // namespace d2v

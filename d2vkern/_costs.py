@@ -38,11 +38,19 @@ def bucket(**sizes: int) -> str:
     return " ".join(f"{name}{1 << (size - 1).bit_length() if size else 0}" for name, size in sizes.items())
 
 
-def masks(ids: Tensor, clones: int, tokens: int | Sequence[int], **settings: Any) -> Cost:
+def masks(
+    ids: Tensor,
+    clones: int,
+    grid: Sequence[int],
+    block: Sequence[int],
+    centres: int,
+    target: int,
+    keep_chosen: bool,
+    **_: Any,
+) -> Cost:
     """All three samplers: mask, slot and kept positions are written."""
-    cells = tokens if isinstance(tokens, int) else tokens[0] * tokens[1]
-    kept = settings["kept"] if "kept" in settings else cells - settings["masked"]
-    rows = ids.shape[0] * clones
+    rows, cells = ids.shape[0] * clones, grid[0] * grid[1]
+    kept = target if keep_chosen else cells - target
     return Cost(bucket(N=rows, T=cells), 8 * ids.shape[0] + rows * (5 * cells + 4 * kept))
 
 
@@ -68,13 +76,27 @@ def gather(
     return Cost(bucket(N=rows, T=tokens, K=kept, D=width), forward, 0, (backward, 0))
 
 
-def scatter(x: Tensor, ids_keep: Tensor, clones: int, tokens: int, *_: Any, grad: Needs = ()) -> Cost:
-    (rows, seen, width), kept = x.shape, ids_keep.shape[1]
+def gather_bwd(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: Sequence[bool]) -> Cost:
+    """`gather`'s backward from what it is given; needs: gradients of x, extra, positions, per_mask."""
+    (rows, tokens), (_, seen, width) = slot.shape, dout.shape
+    gradients = (rows // clones + rows * needs[3]) * tokens * width * dout.element_size()
+    moved = _nbytes(dout) + gradients + 4 * rows * tokens
+    return Cost(bucket(N=rows, T=tokens, K=seen - extras, D=width), moved)
+
+
+def scatter(x: Tensor, kept: int, tokens: int) -> Cost:
+    rows, seen, width = x.shape
     vector = width * x.element_size()
+    backward = 2 * rows * seen * vector + 4 * rows * kept
     forward = rows * (seen + tokens) * vector + 4 * rows * tokens
-    return Cost(
-        bucket(N=rows, T=tokens, K=kept, D=width), forward, 0, (2 * rows * seen * vector + 4 * rows * kept, 0)
-    )
+    return Cost(bucket(N=rows, T=tokens, K=kept, D=width), forward, 0, (backward, 0))
+
+
+def scatter_bwd(dout: Tensor, ids_keep: Tensor, extras: int) -> Cost:
+    """`scatter`'s backward from what it is given."""
+    rows, kept = ids_keep.shape
+    x = dout.new_empty((rows, extras + kept, dout.shape[2]), device="meta")
+    return scatter(x, kept, dout.shape[1]).of_backward()
 
 
 def attention(qkv: Tensor, positions: Tensor | None, *_: Any, grad: Needs) -> Cost:
@@ -220,10 +242,10 @@ def adamw_ema(
     grads: list[Tensor],
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    steps: Any,
+    steps: Any = None,
     *,
     teachers: Sequence[Tensor | None],
-    ema_decay: Any,
+    ema_decay: Any = 0.0,
     copies: Sequence[Tensor | None],
     teacher_copies: Sequence[Tensor | None],
     **_: Any,

@@ -5,7 +5,7 @@ No process waits for another in these functions but `replicated`.
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
@@ -30,7 +30,7 @@ def local(tensors: Sequence[_Maybe]) -> list[_Maybe]:
     """The part of each tensor that this process holds; of plain tensors all."""
     if not any_sharded(tensors):
         return list(tensors)
-    return [_local(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
+    return [cast(Any, x).to_local() if is_sharded(x) else x for x in tensors]
 
 
 def check_same_shards(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
@@ -45,10 +45,6 @@ def check_same_shards(op: str, name: str, tensor: Tensor, like_name: str, like: 
 def replicated(value: Any) -> Any:
     """A scalar as a plain tensor: a gradient norm of DTensors is one whose parts must still be added up."""
     return value.full_tensor() if is_sharded(value) else value
-
-
-def _local(tensor: Any) -> Any:
-    return tensor.to_local()
 
 
 def _layout(tensor: Any) -> str:

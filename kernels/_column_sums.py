@@ -21,9 +21,9 @@ MOST_PARTS = 256
 _BLOCK_C = 16
 
 
-def parts_of(rows: int, least: int, most: int = MOST_PARTS) -> int:
-    """How many programs share `rows`: as many as get `least` rows each, at most `most`."""
-    return min(most, triton.cdiv(rows, least))
+def parts_of(rows: int, least: int) -> int:
+    """How many programs share `rows`: as many as get `least` rows each, at most MOST_PARTS."""
+    return min(MOST_PARTS, triton.cdiv(rows, least))
 
 
 def new_partials(like: Tensor, parts: int, outs: Sequence[Tensor | None]) -> Tensor:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2vkern.functions.masks import MASKS_FWD, samplers_with
+from d2vkern.functions.masks import MASKS_FWD, samplers_of
 from d2vkern.kernels._common import philox
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
@@ -314,4 +314,4 @@ def _candidates(block_t: int, tiled: bool) -> list[dict[str, int]]:
     return [{"num_warps": warps, "num_stages": 1} for warps in (default, *others)]
 
 
-inverse_block_mask, span_mask, random_mask = samplers_with(MASKS_FWD.triton(_run))
+inverse_block_mask, span_mask, random_mask = samplers_of(MASKS_FWD.triton(_run))

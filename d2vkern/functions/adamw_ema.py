@@ -1,6 +1,7 @@
 """adamw_ema_ of a backend's kernel."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -8,23 +9,6 @@ from d2vkern import _costs
 from d2vkern._library import Kernel
 from d2vkern.functions.ema import present
 from d2vkern.kernels._table import Column
-
-
-def _cost(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    teachers: list[Tensor],
-    taught: list[int],
-    copies: list[Tensor],
-    copied: list[int],
-    teacher_copies: list[Tensor],
-    *_: object,
-) -> _costs.Cost:
-    attached = {"teachers": teachers, "copies": copies, "teacher_copies": teacher_copies}
-    return _costs.adamw_ema(params, grads, exp_avgs, exp_avg_sqs, None, ema_decay=0.0, **attached)
-
 
 ADAMW_EMA = Kernel(
     "adamw_ema_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
@@ -34,31 +18,18 @@ ADAMW_EMA = Kernel(
     "float beta2, float eps, float weight_decay, str eps_mode) -> ()",
     "adamw_ema/fwd",
     lambda *_: None,
-    _cost,
+    lambda params, grads, exp_avgs, exp_avg_sqs, *call: _costs.adamw_ema(
+        params, grads, exp_avgs, exp_avg_sqs, teachers=call[0], copies=call[2], teacher_copies=call[4]
+    ),
 )
 
 
-def columns_of(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    teachers: list[Tensor],
-    taught: list[int],
-    copies: list[Tensor],
-    copied: list[int],
-    teacher_copies: list[Tensor],
-    teacher_copied: list[int],
-) -> tuple[Column, ...]:
-    """The table of a call on a GPU."""
+def columns_of(*lists: Any) -> tuple[Column, ...]:
+    """The table of a call on a GPU, from the call's first ten arguments."""
+    names, some = ("params", "grads", "exp_avgs", "exp_avg_sqs"), ("teachers", "copies", "teacher_copies")
     return (
-        Column("params", params, written=True),
-        Column("grads", grads),
-        Column("exp_avgs", exp_avgs, written=True),
-        Column("exp_avg_sqs", exp_avg_sqs, written=True),
-        Column("teachers", teachers, taught, written=True),
-        Column("copies", copies, copied, written=True),
-        Column("teacher_copies", teacher_copies, teacher_copied, written=True),
+        *(Column(name, lists[i], written=name != "grads") for i, name in enumerate(names)),
+        *(Column(name, *lists[i : i + 2], written=True) for i, name in zip((4, 6, 8), some, strict=True)),
     )
 
 

@@ -36,22 +36,6 @@ def _gradients(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list
     )
 
 
-def _gradients_cost(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> _costs.Cost:
-    (rows, tokens), (_, seen, width) = slot.shape, dout.shape
-
-    def shaped(*sizes: int) -> Tensor:
-        return dout.new_empty(sizes, device="meta")
-
-    return _costs.gather(
-        shaped(rows // clones, tokens, width),
-        shaped(rows, seen - extras),
-        clones,
-        shaped(extras, width),
-        None,
-        shaped(rows, tokens, width) if needs[3] else None,
-    ).of_backward()
-
-
 def _scattered(x: Tensor, slot: Tensor, *_: Any) -> Tensor:
     return x.new_empty((*slot.shape, x.shape[2]))
 
@@ -59,16 +43,6 @@ def _scattered(x: Tensor, slot: Tensor, *_: Any) -> Tensor:
 def _unscattered(dout: Tensor, ids_keep: Tensor, extras: int) -> Tensor:
     rows, kept = ids_keep.shape
     return dout.new_empty((rows, extras + kept, dout.shape[2]))
-
-
-def _unscattered_cost(dout: Tensor, ids_keep: Tensor, extras: int) -> _costs.Cost:
-    x = _unscattered(dout.to("meta"), ids_keep, extras)
-    return _costs.scatter(x, ids_keep, 1, dout.shape[1]).of_backward()
-
-
-def _scattered_cost(x: Tensor, slot: Tensor, extras: int, *_: Any) -> _costs.Cost:
-    kept = x.new_empty((x.shape[0], x.shape[1] - extras), device="meta")
-    return _costs.scatter(x, kept, 1, slot.shape[1])
 
 
 GATHER_FWD = Kernel(
@@ -83,20 +57,20 @@ GATHER_BWD = Kernel(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     "gather/bwd",
     _gradients,
-    _gradients_cost,
+    _costs.gather_bwd,
 )
 SCATTER_FWD = Kernel(
     "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words) "
     "-> Tensor",
     "scatter/fwd",
     _scattered,
-    _scattered_cost,
+    lambda x, slot, extras, *_: _costs.scatter(x, x.shape[1] - extras, slot.shape[1]),
 )
 SCATTER_BWD = Kernel(
     "scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras) -> Tensor",
     "scatter/bwd",
     _unscattered,
-    _unscattered_cost,
+    _costs.scatter_bwd,
 )
 
 

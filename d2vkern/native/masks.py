@@ -1,5 +1,5 @@
 """Masks by the compiled extension: csrc/masks.cpp on CPUs, csrc/masks.cu on CUDA, eager's bits on both."""
 
-from d2vkern.functions.masks import MASKS_FWD, samplers_with
+from d2vkern.functions.masks import MASKS_FWD, samplers_of
 
-inverse_block_mask, span_mask, random_mask = samplers_with(MASKS_FWD.native())
+inverse_block_mask, span_mask, random_mask = samplers_of(MASKS_FWD.native())

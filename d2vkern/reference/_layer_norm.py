@@ -10,10 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._common import rows_of
-
-_SLICE = 1 << 18
-"""elements worked on at once, per thread: 1 MiB of fp32, half of one core's L2 cache"""
+from ._common import SLICE, rows_of
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -81,5 +78,5 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The rows (..., D) or (..., 1) of all of them, some at a time."""
     rows = [rows_of(tensor) for tensor in tensors]
     width = max(row.shape[1] for row in rows)
-    step = max(1, _SLICE * torch.get_num_threads() // width)
+    step = max(1, SLICE * torch.get_num_threads() // width)
     return zip(*(row.split(step) for row in rows), strict=True)

@@ -24,6 +24,9 @@ from d2vkern.reference.ema import average_
 ENDLESS = 1e9
 """a step whose bias corrections are 1"""
 
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+"""parameters, gradients, exp_avgs, exp_avg_sqs"""
+
 
 @op_range("adamw_ema/fwd/eager", _costs.adamw_ema)
 def adamw_ema_(
@@ -57,14 +60,15 @@ def adamw_ema_(
         for p, g in zip(params, grads, strict=True)
     ]
     scalars = _Scalars(lr, betas, eps, weight_decay, eps_mode, clip_factor)
+    tensors = (params, grads, exp_avgs, exp_avg_sqs)
     if torch.compiler.is_compiling() and isinstance(steps, list):
-        for p, g, m, v in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-            _traced(p, g, m, v, steps[0], scalars, found_inf)
+        for each in zip(*tensors, strict=True):
+            _traced(*each, steps[0], scalars, found_inf)
     elif isinstance(steps, list) or isinstance(lr, Tensor):
         step = steps[0] if isinstance(steps, list) else torch.tensor(steps, device=params[0].device)
-        _fused_on_device(params, grads, exp_avgs, exp_avg_sqs, step, scalars, found_inf)
+        _fused_on_device(tensors, step, scalars, found_inf)
     else:
-        _fused(params, grads, exp_avgs, exp_avg_sqs, steps, scalars)
+        _fused(tensors, steps, scalars)
     if found_inf is not None and ema_decay is not None:
         ema_decay = decay_unless(found_inf, ema_decay)
     for p, low in zip(params, copies, strict=True):
@@ -93,81 +97,57 @@ class _Scalars(NamedTuple):
     clip_factor: float | Tensor | None
 
 
-def _fused(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    step: float,
-    s: _Scalars,
-) -> None:
+def _fused(tensors: _Lists, step: float, s: _Scalars) -> None:
     """Step and lr are numbers; fairseq's eps is made torch's."""
-    device = params[0].device
-    clip = s.clip_factor
     # On a CPU the factor can be looked at for free, and 1 spares the kernel a write of every gradient.
-    if clip is not None and device.type == "cpu" and float(clip) == 1.0:
-        clip = None
-    torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        [torch.full((), step, dtype=torch.float32, device=device)] * len(params),
-        lr=s.lr,
-        beta1=s.betas[0],
-        beta2=s.betas[1],
-        weight_decay=s.weight_decay,
-        eps=s.eps / (1.0 - s.betas[1] ** step) ** 0.5 if s.eps_mode == "fairseq" else s.eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=_divisor(clip, device),
-    )
+    if s.clip_factor is not None and tensors[0][0].device.type == "cpu" and float(s.clip_factor) == 1.0:
+        s = s._replace(clip_factor=None)
+    if s.eps_mode == "fairseq":
+        s = s._replace(eps=s.eps / (1.0 - s.betas[1] ** step) ** 0.5)
+    _call_fused(tensors, _on_device(step, torch.float32, tensors[0][0].device), s)
 
 
-def _fused_on_device(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    step: Tensor,
-    s: _Scalars,
-    found_inf: Tensor | None,
-) -> None:
+def _fused_on_device(tensors: _Lists, step: Tensor, s: _Scalars, found_inf: Tensor | None) -> None:
     """Step and lr stay on the device.
 
     The kernel's eps is a number, and fairseq's as torch's would depend on the step. So there an endless step
     switches the kernel's bias corrections off; they go into lr, and weight decay is a pass of its own.
     """
-    device = params[0].device
-    lr = _on_device(s.lr, torch.float64, device)
-    decay, count = s.weight_decay, step
+    params = tensors[0]
+    lr = _on_device(s.lr, torch.float64, params[0].device)
     if s.eps_mode == "fairseq":
         # fp64, because 1 - beta^t cancels; a skipped first step has t = 0 and changes nothing
         t = step.double().clamp(min=1.0)
-        if decay:
-            shrink = 1.0 - lr * decay
+        if s.weight_decay:
+            shrink = 1.0 - lr * s.weight_decay
             if found_inf is not None:
                 shrink = torch.where(found_inf == 0, shrink, 1.0)
             torch._foreach_mul_(params, shrink.to(params[0].dtype))
         lr = lr * (1.0 - s.betas[1] ** t).sqrt() / (1.0 - s.betas[0] ** t)
-        decay, count = 0.0, torch.full_like(step, ENDLESS)
+        s, step = s._replace(weight_decay=0.0), torch.full_like(step, ENDLESS)
+    found = None if found_inf is None else (found_inf != 0).float()  # the kernel asks for 1
+    _call_fused(tensors, step.float(), s._replace(lr=lr.float()), found)
+
+
+def _call_fused(tensors: _Lists, step: Tensor, s: _Scalars, found_inf: Tensor | None = None) -> None:
+    """torch's kernel, which knows its own eps mode only; it divides by its scale, as after loss scaling."""
+    params = tensors[0]
+    divisor = None
+    if s.clip_factor is not None:
+        divisor = _on_device(s.clip_factor, torch.float32, params[0].device).reciprocal()
     torch._fused_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
+        *tensors,
         [],
-        [count.float()] * len(params),
-        lr=lr.float(),
+        [step] * len(params),
+        lr=s.lr,
         beta1=s.betas[0],
         beta2=s.betas[1],
-        weight_decay=decay,
+        weight_decay=s.weight_decay,
         eps=s.eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=_divisor(s.clip_factor, device),
-        found_inf=None if found_inf is None else (found_inf != 0).float(),  # the kernel asks for 1
+        grad_scale=divisor,
+        found_inf=found_inf,
     )
 
 
@@ -186,13 +166,6 @@ def _traced(
     )
     for old, new in ((p, new_p), (m, new_m), (v, new_v)):
         old.copy_(new if found_inf is None else torch.where(found_inf == 0, new, old))
-
-
-def _divisor(clip_factor: float | Tensor | None, device: torch.device) -> Tensor | None:
-    """The kernel divides by its scale, as after loss scaling."""
-    if clip_factor is None:
-        return None
-    return _on_device(clip_factor, torch.float32, device).reciprocal()
 
 
 def _on_device(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

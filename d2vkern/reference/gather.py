@@ -97,7 +97,10 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
-    @op_range("scatter/fwd/eager", _costs.scatter)
+    @op_range(
+        "scatter/fwd/eager",
+        lambda x, ids, clones, tokens, *_, grad: _costs.scatter(x, ids.shape[1], tokens),
+    )
     def forward(
         ctx: Any,
         x_NSD: Tensor,

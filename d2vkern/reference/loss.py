@@ -19,10 +19,9 @@ from torch.autograd.function import once_differentiable
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.ops.masks import MaskPlan
+from d2vkern.reference._common import SLICE
 
 _VARIANCE_EPS = 1e-6
-# Elements of a slice: 1 MiB of fp32, half of one core's L2 cache.
-_SLICE = 1 << 18
 
 
 def masked_regression_loss(
@@ -73,7 +72,7 @@ def _scaled(slope: Tensor, factor: Tensor) -> Tensor:
         return (slope * factor).to(slope.dtype)
     out = torch.empty_like(slope) if graph_is_kept() else slope
     # a CPU makes a copy in factor's dtype of what it works on
-    size = _SLICE if slope.device.type == "cpu" else max(1, slope.numel())
+    size = SLICE if slope.device.type == "cpu" else max(1, slope.numel())
     for part, whence in zip(out.view(-1).split(size), slope.view(-1).split(size), strict=True):
         torch.mul(whence, factor, out=part)
     return out
@@ -137,7 +136,7 @@ def _walk(
 def _slices(rows: int, clones: int, row_size: int, device: torch.device) -> list[slice]:
     """Row slices: as many rows as fit the cache on a CPU, one version m of all samples elsewhere."""
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        step = max(1, _SLICE // row_size)
+        step = max(1, SLICE // row_size)
         return [slice(start, start + step) for start in range(0, rows, step)]
     return [slice(m, None, clones) for m in range(clones)]
 

@@ -17,6 +17,8 @@ are ints or 0-dim int64 tensors.
 
 # B samples, M clones per sample, N = B * M rows, T tokens, K kept
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -25,49 +27,74 @@ from d2vkern._nvtx import op_range
 from d2vkern.reference.philox import CENTRES, PRIORITIES, Word, below, row_draws
 
 MaskTensors = tuple[Tensor, Tensor, Tensor]
+Samplers = tuple[Callable[..., MaskTensors], Callable[..., MaskTensors], Callable[..., MaskTensors]]
+
+
+def samplers_with(sample: Callable[..., MaskTensors]) -> Samplers:
+    """inverse_block_mask, span_mask and random_mask of one sampler for all of them.
+
+    sample: called as `_sample`, with seed and epoch by name.
+    """
+
+    def inverse_block_mask(
+        ids: Tensor,
+        clones: int,
+        grid: tuple[int, int],
+        *,
+        centres: int,
+        kept: int,
+        length: int,
+        **words: Word,
+    ) -> MaskTensors:
+        """Visible squares of side `length` on a grid, the rest masked; exactly `kept` cells are visible."""
+        return sample(ids, clones, grid, (length, length), centres, kept, True, **words)
+
+    def span_mask(
+        ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, **words: Word
+    ) -> MaskTensors:
+        """Masked spans of `length` tokens; exactly `masked` tokens are masked."""
+        return sample(ids, clones, (1, tokens), (1, length), centres, masked, False, **words)
+
+    def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, **words: Word) -> MaskTensors:
+        """The `kept` tokens of smallest (priority, t) stay, the others are masked."""
+        return sample(ids, clones, (1, tokens), (1, 1), 0, kept, True, **words)
+
+    return inverse_block_mask, span_mask, random_mask
 
 
 @op_range("masks/fwd/eager", _costs.masks)
-def inverse_block_mask(
+def _sample(
     ids: Tensor,
     clones: int,
     grid: tuple[int, int],
-    *,
+    block: tuple[int, int],
     centres: int,
-    kept: int,
-    length: int,
+    target: int,
+    keep_chosen: bool,
+    *,
     seed: Word,
     epoch: Word,
 ) -> MaskTensors:
-    """Visible squares of side `length` on a grid, the rest masked; exactly `kept` cells are visible."""
-    height, width = grid
-    cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), height * width)
-    reach = torch.arange(length, device=ids.device) - length // 2
-    rows_NCR = (cells_NC[..., None] // width + reach).clamp_(0, height - 1)
-    cols_NCR = (cells_NC[..., None] % width + reach).clamp_(0, width - 1)
-    blocks_NX = (rows_NCR[..., :, None] * width + cols_NCR[..., None, :]).flatten(1)
-    marked = _mark(blocks_NX, height * width)
-    visible = _equalise(marked, kept, ids, clones, seed, epoch)
-    return plan_tensors(~visible, kept)
+    """`target` cells, those in blocks (squares, or spans of a row) first, are those kept or those masked."""
+    (height, width), length = grid, block[1]
+    marked = torch.zeros(ids.shape[0] * clones, height * width, dtype=torch.bool, device=ids.device)
+    if centres:
+        cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), height * width)
+        reach = torch.arange(length, device=ids.device) - length // 2
+        if height == 1:
+            blocks = (cells_NC[..., None] + reach).clamp_(0, width - 1)
+        else:
+            rows_NCR = (cells_NC[..., None] // width + reach).clamp_(0, height - 1)
+            columns_NCR = (cells_NC[..., None] % width + reach).clamp_(0, width - 1)
+            blocks = rows_NCR[..., :, None] * width + columns_NCR[..., None, :]
+        marked.scatter_(1, blocks.flatten(1), True)
+    chosen = _equalise(marked, target, ids, clones, seed, epoch)
+    if keep_chosen:
+        return plan_tensors(~chosen, target)
+    return plan_tensors(chosen, height * width - target)
 
 
-@op_range("masks/fwd/eager", _costs.masks)
-def span_mask(
-    ids: Tensor, clones: int, tokens: int, *, centres: int, masked: int, length: int, seed: Word, epoch: Word
-) -> MaskTensors:
-    """Masked spans of `length` tokens; exactly `masked` tokens are masked."""
-    cells_NC = below(row_draws(ids, clones, centres, CENTRES, seed=seed, epoch=epoch), tokens)
-    reach = torch.arange(length, device=ids.device) - length // 2
-    spans_NX = (cells_NC[..., None] + reach).clamp_(0, tokens - 1).flatten(1)
-    mask = _equalise(_mark(spans_NX, tokens), masked, ids, clones, seed, epoch)
-    return plan_tensors(mask, tokens - masked)
-
-
-@op_range("masks/fwd/eager", _costs.masks)
-def random_mask(ids: Tensor, clones: int, tokens: int, *, kept: int, seed: Word, epoch: Word) -> MaskTensors:
-    """The `kept` tokens of smallest (priority, t) stay, the others are masked."""
-    unmarked = torch.zeros(ids.shape[0] * clones, tokens, dtype=torch.bool, device=ids.device)
-    return plan_tensors(~_equalise(unmarked, kept, ids, clones, seed, epoch), kept)
+inverse_block_mask, span_mask, random_mask = samplers_with(_sample)
 
 
 def plan_tensors(mask: Tensor, kept: int) -> MaskTensors:
@@ -87,11 +114,6 @@ def ascending_positions(selected: Tensor, count: int) -> Tensor:
     cells = torch.arange(tokens, dtype=torch.int32, device=selected.device).expand(rows, tokens)
     out.scatter_(1, torch.where(selected, order, count), cells)
     return out[:, :count].contiguous()
-
-
-def _mark(cells: Tensor, tokens: int) -> Tensor:
-    """[N, tokens] bool, True at the listed cells [N, X]; a cell may be listed more than once."""
-    return torch.zeros(cells.shape[0], tokens, dtype=torch.bool, device=cells.device).scatter_(1, cells, True)
 
 
 def _equalise(marked: Tensor, target: int, ids: Tensor, clones: int, seed: Word, epoch: Word) -> Tensor:

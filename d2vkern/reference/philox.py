@@ -22,7 +22,6 @@ Layout, the contract that csrc/philox.cuh and the Triton twins follow bit for bi
 The layouts are injective: no two draws of one seed share a counter. From words to values:
 
     below(w, L) = (w * L) >> 32          each of the L values has a probability within 2^-32 of 1 / L
-    uniform(w)  = (w >> 8) * 2^-24       in [0, 1), exact in fp32
     normal      r = sqrt(-2 ln(((a >> 8) + 1) * 2^-24)), phi = fp32(2 pi 2^-24) * (b >> 8),
                 words (a, b) of (w0, w1) give normals 0 and 1 = r cos phi, r sin phi; (w2, w3) give 2 and 3.
                 The argument of ln is never 0; the largest normal is 5.77.
@@ -118,11 +117,6 @@ def element_normals(rows: Tensor, tokens: Tensor, width: int, *, seed: Word) -> 
 def below(words: Tensor, bound: int) -> Tensor:
     """int64 integers in [0, bound), 0 < bound <= 2^31; each has a probability within 2^-32 of 1 / bound."""
     return (words * bound) >> 32
-
-
-def uniform(words: Tensor) -> Tensor:
-    """fp32 values in [0, 1): multiples of 2^-24 from the upper 24 bits, exact."""
-    return (words >> 8).float() * 2.0**-24
 
 
 def normal(words: Words) -> Tensor:

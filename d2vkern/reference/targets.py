@@ -15,10 +15,9 @@ from torch import Tensor
 
 from d2vkern import _costs
 from d2vkern._nvtx import op_range
+from d2vkern.reference._common import SLICE
 
 EPS = 1e-5
-# Elements of a slice: 1 MiB of fp32, half of one core's L2 cache.
-_SLICE = 1 << 18
 
 
 @op_range("targets/fwd/eager", _costs.targets)
@@ -47,7 +46,7 @@ def _slices(norm: str | None, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     size = tensors[0].numel()
     if norm == "batch" or size == 0 or tensors[0].device.type != "cpu" or torch.compiler.is_compiling():
         return [tensors]
-    step = max(1, _SLICE * tensors[0].shape[0] // size)
+    step = max(1, SLICE * tensors[0].shape[0] // size)
     return list(zip(*(tensor.split(step) for tensor in tensors), strict=True))
 
 

@@ -233,7 +233,6 @@ PYBIND11_MODULE(maths_host, m) {
   m.def("philox_below", [](const UInts& words, uint32_t bound) {
     return map<uint32_t>(words, [&](uint32_t word) { return d2v::below(word, bound); });
   });
-  m.def("philox_uniform", [](const UInts& words) { return map<float>(words, d2v::uniform); });
   m.def("philox_normal", philox_normal);
   m.def("polar", polar);
   m.def("element_normals", element_normals);

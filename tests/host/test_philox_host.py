@@ -60,13 +60,6 @@ def test_below_equals_the_reference(maths_host: ModuleType, random_words: np.nda
     np.testing.assert_array_equal(maths_host.philox_below(random_words, bound), expected)
 
 
-def test_uniform_equals_the_reference(maths_host: ModuleType, random_words: np.ndarray) -> None:
-    expected = philox.uniform(torch.from_numpy(random_words.astype(np.int64))).numpy()
-    np.testing.assert_array_equal(
-        maths_host.philox_uniform(random_words).view(np.uint32), expected.view(np.uint32)
-    )
-
-
 def test_normal_is_within_four_ulp_of_the_reference(maths_host: ModuleType, random_words: np.ndarray) -> None:
     words = random_words[:, :4].copy()
     w0, w1, w2, w3 = torch.from_numpy(words.astype(np.int64)).unbind(1)
@@ -106,7 +99,7 @@ def test_cuda_compiler_takes_the_header(tmp_path: Path) -> None:
         '#include "normals.cuh"\n'
         "__global__ void draw(float* out) {\n"
         "  const d2v::Words words = d2v::philox(threadIdx.x, 0, 0, 0, 1, 2);\n"
-        "  out[threadIdx.x] = d2v::uniform(words.w[0]) + d2v::normal_pair(words.w[2], words.w[3]).first;\n"
+        "  out[threadIdx.x] = d2v::below(words.w[0], 7) + d2v::normal_pair(words.w[2], words.w[3]).first;\n"
         "}\n"
     )
     target = ["-arch=sm_90", "-cubin", "-o", str(tmp_path / "kernel.cubin")]
