@@ -47,20 +47,17 @@ def decoder_flops(cfg: ModelConfig, rows: int, tokens: int) -> int:
 
 
 def step_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
-    """One step on a source of `shape`: [B,C,H,W], [B,samples] or [B,T]; data2vec 2.0 as the original does."""
-    return step_work(cfg, shape).total + spared_flops(cfg, shape)
+    """One step on a source of `shape`: [B,C,H,W], [B,samples] or [B,T]; data2vec 2.0 as the original does.
 
-
-def spared_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
-    """What `step_flops` counts at kept places of data2vec 2.0's decoder, where no loss reads the prediction.
-
-    The model leaves the projection out there, and the last layer where it is a dense 1-D convolution.
+    The original's decoder computes kept places, too, where no loss reads the prediction: the model leaves the
+    projection out there, and the last layer where it is a dense 1-D convolution.
     """
+    work = step_work(cfg, shape).total
     if cfg.objective != "data2vec2":
-        return 0
+        return work
     rows, (tokens, kept) = shape[0] * cfg.mask.clones, token_counts(cfg, shape)
     whole, masked = (_decoder_flops(cfg, rows, tokens, places) for places in (tokens, tokens - kept))
-    return 3 * (whole - masked)
+    return work + 3 * (whole - masked)
 
 
 def step_work(cfg: ModelConfig, shape: tuple[int, ...]) -> Work:

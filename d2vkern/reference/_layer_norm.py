@@ -17,12 +17,11 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Three:
     """y in x's dtype, and mean and rstd per row, (..., 1)."""
-    shape = x.shape[-1:]
-    if not _is_narrow_on_cpu(x):
-        return torch.native_layer_norm(x, shape, _to(weight, x.dtype), _to(bias, x.dtype), eps)
-    w, b = _to(weight, torch.float32), _to(bias, torch.float32)
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        y, mean, rstd = torch.native_layer_norm(x.float(), shape, w, b, eps)
+    shape, narrow = x.shape[-1:], _is_narrow_on_cpu(x)
+    wide = torch.float32 if narrow else x.dtype
+    w, b = _to(weight, wide), _to(bias, wide)
+    if not narrow or torch.compiler.is_compiling() or x.numel() == 0:
+        y, mean, rstd = torch.native_layer_norm(x.to(wide), shape, w, b, eps)
         return y.to(x.dtype), mean, rstd
     out = x.new_empty(x.shape)
     moments = []
@@ -35,23 +34,15 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 
 def layer_norm_backward(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx in x's dtype; dweight and dbias as they are summed, None for what is not given."""
     shape, wanted = x.shape[-1:], [True, weight is not None, bias is not None]
-    gradients = torch.ops.aten.native_layer_norm_backward
-    dy = dy.contiguous()
-    if not _is_narrow_on_cpu(x):
-        w, b = _to(weight, x.dtype), _to(bias, x.dtype)
-        return gradients(dy, x, shape, mean, rstd, w, b, wanted)
-    w, b = _to(weight, torch.float32), _to(bias, torch.float32)
-    if torch.compiler.is_compiling() or x.numel() == 0:
-        dx, dw, db = gradients(dy.float(), x.float(), shape, mean, rstd, w, b, wanted)
+    gradients, narrow = torch.ops.aten.native_layer_norm_backward, _is_narrow_on_cpu(x)
+    wide = torch.float32 if narrow else x.dtype
+    dy, w, b = dy.contiguous(), _to(weight, wide), _to(bias, wide)
+    if not narrow or torch.compiler.is_compiling() or x.numel() == 0:
+        dx, dw, db = gradients(dy.to(wide), x.to(wide), shape, mean, rstd, w, b, wanted)
         return dx.to(x.dtype), dw, db
     out = x.new_empty(x.shape)
     sums = []

