@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -310,6 +311,7 @@ def _check_backend(stem: str, backend: str, origin: str) -> None:
         )
 
 
+@cache
 def _parse_environment(value: str) -> dict[str, str]:
     """'eager,attention=triton' -> stem -> backend."""
     default: str | None = None
@@ -327,15 +329,9 @@ def _parse_environment(value: str) -> dict[str, str]:
     return _expand(default, per_op, f"environment {ENVIRONMENT}")
 
 
-_environments: dict[str, dict[str, str]] = {"": {}}
-
-
 @_constant_while_tracing
 def _from_environment(stem: str) -> str | None:
-    value = os.environ.get(ENVIRONMENT, "")
-    if value not in _environments:
-        _environments[value] = _parse_environment(value)
-    return _environments[value].get(stem)
+    return _parse_environment(os.environ.get(ENVIRONMENT, "")).get(stem)
 
 
 @_constant_while_tracing

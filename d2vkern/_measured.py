@@ -8,8 +8,8 @@ calls that run as they stand, and a bucket would tie the compiled code to its si
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from d2vkern import _cpu
 from d2vkern._costs import bucket
+from d2vkern._listeners import listening
 
 TABLE = Path(__file__).with_name("measured.json")
 Times = dict[str, float]
@@ -79,15 +80,9 @@ def times_of(where: str) -> dict[str, dict[str, Times]]:
     return read_table(TABLE).get(where, {}).get("ops", {})
 
 
-@contextmanager
-def record_buckets() -> Iterator[list[str]]:
+def record_buckets() -> AbstractContextManager[list[str]]:
     """Yield a list that receives the bucket of every call that is left to auto in the block."""
-    asked: list[str] = []
-    _asked.append(asked)
-    try:
-        yield asked
-    finally:
-        _asked.remove(asked)
+    return listening(_asked, [])
 
 
 @cache

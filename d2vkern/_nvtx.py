@@ -26,6 +26,7 @@ import nvtx
 import torch
 
 from d2vkern._costs import Cost
+from d2vkern._listeners import listening
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -84,15 +85,9 @@ def force_ranges(on: bool | None) -> Iterator[None]:
         _requested = outer
 
 
-@contextmanager
-def tally_costs() -> Iterator[dict[str, Tally]]:
+def tally_costs() -> AbstractContextManager[dict[str, Tally]]:
     """Yield a dict that receives calls, bytes and FLOPs under each op range's name while ranges are on."""
-    tallies: dict[str, Tally] = {}
-    _tallies.append(tallies)
-    try:
-        yield tallies
-    finally:
-        _tallies.remove(tallies)
+    return listening(_tallies, {})
 
 
 def op_range(name: str, cost: Callable[..., Cost] | None = None) -> Callable[[Function], Function]:

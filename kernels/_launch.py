@@ -13,14 +13,16 @@ products without pipelining.
 import inspect
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from d2vkern._listeners import listening
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,9 @@ FENCED_FROM = (3, 7, 1)
 _recorders: list[list[Launch]] = []
 
 
-@contextmanager
-def record_launches() -> Iterator[list[Launch]]:
+def record_launches() -> AbstractContextManager[list[Launch]]:
     """Yield a list that receives every launch of the block, on whatever device."""
-    launches: list[Launch] = []
-    _recorders.append(launches)
-    try:
-        yield launches
-    finally:
-        _recorders.remove(launches)
+    return listening(_recorders, [])
 
 
 def busy(programs: int) -> float:

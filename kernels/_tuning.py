@@ -7,11 +7,13 @@ measures the candidates on the GPU at hand and rewrites that GPU's part.
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
+
+from d2vkern._listeners import listening
 
 Config = dict[str, int]
 
@@ -40,15 +42,9 @@ def forced(kernel: str, bucket: str, config: Config) -> Iterator[None]:
         del _forced[kernel, bucket]
 
 
-@contextmanager
-def record_choices() -> Iterator[dict[tuple[str, str], list[Config]]]:
+def record_choices() -> AbstractContextManager[dict[tuple[str, str], list[Config]]]:
     """Yield a dict that receives (kernel, bucket) -> candidates of every choice made in the block."""
-    asked: dict[tuple[str, str], list[Config]] = {}
-    _asked.append(asked)
-    try:
-        yield asked
-    finally:
-        _asked.remove(asked)
+    return listening(_asked, {})
 
 
 def power_of_two_bucket(**sizes: int) -> str:

@@ -219,6 +219,14 @@ def test_environment_that_says_neither() -> None:
         requested({"D2VKERN_NVTX": "yes"})
 
 
+def test_tallies_within_a_tally_that_have_heard_the_same() -> None:
+    with force_ranges(True), tally_costs() as outer:
+        with tally_costs() as inner:
+            pass
+        d2vkern.random_mask(torch.arange(2), 1, 8, prob=0.5, backend="eager")
+    assert set(outer) == {"masks/fwd/eager"} and not inner
+
+
 def test_traced_code_has_no_ranges_and_no_graph_break(nvtx_log: list[tuple[object, ...]]) -> None:
     def step(x: Tensor) -> Tensor:
         with phase("student/block00"):
