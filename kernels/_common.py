@@ -24,6 +24,8 @@ make the same bits; the exception is an rsqrt, whose error of 2^-22.9 the follow
 1 ulp at a few of the 2^24 radii.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
@@ -76,6 +78,21 @@ def philox(c0, c1, c2, c3, k0, k1):
         k0 += step0
         k1 += step1
     return c0, c1, c2, c3
+
+
+@triton.jit
+def load_key(seed_ptr, seed_low, seed_high):
+    """Both words of a seed: of the int64 at the pointer, or where that is None of those from `as_signed`."""
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+        return seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    else:
+        return seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+
+
+def as_signed(words: Sequence[int]) -> list[int]:
+    """32-bit words as signed integers: one type of argument, one compilation."""
+    return [(word ^ 0x80000000) - 0x80000000 for word in words]
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2vkern.functions.gather import SCATTER_BWD, SCATTER_FWD
-from d2vkern.kernels._common import normals, philox
+from d2vkern.kernels._common import as_signed, load_key, normals, philox
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 from d2vkern.kernels.gather_fwd import chunk_of, columns, dense_columns, grid, pick, program
@@ -39,11 +39,7 @@ def scatter_fwd_kernel(
         return
     dtype = out_ptr.dtype.element_ty
     d, inside = columns(chunk, WIDTH, BLOCK_D)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    else:
-        k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    k0, k1 = load_key(seed_ptr, seed_low, seed_high)
     # [BLOCK_D / 4 / COUNTERS]: the 16 bytes of an access take COUNTERS neighbouring counters
     COUNTERS: tl.constexpr = 32 // dtype.primitive_bitwidth
     c0 = (chunk * (BLOCK_D // 4) + COUNTERS * tl.arange(0, BLOCK_D // 4 // COUNTERS)).to(tl.uint32)
@@ -92,8 +88,7 @@ def forward(
         slot.contiguous(),
         seed,
         out,
-        # as signed 32-bit integers: one type, one compilation
-        *((word ^ 0x80000000) - 0x80000000 for word in words),
+        *as_signed(words),
         float(noise_std),
         rows,
         tokens,

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2vkern.functions.masks import MASKS_FWD, samplers_of
-from d2vkern.kernels._common import philox
+from d2vkern.kernels._common import as_signed, load_key, philox
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
 from d2vkern.reference.masks import MaskTensors
@@ -137,11 +137,7 @@ def masks_fwd_kernel(
 def _row_stream(id_ptr, m, seed_ptr, seed_low, seed_high, epoch_ptr, epoch):
     """What all counters of a row share: (c0, c1, c2, m's part of c3, k0, k1), uint32 scalars."""
     sample = tl.load(id_ptr)
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-        k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    else:
-        k0, k1 = seed_low.to(tl.uint32), seed_high.to(tl.uint32)
+    k0, k1 = load_key(seed_ptr, seed_low, seed_high)
     c2 = (tl.load(epoch_ptr) if epoch_ptr is not None else epoch).to(tl.uint32)
     return sample.to(tl.uint32), (sample >> 32).to(tl.uint32), c2, m << 18, k0, k1
 
@@ -286,8 +282,7 @@ def _run(
         slot,
         ids_keep,
         ids.stride(0),
-        # as signed 32-bit integers: one type, one compilation
-        *((word ^ 0x80000000) - 0x80000000 for word in words),
+        *as_signed(words),
         clones,
         tokens // unit,
         *grid,
