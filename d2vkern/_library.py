@@ -5,11 +5,12 @@
 cannot trace are registered; eager stays traceable.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2vkern import _native
 from d2vkern._costs import Cost
@@ -65,3 +66,18 @@ class Kernel:
         """The extension's op of that name, for torch.compile too; ImportError without the extension."""
         registered = _native.op(self.schema.partition("(")[0], self.outputs)
         return op_range(f"{self.range}/native", self.cost)(registered)
+
+
+def gradients_like(likes: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Gradients of the tensors, not yet written; empty where none is needed, as an op returns no None."""
+    first = likes[0]
+    assert first is not None
+    return tuple(
+        first.new_empty(0) if like is None or not need else like.new_empty(like.shape)
+        for like, need in zip(likes, needs, strict=True)
+    )
+
+
+def needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that are needed, None for the others."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]

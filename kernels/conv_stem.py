@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from d2vkern._library import define
+from d2vkern._library import define, needed
 from d2vkern.kernels.conv_stem_bwd import backward, backward_outputs
 from d2vkern.kernels.conv_stem_fwd import forward, forward_outputs
 
@@ -87,7 +87,7 @@ class _ConvStem(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         needs = [wanted[0], wanted[1], wanted[3], wanted[4]]
         gradients = _bwd_op(dy, x, r, mean, rstd, weight, ctx.stride, norm_weight, norm_bias, needs)
-        dx, dw, dnw, dnb = (g if need else None for g, need in zip(gradients, needs, strict=True))
+        dx, dw, dnw, dnb = needed(gradients, needs)
         return dx, dw, None, dnw, dnb, None, None
 
 

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2vkern import _costs
+from d2vkern._library import gradients_like, needed
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
@@ -232,36 +233,13 @@ def conv_stem_bwd_kernel_sum(
     tl.store(dweight_ptr + place, total.to(dweight_ptr.dtype.element_ty), mask=at < SIZE)
 
 
-def backward_outputs(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    return tuple(
-        like.new_empty(like.shape if need else 0)
-        for like, need in zip((x, weight, norm_weight, norm_bias), needs, strict=True)
-    )
+def backward_outputs(*call: Any) -> tuple[Tensor, ...]:
+    _dy, x, *_saved, weight, _stride, norm_weight, norm_bias, needs = call
+    return gradients_like((x, weight, norm_weight, norm_bias), needs)
 
 
-def _bwd_cost(
-    dy: Tensor,
-    x: Tensor,
-    r: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    stride: int,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    needs: list[bool],
-) -> _costs.Cost:
+def _bwd_cost(*call: Any) -> _costs.Cost:
+    _dy, x, *_saved, weight, stride, norm_weight, norm_bias, needs = call
     return _costs.conv_stem(x, weight, stride, norm_weight, norm_bias, 0.0, grad=tuple(needs)).of_backward()
 
 
@@ -279,10 +257,10 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, norm_weight and norm_bias; those that `needs` does not ask for are empty."""
-    outputs = backward_outputs(dy, x, r, mean, rstd, weight, stride, norm_weight, norm_bias, needs)
+    outputs = gradients_like((x, weight, norm_weight, norm_bias), needs)
     if dy.numel() == 0:
         return tuple(out.zero_() for out in outputs)
-    dx, dw, dnw, dnb = (out if need else None for out, need in zip(outputs, needs, strict=True))
+    dx, dw, dnw, dnb = needed(outputs, needs)
     x = x.contiguous()
     if r.numel() == 0:
         wave_backward(dy, x, mean, rstd, weight, stride, norm_weight, norm_bias, dw, dnw, dnb)

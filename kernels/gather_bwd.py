@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from d2vkern._library import needed
 from d2vkern.functions.gather import GATHER_BWD, Gradients
 from d2vkern.kernels._column_sums import MOST_PARTS, column_sums, new_partials
 from d2vkern.kernels._launch import launch
@@ -82,9 +83,7 @@ def gather_bwd_kernel_rows(
 
 def backward(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list[bool]) -> Gradients:
     grads = GATHER_BWD.outputs(dout, slot, clones, extras, needs)
-    dx, dextra, dpositions, dper_mask = (
-        grad if need else None for grad, need in zip(grads, needs, strict=True)
-    )
+    dx, dextra, dpositions, dper_mask = needed(grads, needs)
     (rows, tokens), width = slot.shape, dout.shape[2]
     samples = rows // clones
     # Of the rows [extra tokens, tokens]: the first that is wanted, how many are summed over the samples, and

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
-from d2vkern._library import define
+from d2vkern._library import define, gradients_like, needed
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu, normal_tail
@@ -217,22 +217,9 @@ def _forward(
     return y.view(*x.shape[:-1], w2.shape[0]), pre if save else x.new_empty(0, 0)
 
 
-def _backward_outputs(
-    dy: Tensor,
-    x: Tensor,
-    pre: Tensor,
-    w1: Tensor,
-    b1: Tensor | None,
-    w2: Tensor,
-    b2: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    return tuple(
-        x.new_empty(0) if like is None or not need else like.new_empty(like.shape)
-        for like, need in zip((x, w1, b1, w2, b2), needs, strict=True)
-    )
+def _backward_outputs(dy: Tensor, x: Tensor, pre: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *weights, _seed, _p, needs = rest
+    return gradients_like((x, *weights), needs)
 
 
 def _backward_cost(dy: Tensor, x: Tensor, pre: Tensor, *rest: Any) -> _costs.Cost:
@@ -364,7 +351,7 @@ class _GeluMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:5])
         gradients = _backward_op(dy, *ctx.saved_tensors, ctx.dropout_p, needs)
-        return (*(g if need else None for g, need in zip(gradients, needs, strict=True)), None, None)
+        return *needed(gradients, needs), None, None
 
 
 def gelu_mlp(

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from d2vkern._library import define
+from d2vkern._library import define, needed
 from d2vkern.kernels._dropout import draw_seed
 from d2vkern.kernels.residual_norm_bwd import backward, backward_outputs
 from d2vkern.kernels.residual_norm_fwd import forward, forward_outputs
@@ -88,8 +88,7 @@ class _ResidualNorm(torch.autograd.Function):
             dy, z, mean, rstd, weight, bias, update_bias, seed, ctx.dropout_p, ctx.drop_path_p, needs
         )
         gradients = (dx, dx if seed is None else dupdate, *vectors)
-        wanted_gradients = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-        return (*wanted_gradients, None, None, None, None)
+        return *needed(gradients, wanted), None, None, None, None
 
 
 def residual_norm(

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from d2vkern import _costs
+from d2vkern._library import gradients_like, needed
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._dropout import dropout_scale, keep_tile, sample_factor, threshold
@@ -128,24 +129,9 @@ def residual_norm_bwd_kernel_rows(
             tl.store(sums_ptr + at, tl.sum(dupdate_biases[chunk], 0), mask=column < D)
 
 
-def backward_outputs(
-    dy: Tensor,
-    z: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    update_bias: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    drop_path_p: float,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    likes = (z, z, weight, bias, update_bias)
-    return tuple(
-        z.new_empty(0) if like is None or not need else like.new_empty(like.shape)
-        for like, need in zip(likes, needs, strict=True)
-    )
+def backward_outputs(dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *vectors, _seed, _p, _path_p, needs = rest
+    return gradients_like((z, z, *vectors), needs)
 
 
 def _bwd_cost(dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> _costs.Cost:
@@ -167,10 +153,8 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, update, weight, bias and update_bias; those that `needs` does not ask for are empty."""
-    outputs = backward_outputs(
-        dy, z, mean, rstd, weight, bias, update_bias, seed, dropout_p, drop_path_p, needs
-    )
-    dx, dupdate, *vectors = (out if need else None for out, need in zip(outputs, needs, strict=True))
+    outputs = gradients_like((z, z, weight, bias, update_bias), needs)
+    dx, dupdate, *vectors = needed(outputs, needs)
     width = z.shape[-1]
     rows = z.numel() // width if z.numel() else 0
     programs = parts_of(rows, least=40)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
-from d2vkern._library import Kernel
+from d2vkern._library import Kernel, needed
 from d2vkern.reference.philox import split64
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def gather_with(forward: Callable[..., Tensor], backward: Callable[..., Gradient
             (slot,) = ctx.saved_tensors
             x, _, _, _, extra, positions, per_mask = ctx.needs_input_grad
             needs = [x, extra, positions, per_mask]
-            grads = backward(dout, slot, ctx.clones, ctx.extras, needs)
-            dx, *rest = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+            dx, *rest = needed(backward(dout, slot, ctx.clones, ctx.extras, needs), needs)
             return dx, None, None, None, *rest
 
     def gather_tokens(
