@@ -62,8 +62,8 @@ def effective_rank(rows: Tensor) -> Tensor:
 
     0 when all rows are equal, NaN when a value is NaN or inf. Computed on the rows' device, in fp64: singular
     values are the roots of the eigenvalues of the smaller Gram matrix, which are right to about 1e-16 of the
-    largest, so the rank is that of the singular values to 4 digits and more. The eigenvalues are waited for,
-    so call it on log steps only.
+    largest, so the rank is that of the singular values to 4 digits and more. On a GPU the eigenvalues are
+    waited for.
     """
     if rows.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=rows.device)

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +29,7 @@ from . import process
 from .capture import Capture
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from .environment import write_environment
-from .health import AlarmLog
+from .health import Alarm, AlarmLog
 from .loop import Ended, Place, RunError, claim
 from .micro_batch import UNITS, amount, equation, micro_batch
 from .plot import plot_run
@@ -209,9 +210,11 @@ class _Run:
                 ):
                     self._probe(self.probe, progress)
                 if place.step % cfg.save_every == 0:
+                    progress.settle()
                     self._save()
                 if stop is not None and stop(place.step):
                     break
+            progress.settle()
             self._save()
             self._record_data()
             finished = place.step >= cfg.steps
@@ -293,10 +296,16 @@ class _Run:
             log |= self._count_bad(progress)
         if log:
             with phase("report"):
-                row, alarms = self.trainer.report(place.step, outcome)
-            progress.log({**row, "skipped": place.skipped})
-            for alarm in self.alarm_log.fresh(alarms):
-                progress.say(f"warning: step {place.step}: {alarm.message}")
+                row, health = self.trainer.report(place.step, outcome)
+            progress.log(row, partial(self._health, health, place.step, place.skipped))
+
+    def _health(
+        self, health: Callable[[], tuple[dict[str, Any], list[Alarm]]], step: int, skipped: int
+    ) -> tuple[dict[str, Any], list[str]]:
+        """The rest of the line of a step, and what is said below it; called beside the next steps."""
+        columns, alarms = health()
+        warnings = [f"warning: step {step}: {alarm.message}" for alarm in self.alarm_log.fresh(alarms)]
+        return {**columns, "skipped": skipped}, warnings
 
     def _probe(self, probe: Probe, progress: Progress) -> None:
         """Score the frozen encoder and say so."""

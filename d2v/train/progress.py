@@ -12,9 +12,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
+
+import torch
 
 METRICS = "metrics.jsonl"
 TIMING = ("samples_per_s", "seconds")
@@ -87,8 +90,17 @@ def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
     ])  # fmt: skip
 
 
+Row = dict[str, Any]
+Rest = tuple[Row, list[str]]
+"""the columns of a log line that take long, and warnings to show below it"""
+
+
 class Progress:
-    """Context manager around the loop: `tick` every step, `log` every log step, `say` for anything else."""
+    """Context manager around the loop: `tick` every step, `log` every log step, `say` for anything else.
+
+    What of a line takes long is computed on a thread of its own beside the next steps; the line is written
+    with the first step after that, and before anything else is written or said.
+    """
 
     def __init__(
         self,
@@ -107,6 +119,11 @@ class Progress:
         self._stream = stream or sys.stdout
         self._live: Any = None
         self._text = ""
+        self._worker: ThreadPoolExecutor | None = None
+        self._open: tuple[dict[str, Any], dict[str, Any], Future[tuple[dict[str, Any], list[str]]]] | None = (
+            None
+        )
+        """the line that waits for its rest: the columns before it and those after it"""
         self.pinned = ""
         """shown at the end of the line"""
 
@@ -122,12 +139,18 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
-        self._file.close()
+        try:
+            self.settle()
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown()
+            if self._live is not None:
+                self._live.stop()
+            self._file.close()
 
     def say(self, text: str) -> None:
         """Print a line (a warning, a saved checkpoint) without disturbing the live one."""
+        self.settle()
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False)
         else:
@@ -136,12 +159,15 @@ class Progress:
     def tick(self, step: int, samples: float) -> None:
         """One step done, over `samples` samples (audio: seconds)."""
         self._samples += samples
+        if self._open is not None and self._open[2].done():
+            self.settle()
         if self._live is not None:
             last = self._text.partition(" | ")[2] or "..."
             self._live.update(_unstyled(f"step {step:,}/{self.steps:,} | {last}"))
 
     def note(self, row: dict[str, Any]) -> None:
         """Write one line of metrics as it is, and show nothing."""
+        self.settle()
         self._file.write(_line(row))
         self._file.flush()
 
@@ -150,24 +176,52 @@ class Progress:
         self._marked += seconds
         self._began += seconds
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Write one line of metrics, with speed added, and show it."""
+    def log(self, row: dict[str, Any], rest: Callable[[], Rest] | None = None) -> None:
+        """Write one line of metrics, with speed added, and show it; with a rest when that is there."""
+        self.settle()
         now = time.perf_counter()
-        row = {
-            **row,
+        speed = {
             "samples_per_s": self._samples / max(now - self._marked, 1e-9),
             "seconds": now - self._began,
         }
         self._marked, self._samples = now, 0.0
+        if rest is None:
+            self._write({**row, **speed})
+            return
+        if self._worker is None:
+            self._worker = _one_thread()
+        self._open = (row, speed, self._worker.submit(rest))
+
+    def settle(self) -> None:
+        """Wait for the rest of the last line and write it: what must be so before a checkpoint is."""
+        if self._open is None:
+            return
+        row, speed, future = self._open
+        self._open = None
+        columns, warnings = future.result()
+        self._write({**row, **columns, **speed})
+        for warning in warnings:
+            self.say(warning)
+
+    def _write(self, row: dict[str, Any]) -> None:
         self._file.write(_line(row))
         self._file.flush()
         done = row["step"] - self._start
-        eta = (now - self._began) / done * (self.steps - row["step"]) if done else math.inf
+        eta = row["seconds"] / done * (self.steps - row["step"]) if done else math.inf
         self._text = self._describe(row, self.steps, self.unit, eta) + self.pinned
         if self._live is None:
             print(self._text, file=self._stream, flush=True)
         else:
             self._live.update(_unstyled(self._text))
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    """A thread whose torch uses no other threads: a step on a CPU has all the cores."""
+    threads = torch.get_num_threads()
+    worker = ThreadPoolExecutor(1, "log line", initializer=torch.set_num_threads, initargs=(1,))
+    worker.submit(torch.get_num_threads).result()
+    torch.set_num_threads(threads)  # for the threads to come, which take the number that was set last
+    return worker
 
 
 def _unstyled(text: str) -> Any:

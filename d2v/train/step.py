@@ -7,7 +7,7 @@ stays on the device until somebody asks (`Trainer.report`, `Trainer.count_bad`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,26 +101,40 @@ class Trainer(Learner[Pretraining]):
             good, norm = self.update(list(losses.values()), lr, cfg.optim.clip, decay)
         return Outcome(good, losses, norm, metrics, out.health, lr, decay)
 
-    def report(self, number: int, outcome: Outcome) -> tuple[dict[str, Any], list[Alarm]]:
-        """The numbers of a log step, read from the device, and the alarms they raise."""
+    def report(
+        self, number: int, outcome: Outcome
+    ) -> tuple[dict[str, Any], Callable[[], tuple[dict[str, Any], list[Alarm]]]]:
+        """The numbers of a log step, read from the device, and what computes the rest of its line and alarms.
+
+        The rest, variances and ranks, takes tens of milliseconds. It reads copies on the host, so it can be
+        asked for on another thread while the next steps run.
+        """
         cfg = self.cfg.train
         parts = {f"loss_{name}": value for name, value in outcome.losses.items()}
         scalars = {**parts, "grad_norm": outcome.grad_norm, **outcome.metrics}
         values = torch.stack([v.detach().double().reshape(()) for v in scalars.values()]).tolist()
         read = dict(zip(scalars, values, strict=True))
-        states = measure(outcome.health)
-        alarms = judge(states, cfg) if outcome.good and number > cfg.alarm_after else []
         row = {
             "step": number,
             "loss": sum(read[name] for name in parts),
             **read,
             "lr": float(outcome.lr),
             "ema_decay": float(outcome.decay),
-            **{f"{s.part.short}_var": s.variance for s in states if f"{s.part.short}_var" not in read},
-            **{f"{s.part.short}_rank": s.rank for s in states},
-            "alarms": [alarm.kind for alarm in alarms],
         }
-        return row, alarms
+        alarming = bool(outcome.good) and number > cfg.alarm_after
+        rows = {name: tokens.detach().cpu() for name, tokens in outcome.health.items()}
+
+        def health() -> tuple[dict[str, Any], list[Alarm]]:
+            states = measure(rows)
+            alarms = judge(states, cfg) if alarming else []
+            columns = {
+                **{f"{s.part.short}_var": s.variance for s in states if f"{s.part.short}_var" not in read},
+                **{f"{s.part.short}_rank": s.rank for s in states},
+                "alarms": [alarm.kind for alarm in alarms],
+            }
+            return columns, alarms
+
+        return row, health
 
 
 def _accumulate(sums: dict[str, Tensor], values: dict[str, Tensor], factor: float) -> None:
