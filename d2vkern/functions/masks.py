@@ -13,17 +13,9 @@ from d2vkern.reference.philox import Word, split64
 
 
 def _outputs(
-    ids: Tensor,
-    seed: Tensor | None,
-    epoch: Tensor | None,
-    words: list[int],
-    clones: int,
-    grid: list[int],
-    block: list[int],
-    centres: int,
-    target: int,
-    keep_chosen: bool,
+    ids: Tensor, seed: Tensor | None, epoch: Tensor | None, words: list[int], clones: int, *settings: Any
 ) -> MaskTensors:
+    grid, _block, _centres, target, keep_chosen = settings
     rows, tokens = ids.shape[0] * clones, grid[0] * grid[1]
     kept = target if keep_chosen else tokens - target
     return (
