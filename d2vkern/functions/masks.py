@@ -39,8 +39,11 @@ def samplers_of(masks_fwd: Callable[..., MaskTensors]) -> Samplers:
 
     def sample(ids: Tensor, *settings: Any, seed: Word, epoch: Word) -> MaskTensors:
         """Words of an int seed and epoch go in as arguments, those of a tensor are read by the kernel."""
-        tensors = (x if isinstance(x, Tensor) else None for x in (seed, epoch))
-        words = (*split64(0 if isinstance(seed, Tensor) else seed), 0 if isinstance(epoch, Tensor) else epoch)
-        return masks_fwd(ids, *tensors, words, *settings)
+        seed_tensor = epoch_tensor = None
+        if isinstance(seed, Tensor):
+            seed_tensor, seed = seed, 0
+        if isinstance(epoch, Tensor):
+            epoch_tensor, epoch = epoch, 0
+        return masks_fwd(ids, seed_tensor, epoch_tensor, (*split64(seed), epoch), *settings)
 
     return samplers_with(sample)

@@ -27,5 +27,5 @@ def changed(*lists: list[Tensor]) -> None:
 
     On CUDA the table does, and what a compiler traces needs no telling.
     """
-    if lists[0][0].device.type == "cpu" and not torch.compiler.is_compiling():
+    if lists[0][0].is_cpu and not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([tensor for tensors in lists for tensor in tensors])

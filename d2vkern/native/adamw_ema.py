@@ -31,8 +31,7 @@ _cpu_norm = Kernel(
 
 def _stepped(*call: Any) -> None:
     _step(*call[:-1], call[-1] == "fairseq")  # the extension's last argument is a bool
-    params, _, exp_avgs, exp_avg_sqs, teachers, _, copies, _, teacher_copies = call[:9]
-    changed(params, exp_avgs, exp_avg_sqs, teachers, copies, teacher_copies)
+    changed(call[0], call[2], call[3], call[4], call[6], call[8])
 
 
 adamw_ema_ = adamw_ema_with(_stepped)
