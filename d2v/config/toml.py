@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import tomli_w
 
+from .atomic import write_text
 from .fronts import FRONTS
 from .run import Config
 from .tune import FineTuneConfig
@@ -161,22 +161,6 @@ def write_config(run_dir: str | Path, config: Any, data: str, **about: Any) -> N
     found = {name: value for name, value in about.items() if value is not None}
     text = tomli_w.dumps({"run": {"data": data, **found}, **to_dict(config)})
     write_text(Path(run_dir) / SETTINGS, text)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    sync(temporary)
-    temporary.rename(path)
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_tuned_config(run: str | Path) -> tuple[FineTuneConfig, str, str]:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..config.toml import SETTINGS, CheckpointError, is_tuned, read_settings, sync
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
-
+from ..config.atomic import sync
+from ..config.toml import SETTINGS, CheckpointError, is_tuned, read_settings
 
 LABELS = "labels.json"
 """file of a run with its class names, or letters"""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -15,7 +14,7 @@ import torch
 import d2vkern
 from d2vkern._cpu import processor
 
-from ..config.atomic import replacing
+from ..config.atomic import write_json
 
 
 def write_environment(run_dir: str | Path) -> dict[str, Any]:
@@ -33,8 +32,7 @@ def write_environment(run_dir: str | Path) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": sys.argv,
     }
-    with replacing(Path(run_dir) / "env.json") as file:
-        file.write(f"{json.dumps(environment, indent=1)}\n".encode())
+    write_json(Path(run_dir) / "env.json", environment, indent=1)
     return environment
 
 

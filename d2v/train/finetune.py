@@ -7,48 +7,35 @@ held-out part. Random states are part of a checkpoint, so a resumed run repeats 
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from d2vkern._nvtx import phase
 
+from ..config.atomic import write_json
 from ..config.fronts import ImageFront
 from ..config.run import Config, DataConfig
 from ..config.toml import CheckpointError, read_tuned_config, write_config
 from ..config.tune import FineTuneConfig
 from ..data.normalisation import Normalisation, given, normalised, of_run
 from ..data.tune import Part, open_tune_data
-from ..data.types import Batch, DataError, Position
 from ..model import Pretraining
 from ..model.finite import NotFinite
 from ..model.huggingface import Encoder
 from ..model.tuned import Backbone, FineTuned
 from . import process
-from .checkpoint import (
-    BEST,
-    LABELS,
-    Checkpoint,
-    fill_model,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from .environment import write_environment
-from .loop import Ended, Place, RunError, claim
-from .micro_batch import UNITS, amount
-from .plot import plot_run
-from .process import StopRequest, pick_device, tune_allocator
-from .progress import Progress, duration, read_metrics, truncate_metrics
-from .tuner import Outcome, Tuner
+from .capture import Capture
+from .checkpoint import BEST, LABELS, Checkpoint, fill_model, latest_checkpoint, load_checkpoint
+from .learner import Outcome
+from .loop import Ended, Place, Run, begin, check_same_data, device_of
+from .micro_batch import UNITS
+from .progress import Progress, duration, read_metrics
+from .tuner import Tuner
 
 SMALLER_IS_BETTER = ("wer", "cer", "mse")
 
@@ -67,7 +54,7 @@ class TuneResult(Ended):
 
 
 @dataclass
-class _Tuning(Place):
+class TuningPlace(Place):
     best: float | None = None
 
 
@@ -91,16 +78,12 @@ def run_finetune(
     Raises ValueError (DataError), CheckpointError or FileNotFoundError for what is wrong before the first
     step, after which a new `out` is gone again, and RunError for what stops the run later.
     """
-    out, device = Path(out), _prepare(cfg)
-    claim(out)
-    begun = None
-    try:
-        begun = _Run(cfg, encoder, data, out, device, evaluate, None, opened, scratch)
-        return begun.loop(stop)
-    except BaseException:
-        if begun is None or begun.place.step == 0:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    out, device = Path(out), device_of(cfg)
+    return begin(
+        out,
+        lambda: TuningRun(cfg, encoder, data, out, device, evaluate, None, opened, scratch),
+        lambda begun: begun.tune(stop),
+    )
 
 
 def resume_finetune(
@@ -114,19 +97,14 @@ def resume_finetune(
     newest = latest_checkpoint(out)
     if newest is None:
         raise CheckpointError(f"{out}: no checkpoint to continue from: start it anew")
-    device = _prepare(cfg)
-    return _Run(cfg, encoder, data, Path(out), device, evaluate, load_checkpoint(newest)).loop(stop)
+    run = TuningRun(cfg, encoder, data, Path(out), device_of(cfg), evaluate, load_checkpoint(newest))
+    return run.tune(stop)
 
 
-def _prepare(cfg: FineTuneConfig) -> torch.device:
-    device = pick_device(cfg.train.device)
-    if device.type == "cpu":
-        tune_allocator()
-    return device
+class TuningRun(Run[TuningPlace]):
+    """See `Run`."""
 
-
-class _Run:
-    """One process's part of a run: tuner, data and files."""
+    command = "finetune"
 
     def __init__(
         self,
@@ -151,28 +129,25 @@ class _Run:
             known = self._of_encoder(cfg, pretraining.data, encoder)
         else:
             known = of_run(out, cfg.model.front)
-        self.out, self.device, self.evaluate = out, device, evaluate
         tuned = normalised(cfg, known)
         self.data = open_tune_data(data, tuned, device=device, encoder_dir=folder, run_dir=out)
-        known = known or self.data.loader.normalisation
+        loader = self.data.loader
+        check_same_data(out, data, {"total": loader.report.total, **self._beside_training()})
+        known = known or loader.normalisation
         cfg = replace(cfg, head=replace(cfg.head, outputs=self._outputs(cfg)))
-        self.cfg = cfg
         self.tuner = Tuner(cfg, self.data, device)
-        self.place = _Tuning()
+        place = TuningPlace()
         if checkpoint is not None:
             self.tuner.load(checkpoint)
-            self.place = _Tuning(**checkpoint.trainer)
-            if self.place.bad_in_a_row >= cfg.train.max_bad_steps:
-                self.place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
-            self.tuner.bad[0], self.tuner.bad[1] = self.place.skipped, self.place.bad_in_a_row
+            place = TuningPlace(**checkpoint.trainer)
         elif opened is not None and not scratch:
             start_from(self.tuner, weights, encoder)
-        write_config(out, cfg, data, encoder=str(encoder), normalisation=known and known.record)
-        write_environment(out)
-        (out / LABELS).write_text(json.dumps(self.data.names, ensure_ascii=False) + "\n", encoding="utf-8")
-        self.saved = None if checkpoint is None else checkpoint.step
+        self.settings, self.evaluate = cfg, evaluate
         self.scores: dict[str, float] = {}
-        truncate_metrics(out, self.place.step)
+        self.unit = UNITS[cfg.model.modality] if cfg.model.modality != "text" else "samples"
+        write_config(out, cfg, data, encoder=str(encoder), normalisation=known and known.record)
+        write_json(out / LABELS, self.data.names, ensure_ascii=False)
+        super().__init__(cfg, out, device, loader, self.tuner, self.tuner.step, place, checkpoint)
 
     def _waves_of_encoder(
         self, cfg: FineTuneConfig, pretraining: DataConfig, encoder: str | Path
@@ -207,132 +182,65 @@ class _Run:
                              f"got {cfg.head.outputs}")  # fmt: skip
         return cfg.head.outputs or found
 
-    def loop(self, stop: Callable[[int], bool] | None) -> TuneResult:
-        """Step, log, evaluate and save until the end, a request to stop, or too many bad steps in a row."""
-        began, train, place = time.perf_counter(), self.cfg.train, self.place
-        unit = UNITS[self.cfg.model.modality] if self.cfg.model.modality != "text" else "samples"
-        shown = Progress(self.out, start=place.step, steps=train.steps, unit=unit, describe=describe)
-        with StopRequest() as request, shown as progress:
-            report = self.data.loader.report
-            progress.say(f"data {report.path}: {len(self.data.loader.source):,} training samples, "
-                         f"{', '.join(f'{name} {len(part):,}' for name, part in self.data.parts.items())}; "
-                         f"{self.cfg.head.outputs} outputs")  # fmt: skip
-            start = Position(place.epoch, place.step_in_epoch)
-            stream = self.data.loader.micro_batches(start, train.micro_batch or self.cfg.data.batch)
-            while place.step < train.steps and request.name is None and not self._too_bad:
-                batches = self._next(stream, request)
-                if batches is None:
-                    break
-                self._step(batches, progress)
-                if place.step % train.evaluate_every == 0 or place.step == train.steps:
-                    self._evaluate(progress)
-                if place.step % train.save_every == 0:
-                    self._save()
-                if stop is not None and stop(place.step):
-                    break
-            self._save()
-            finished = place.step >= train.steps
-            if self._too_bad:
-                progress.say(f"stopped: {place.bad_in_a_row} bad steps in a row (train.max_bad_steps)")
-            elif not finished:
-                progress.say(f"stopped at step {place.step}; saved. Continue:")
-                progress.say(f"  d2v finetune --resume {self.out}")
-        if finished and not self.scores:  # resumed at its end
+    def tune(self, stop: Callable[[int], bool] | None) -> TuneResult:
+        """Go, and say what came of it."""
+        ended = self.loop(stop, Capture(None, self.device))
+        if ended.finished and not self.scores:  # resumed at its end
             last = read_metrics(self.out)[-1]
             self.scores = {name: score for name, score in last.items() if "/" in name}
-        if finished:
-            plot_run(self.out)
-        seconds = time.perf_counter() - began
-        return TuneResult(
-            self.out, place.step, finished, int(self._too_bad), seconds, self.scores, place.best
-        )
+        return TuneResult(**vars(ended), scores=self.scores, best=self.place.best)
 
     @property
-    def _too_bad(self) -> bool:
-        return self.place.bad_in_a_row >= self.cfg.train.max_bad_steps
+    def micro(self) -> int:
+        return self.settings.train.micro_batch or self.settings.data.batch
 
-    def _next(self, stream: Iterator[list[Batch]], request: StopRequest) -> list[Batch] | None:
-        """As in pretraining: None when Ctrl-C took the loader's starting workers along."""
-        try:
-            with phase("data"):
-                return next(stream)
-        except DataError as error:
-            if self.place.step == 0:
-                raise
-            self._save()
-            raise RunError(f"step {self.place.step + 1}: {error}\n{self._resume_line()}") from error
-        except (OSError, RuntimeError):
-            if request.name is None:
-                raise
-            return None
+    def progress(self) -> Progress:
+        start, steps = self.place.step, self.settings.train.steps
+        return Progress(self.out, start=start, steps=steps, unit=self.unit, describe=tuning_line)
 
-    def _step(self, batches: list[Batch], progress: Progress) -> None:
-        place, train = self.place, self.cfg.train
-        outcome: Outcome = self.tuner.step(place.step + 1, batches)
-        place.step += 1
-        place.epoch, place.step_in_epoch = self.data.loader.position
-        progress.tick(place.step, sum(amount(self.cfg.model.front, batch) for batch in batches))
-        log = place.step % train.log_every == 0 or place.step == train.steps
-        if log or self.device.type == "cpu":  # a GPU is asked on log steps only
-            before = place.skipped
-            place.skipped, place.bad_in_a_row = self.tuner.count_bad()
-            if place.skipped > before:
-                progress.say(
-                    f"step {place.step}: loss or gradient is NaN or inf: skipped, nothing was updated"
-                )
-        if log:
-            progress.log({"step": place.step, **self.tuner.report(outcome), "skipped": place.skipped})
+    def opening(self) -> list[str]:
+        parts = ", ".join(f"{name} {len(part):,}" for name, part in self.data.parts.items())
+        report, outputs = self.pipeline.report, self.settings.head.outputs
+        return [f"data {report.path}: {report.total:,} training samples, {parts}; {outputs} outputs"]
 
-    def _evaluate(self, progress: Progress) -> None:
-        """Score the held-out parts; random states are left as they were."""
-        began = time.perf_counter()
+    def about_data(self) -> dict[str, Any]:
+        return {**super().about_data(), **self._beside_training()}
+
+    def _beside_training(self) -> dict[str, Any]:
+        """Held-out samples, and what the outputs of the head stand for."""
+        return {
+            "parts": {name: len(part) for name, part in self.data.parts.items()},
+            "labels": self.data.names,
+        }
+
+    def log(self, outcome: Outcome, progress: Progress) -> None:
+        row = self.tuner.report(outcome)
+        progress.log({"step": self.place.step, **row, "skipped": self.place.skipped})
+
+    def after_step(self, progress: Progress) -> None:
+        """Score the held-out parts, where that is due; random states are left as they were."""
+        step, train = self.place.step, self.settings.train
+        if step % train.evaluate_every and step != train.steps:
+            return
         self.scores = {}
-        try:
-            with process.preserved(self.device), phase("evaluate"):
-                self.scores = self.evaluate(self.tuner.model, self.cfg, self.data.parts, self.data.names)
-        except NotFinite as error:
-            progress.say(f"warning: step {self.place.step}: no scores: {error}")
-            progress.idle(time.perf_counter() - began)
-            return
-        progress.note({"step": self.place.step, **self.scores})
-        said = ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
-        progress.say(f"step {self.place.step}: {said}")
-        name, score = next(iter(self.scores.items()))
-        if math.isfinite(score) and is_better(name, score, self.place.best):
-            self.place.best = score
-            self._write(self.out / BEST, {}, {"scores": self.scores}, {}, 1)
-        progress.idle(time.perf_counter() - began)
-
-    def _save(self) -> None:
-        if self.saved == self.place.step:
-            return
-        self.place.skipped, self.place.bad_in_a_row = self.tuner.count_bad()
-        state, states = self.tuner.optimizer_state(), process.capture(self.device)
-        self._write(self.out, state, asdict(self.place), states, self.cfg.train.keep)
-        self.saved = self.place.step
-
-    def _write(
-        self,
-        folder: Path,
-        optimizer: dict[str, dict[str, Tensor]],
-        place: dict[str, Any],
-        states: dict[str, Tensor],
-        keep: int,
-    ) -> None:
-        """A checkpoint of the model as it is. RunError with what to resume from."""
-        step, model = self.place.step, self.tuner.model
-        try:
-            save_checkpoint(folder, step, model, optimizer, place, states, keep)
-        except CheckpointError as error:
-            raise RunError(f"step {step}: {error}; {self._resume_line()}") from error
-
-    def _resume_line(self) -> str:
-        if latest_checkpoint(self.out) is None:
-            return "nothing was saved yet"
-        return f"continue with `d2v finetune --resume {self.out}`"
+        with progress.paused():
+            try:
+                with process.preserved(self.device), phase("evaluate"):
+                    model, parts, names = self.tuner.model, self.data.parts, self.data.names
+                    self.scores = self.evaluate(model, self.settings, parts, names)
+            except NotFinite as error:
+                progress.say(f"warning: step {step}: no scores: {error}")
+                return
+            progress.note({"step": step, **self.scores})
+            said = ", ".join(f"{name} {score:.4f}" for name, score in self.scores.items())
+            progress.say(f"step {step}: {said}")
+            name, score = next(iter(self.scores.items()))
+            if math.isfinite(score) and is_better(name, score, self.place.best):
+                self.place.best = score
+                self.write(self.out / BEST, {}, {"scores": self.scores}, {}, 1)
 
 
-def describe(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
+def tuning_line(row: dict[str, Any], steps: int, unit: str, eta: float) -> str:
     """The progress line of one row of metrics."""
     return (
         f"step {row['step']:,}/{steps:,} | loss {row['loss']:.4f} | gradient {row['grad_norm']:.2f} | "

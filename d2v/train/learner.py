@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -24,15 +24,16 @@ class Outcome:
     good: Tensor
     """0-dim bool: whether loss and gradient were finite and the step was taken"""
     losses: dict[str, Tensor]
-    """each summed loss over the masked tokens of the global batch, 0-dim"""
+    """0-dim each: summed over the masked tokens of the global batch; in fine-tuning "loss", per sample"""
     grad_norm: Tensor
     """before clipping"""
-    metrics: dict[str, Tensor]
-    """`out.metrics`, averaged over the micro-batches"""
-    health: dict[str, Tensor]
-    """token rows [n, D] of the last micro-batch"""
     lr: float | Tensor
-    decay: float | Tensor
+    decay: float | Tensor = 0.0
+    """of the teacher"""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """`out.metrics`, averaged over the micro-batches"""
+    health: dict[str, Tensor] = field(default_factory=dict)
+    """token rows [n, D] of the last micro-batch"""
 
 
 Model = TypeVar("Model", bound=nn.Module)

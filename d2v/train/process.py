@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import random
 import signal
 import sys
@@ -104,7 +103,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._owner = os.getpid()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -119,11 +117,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:
-            # a forked loader worker: it ignores Ctrl-C, because the run that owns it still needs its batches
-            if number != signal.SIGINT:
-                os._exit(128 + number)
-            return
         if self.name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 import torch
+
+from ..config.atomic import write_text
 
 METRICS = "metrics.jsonl"
 TIMING = ("samples_per_s", "seconds")
@@ -50,9 +52,7 @@ def truncate_metrics(run: str | Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(run) if row["step"] <= step]
-    part = path.with_suffix(".part")
-    part.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(_line(row) for row in kept))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -171,10 +171,16 @@ class Progress:
         self._file.write(_line(row))
         self._file.flush()
 
-    def idle(self, seconds: float) -> None:
-        """Leave time that was not spent training out of speed and remaining time."""
-        self._marked += seconds
-        self._began += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of the block is left out of speed and remaining time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self._marked += spent
+            self._began += spent
 
     def log(self, row: dict[str, Any], rest: Callable[[], Rest] | None = None) -> None:
         """Write one line of metrics, with speed added, and show it; with a rest when that is there."""

@@ -99,7 +99,7 @@ class Trainer(Learner[Pretraining]):
                 _accumulate(metrics, out.metrics, 1 / len(batches))
         with phase("optimizer"):
             good, norm = self.update(list(losses.values()), lr, cfg.optim.clip, decay)
-        return Outcome(good, losses, norm, metrics, out.health, lr, decay)
+        return Outcome(good, losses, norm, lr, decay, metrics, out.health)
 
     def report(
         self, number: int, outcome: Outcome

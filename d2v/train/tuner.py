@@ -26,22 +26,9 @@ from ..model.tuned import FineTuned, build_tuned
 from . import process
 from .backends import check_backends, use_backends
 from .checkpoint import Checkpoint
-from .learner import Learner
+from .learner import Learner, Outcome
 from .losses import ctc_loss, soft_cross_entropy
 from .optim import is_exempt, learning_rate
-
-
-@dataclass
-class Outcome:
-    """What a step leaves for the log, on the device."""
-
-    good: Tensor
-    """0-dim bool: loss and gradient were finite and the step was taken"""
-    loss: Tensor
-    """per sample"""
-    grad_norm: Tensor
-    """before clipping"""
-    lr: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +94,7 @@ class Tuner(Learner[FineTuned]):
             with phase("optimizer"):
                 lr = learning_rate(cfg.optim, number - 1, cfg.train.steps)
                 good, norm = self.update([total], lr, cfg.optim.clip)
-        return Outcome(good, total, norm, lr)
+        return Outcome(good, {"loss": total}, norm, lr)
 
     def prepare(self, batches: list[Batch]) -> list[Ready]:
         """The micro-batches of a step, with what is drawn over all of them."""
@@ -192,8 +179,8 @@ class Tuner(Learner[FineTuned]):
 
     def report(self, outcome: Outcome) -> dict[str, Any]:
         """The numbers of a log step, read from the device."""
-        loss, norm = torch.stack([outcome.loss, outcome.grad_norm]).double().tolist()
-        return {"loss": loss, "grad_norm": norm, "lr": outcome.lr}
+        loss, norm = torch.stack([outcome.losses["loss"], outcome.grad_norm]).double().tolist()
+        return {"loss": loss, "grad_norm": norm, "lr": float(outcome.lr)}
 
 
 _LAYER = re.compile(r"\.layers?\.(\d+)\.")

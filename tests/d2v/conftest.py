@@ -15,8 +15,7 @@ from d2vkern.testing import backend_spy
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs draw nothing at their end, which takes them most of their time."""
-    for module in ("d2v.train.pretrain", "d2v.train.finetune"):
-        monkeypatch.setattr(f"{module}.plot_run", lambda out: [])
+    monkeypatch.setattr("d2v.train.loop.plot_run", lambda out: [])
 
 
 @pytest.fixture

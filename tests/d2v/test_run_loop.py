@@ -1,0 +1,225 @@
+"""What the one run loop gives fine-tuning too: files left out, the same data, errors that save."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+import d2v.train.finetune
+import d2v.train.pretrain
+from d2v.data.loader import Loader
+from d2v.data.types import Batch, DataError, Position
+from d2v.evaluate.online_probe import OnlineProbe
+from d2v.evaluate.scores import evaluate
+from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
+from d2v.train.loop import RunError, claim
+from d2v.train.pretrain import run
+from tests.d2v.test_finetune_run import RECIPES, config, labelled
+from tests.d2v.test_resume import assert_same_run
+from tests.d2v.tiny_runs import make_data, resume_finetune, run_finetune, tiny
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("encoders")
+    for modality in RECIPES:
+        run(tiny(modality, steps=1), make_data(modality, root / f"{modality}_data"), root / modality)
+    return {modality: root / modality for modality in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("labelled")
+    return {modality: labelled(modality, root / modality) for modality in RECIPES}
+
+
+def spoil(path: Path) -> None:
+    """Half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def pictures(folder: Path) -> Path:
+    """104 pictures of two classes and 4 of a test part; the path of one of the training part."""
+    for part, count in (("train", 52), ("test", 2)):
+        for kind in ("dark", "light"):
+            (folder / part / kind).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((12, 12), 2 * i + 100 * (kind == "light"), np.uint8)
+                Image.fromarray(pixels).save(folder / part / kind / f"{i:02}.png")
+    return folder / "train" / "dark" / "07.png"
+
+
+def utterances(folder: Path) -> Path:
+    """104 short sounds with transcripts and 2 of a held-out part; the path of one of the training part."""
+    t = np.arange(5_600) / 16_000
+    for part, count in (("train", 104), ("dev", 2)):
+        (folder / part).mkdir(parents=True)
+        for i in range(count):
+            tone = 0.3 * np.sin(2 * np.pi * (300 + i) * t)
+            soundfile.write(folder / part / f"{i:03}.wav", tone, 16_000)
+            (folder / part / f"{i:03}.txt").write_text("AB")
+    return folder / "train" / "007.wav"
+
+
+@pytest.mark.parametrize(("modality", "make"), [("image", pictures), ("audio", utterances)])
+def test_fine_tuning_names_what_it_cannot_read_and_records_its_data(
+    modality: str, make: Any, encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = make(tmp_path / "data")
+    spoil(bad)
+    steps = {"image": 7, "audio": 14}[modality]  # more than an epoch
+    cfg = config(encoders[modality], modality, steps=steps, evaluate_every=100)
+    run_finetune(cfg, encoders[modality], str(tmp_path / "data"), tmp_path / "run")
+    assert capsys.readouterr().out.count(f"{bad.name} cannot be read, it is left out") == 1
+    record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert [Path(name).name for name in record["unreadable"]] == [bad.name]
+    assert record["total"] == 104
+    assert record["parts"] == {"image": {"test": 4}, "audio": {"dev": 2}}[modality]
+    assert record["labels"] == {"image": ["dark", "light"], "audio": record["labels"]}[modality]
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+@pytest.mark.parametrize("part", ["train", "held-out"])
+def test_fine_tuning_resumes_on_the_same_data_only(
+    part: str, modality: str, encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    mine = tmp_path / "data"
+    shutil.copytree(data["image"].rpartition("/")[0] if modality == "image" else data[modality], mine)
+    path = str(mine / "x.npz") if modality == "image" else str(mine)
+    cfg = config(encoders[modality], modality, steps=3, evaluate_every=100)
+    run_finetune(cfg, encoders[modality], path, tmp_path / "run", stop=lambda step: step == 1)
+    before = (tmp_path / "run" / "config.toml").read_text()
+    if modality == "image":
+        arrays = dict(np.load(path))
+        other = np.array(["left", "right"])[arrays["labels"]] if part == "held-out" else arrays["labels"][:60]
+        np.savez(path, images=arrays["images"][: len(other)], labels=other)
+    elif modality == "text":
+        name = {"train": "train", "held-out": "dev"}[part]
+        lines = (mine / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (mine / f"{name}.jsonl").write_text("".join(lines[:-2]))
+    else:
+        (mine / {"train": "train", "held-out": "dev"}[part] / "0.wav").unlink()
+    with pytest.raises(ValueError, match="was begun with .*: it can only be resumed on the same data"):
+        resume_finetune(tmp_path / "run")
+    assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+class GivesOut:
+    """Data that end with an error before global step `at` of the run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, error: Exception) -> None:
+        original = Loader.micro_batches
+
+        def micro_batches(loader: Loader, start: Position, micro: int) -> Iterator[list[Batch]]:
+            for number, batches in enumerate(original(loader, start, micro), 1):
+                if number == at:
+                    raise error
+                yield batches
+
+        monkeypatch.setattr(Loader, "micro_batches", micro_batches)
+
+
+@pytest.mark.parametrize("error", [DataError("data: gone"), OSError("gone"), RuntimeError("worker gone")])
+@pytest.mark.parametrize("modality", RECIPES)
+def test_when_data_give_out_what_was_trained_is_saved(
+    modality: str,
+    error: Exception,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = config(encoders[modality], modality, steps=4, evaluate_every=3)
+    given = (cfg, encoders[modality], data[modality])
+    if isinstance(error, DataError):
+        run_finetune(*given, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        GivesOut(patched, 3, error)
+        with pytest.raises(
+            RunError, match=r"step 3: .*gone\n.*is saved: continue with `d2v finetune --resume"
+        ):
+            run_finetune(*given, tmp_path / "run")
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest is not None and load_checkpoint(newest).step == 2
+    if isinstance(error, DataError):
+        resume_finetune(tmp_path / "run")
+        assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_pretraining_saves_after_a_worker_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = make_data("image", tmp_path / "data")
+    GivesOut(monkeypatch, 3, RuntimeError("DataLoader worker is killed"))
+    with pytest.raises(RunError, match=r"step 3: DataLoader worker is killed\n.*`d2v train --resume"):
+        run(tiny("image"), images, tmp_path / "r")
+    newest = latest_checkpoint(tmp_path / "r")
+    assert newest is not None and load_checkpoint(newest).step == 2
+
+
+def test_what_fails_before_the_first_step_leaves_nothing(
+    encoders: dict[str, Path], data: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GivesOut(monkeypatch, 1, OSError("gone"))
+    with pytest.raises(OSError, match="gone"):
+        run_finetune(config(encoders["text"], "text"), encoders["text"], data["text"], tmp_path / "run")
+    with pytest.raises(OSError, match="gone"):
+        run(tiny("image"), make_data("image", tmp_path / "data"), tmp_path / "r")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_scores_that_fail_cost_nothing_that_was_trained(
+    modality: str,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: Any) -> dict[str, float]:
+        raise MemoryError("no scores")
+
+    cfg = config(encoders[modality], modality, steps=3, evaluate_every=2)
+    given = (cfg, encoders[modality], data[modality])
+    with pytest.raises(MemoryError, match="no scores"):
+        run_finetune(*given, tmp_path / "run", evaluate=broken)
+    assert f"is saved: continue with `d2v finetune --resume {tmp_path / 'run'}`" in capsys.readouterr().out
+    newest = latest_checkpoint(tmp_path / "run")
+    assert newest is not None and load_checkpoint(newest).step == 2
+
+
+def test_a_probe_that_fails_costs_nothing_that_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise MemoryError("no probe")
+
+    monkeypatch.setattr(OnlineProbe, "__init__", lambda *_: None)
+    monkeypatch.setattr(OnlineProbe, "run", broken)
+    cfg = tiny("image")
+    cfg = d2v.train.pretrain.Config(**{**vars(cfg), "probe": d2v.config.run.ProbeConfig(every=2)})
+    with pytest.raises(MemoryError, match="no probe"):
+        run(cfg, make_data("image", tmp_path / "data"), tmp_path / "r", probe=OnlineProbe)
+    assert "is saved: continue with `d2v train --resume" in capsys.readouterr().out
+    newest = latest_checkpoint(tmp_path / "r")
+    assert newest is not None and load_checkpoint(newest).step == 2
+
+
+def test_the_folder_of_a_run_is_told_how_it_goes_on(
+    encoders: dict[str, Path], data: dict[str, str], tmp_path: Path
+) -> None:
+    cfg = config(encoders["text"], "text", steps=1)
+    run_finetune(cfg, encoders["text"], data["text"], tmp_path / "run", evaluate=evaluate)
+    for folder, command in ((tmp_path / "run", "finetune"), (encoders["text"], "train")):
+        with pytest.raises(
+            ValueError, match=f"holds a run already: continue it with `d2v {command} --resume"
+        ):
+            claim(folder)
