@@ -207,10 +207,6 @@ class Loader(Pipeline):
                 names = [self.source.name(i) for i in loaded.batch.ids.tolist()]
                 yield names, self.source.finish(loaded.batch.to(self.device))
 
-    def steps_in_epoch(self, epoch: int) -> int:
-        """Global steps of an epoch."""
-        return len(self._steps(epoch))
-
     def _steps(self, epoch: int) -> list[np.ndarray]:
         if getattr(self, "_epoch", None) != epoch:
             steps = self.source.steps(epoch)

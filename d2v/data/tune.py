@@ -22,7 +22,8 @@ from .open import open_labelled
 from .speech.pipeline import AudioSplit
 from .speech.source import AudioSource
 from .speech.transcripts import SpokenPart, Vocabulary, read_spoken
-from .text.sentences import SentencePart, SentenceSource, Specials, encode, read_sentences, targets_of
+from .text.labelled import read_labelled
+from .text.sentences import SentencePart, SentenceSource, Specials, encode, targets_of
 from .text.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
 from .types import DataError
 
@@ -121,7 +122,7 @@ def choose(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
 def _sentences(
     path: str, cfg: FineTuneConfig, device: torch.device, encoder_dir: Path | None, run_dir: Path
 ) -> TuneData:
-    found = read_sentences(path, cfg.glue)
+    found, report = read_labelled(path, cfg.glue, numbers=cfg.head.regression)
     targets = targets_of(found["train"], cfg.head.regression)
     tokenizer_file = _tokenizer(encoder_dir, run_dir)
     front = cfg.model.front
@@ -147,7 +148,7 @@ def _sentences(
         name: SentencePart(tokens[name], labels[name], specials.pad) for name in found if name != "train"
     }
     return TuneData(
-        Loader(source, cfg.data, device),
+        Loader(source, cfg.data, device, report),
         lambda ids: kept[ids].to(device, non_blocking=True),
         parts,
         1 if cfg.head.regression else len(targets.classes),

@@ -200,8 +200,9 @@ class TuningRun(Run[TuningPlace]):
 
     def opening(self) -> list[str]:
         parts = ", ".join(f"{name} {len(part):,}" for name, part in self.data.parts.items())
-        report, outputs = self.pipeline.report, self.settings.head.outputs
-        return [f"data {report.path}: {report.total:,} training samples, {parts}; {outputs} outputs"]
+        path, count = self.pipeline.report.path, len(self.data.loader.source)
+        outputs = self.settings.head.outputs
+        return [f"data {path}: {count:,} training samples, {parts}; {outputs} outputs"]
 
     def about_data(self) -> dict[str, Any]:
         return {**super().about_data(), **self._beside_training()}

@@ -23,7 +23,9 @@ from d2v.data.images.augment import erase, mix, rand_augment
 from d2v.data.loader import generator
 from d2v.data.speech.letters import normalise
 from d2v.data.speech.transcripts import Vocabulary, read_spoken
-from d2v.data.text.sentences import GLUE, Sentence, Specials, encode, pad, read_sentences, targets_of
+from d2v.data.splits import divide
+from d2v.data.text.labelled import GLUE, Sentence, read_labelled
+from d2v.data.text.sentences import Specials, encode, pad, targets_of
 from d2v.data.text.tokenizer import train_tokenizer
 from d2v.data.tune import choose, span_mask
 from d2v.data.types import DataError
@@ -55,7 +57,7 @@ def test_glue_files_are_read(task: str, tmp_path: Path) -> None:
     lines, first, label = ROWS[task]
     for part in ("train", *GLUE[task].evaluated):
         (tmp_path / f"{part}.tsv").write_text("\n".join(lines) + "\n")
-    found = read_sentences(str(tmp_path), task)
+    found, _ = read_labelled(str(tmp_path), task)
     assert found.keys() == {"train", *GLUE[task].evaluated}
     assert found["train"][0] == Sentence(first, label) and len(found["train"]) == 2
     made = recipe(f"glue_{task}")
@@ -66,16 +68,16 @@ def test_glue_files_are_read(task: str, tmp_path: Path) -> None:
 
 def test_broken_sentence_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train.tsv does not exist"):
-        read_sentences(str(tmp_path), "rte")
+        read_labelled(str(tmp_path), "rte")
     (tmp_path / "train.tsv").write_text("index\tsentence1\tlabel\n")
     (tmp_path / "dev.tsv").write_text("")
     with pytest.raises(DataError, match="has no column 'sentence2', its columns: index, sentence1, label"):
-        read_sentences(str(tmp_path), "rte")
-    with pytest.raises(DataError, match=r"train.jsonl beside one of dev.jsonl.*got none"):
-        read_sentences(str(tmp_path), None)
+        read_labelled(str(tmp_path), "rte")
+    with pytest.raises(DataError, match="no text in it"):
+        read_labelled(str(tmp_path), None)
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": true}\n')
     with pytest.raises(DataError, match=r'a.jsonl:1 has no "label" that is a string or a number'):
-        read_sentences(str(tmp_path / "a.jsonl"), None)
+        read_labelled(str(tmp_path / "a.jsonl"), None)
     with pytest.raises(DataError, match="regression needs numbers"):
         targets_of([], True).encode([Sentence(("x",), "good")], "here")
     with pytest.raises(DataError, match="class 'c' is not among the training classes"):
@@ -154,7 +156,8 @@ def test_transcripts_are_found_in_every_layout(tmp_path: Path) -> None:
     assert found["train"].report.skipped == {"no transcript": 1}
     assert len(found["train"].utterances.wave(0)) == 16_000
     plain = read_spoken(str(tmp_path / "plain"), cfg, 16_000)
-    assert plain["test"].texts == ["word 4", "word 9"] and len(plain["train"].texts) == 8
+    held = [f"word {i}" for i in divide([""] * 10)["test"]]
+    assert plain["test"].texts == held and len(held) == 2 and len(plain["train"].texts) == 8
     root = tmp_path / "libri" / "dev-other" / "3" / "4"
     for part in ("train", "valid"):
         (tmp_path / f"{part}.tsv").write_text(f"{root}\n1-2-0.flac\t16000\n1-2-1.flac\t16000\n")

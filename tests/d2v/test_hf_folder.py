@@ -27,7 +27,8 @@ from d2v.data.normalisation import Normalisation
 from d2v.data.open import open_data
 from d2v.data.speech.letters import SPECIALS
 from d2v.data.speech.transcripts import Vocabulary
-from d2v.data.text.sentences import Sentence, Specials, encode
+from d2v.data.text.labelled import Sentence
+from d2v.data.text.sentences import Specials, encode
 from d2v.data.text.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from d2v.data.types import DataError
 from d2v.evaluate.ctc import greedy

@@ -30,6 +30,7 @@ from ...config.run import Config, DataConfig
 from ..embedded import digits
 from ..loader import AUGMENT, Loader, Source, generator
 from ..normalisation import IMAGENET, Normalisation, checked, given
+from ..splits import divide, named_parts
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .eval_picture import Box, WrongChannels, as_mode, cut_array, eval_picture
 from .store import ArrayStore, Store, Subset, open_store, read_npz
@@ -299,25 +300,25 @@ class ImageSplit(Split):
 
 
 def _parts(path: str) -> dict[str, Store]:
-    """Train and test pictures: as they are divided on disk, else 80% and 20% at random."""
+    """Train and test pictures: as they are divided on disk, else by `divide`."""
     if path == "digits":
         return {"train": _digits("probe"), "test": _digits("test")}
     root = Path(path)
     if root.suffix == ".npz" and (test := read_npz(root, "test_")) is not None:
         return {"train": open_store(root), "test": test}
-    tests = [root / name for name in ("val", "test", "valid") if (root / name).is_dir()]
-    if (root / "train").is_dir() and tests:
-        return {"train": open_store(root / "train"), "test": open_store(tests[0])}
+    named = (
+        named_parts(folder.name for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else None
+    )
+    if named is not None:
+        return {part: open_store(root / name) for part, name in zip(("train", "test"), named, strict=True)}
     whole = open_store(root)
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(whole))
-    cut = max(1, len(whole) // 5)
-    return {"train": Subset(whole, np.sort(order[cut:])), "test": Subset(whole, np.sort(order[:cut]))}
+    classes = np.zeros(len(whole)) if whole.labels is None else whole.labels
+    return {part: Subset(whole, numbers) for part, numbers in divide(classes.tolist()).items()}
 
 
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels come from class folders, `labels` of a .npz, or .cls in a
-    tar; the parts from `train/` beside `val/` or `test/`, from `test_images` of a .npz, or 80/20 at
-    random."""
+    tar; the parts from the names of folders, from `test_images` of a .npz, or by `divide`."""
     parts = _parts(path)
     for store in parts.values():
         if store.labels is None:

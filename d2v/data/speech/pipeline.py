@@ -20,12 +20,11 @@ from ...config.run import Config, DataConfig
 from ...model.logmel import log_mel
 from ..embedded import speech
 from ..loader import Loader
+from ..splits import divide, named_parts
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .files import FileUtterances, Header, Utterances, in_threads, index_files
 from .source import AudioSource, SpeechUtterances, normalise_wave
 
-TEST_EVERY = 5
-"""every fifth file of a class is a test file when there are no train and test folders"""
 BINS = (0.0, 0.5, 1, 2, 4, 8, 12, 16, 20, 30, 60, math.inf)
 """seconds: edges of the length histogram of `check_data`"""
 
@@ -212,8 +211,8 @@ def _phone_labels(utterances: SpeechUtterances, front: WaveformFront | LogMelFro
 
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. The embedded set has the phone of every token and a third split
-    `unseen_voice`. In a folder every subfolder is a class of utterances; train and test are `train/` beside
-    `test/`, `val/` or `valid/`, or else every fifth file of a class is for testing."""
+    `unseen_voice`. In a folder every subfolder is a class of utterances; train and test are known by
+    the names of folders, or else by `divide`."""
     if path == "speech":
         splits: dict[str, Split] = {}
         for part in speech.SPLITS:
@@ -225,22 +224,17 @@ def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Pa
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"labels missing: {path}: one folder per class is needed, got a file")
-    tests = [root / name for name in ("val", "test", "valid") if (root / name).is_dir()]
-    if (root / "train").is_dir() and tests:
+    parts = named_parts(folder.name for folder in root.iterdir() if folder.is_dir())
+    if parts is not None:
         opened = {
-            "train": _open(str(root / "train"), cfg, "train"),
-            "test": _open(str(tests[0]), cfg, "test"),
+            "train": _open(str(root / parts[0]), cfg, "train"),
+            "test": _open(str(root / parts[1]), cfg, "test"),
         }
         named = {name: _classes(root, utterances) for name, (utterances, _) in opened.items()}
     else:
         utterances, report = _open(path, cfg, "train")
         classes = _classes(root, utterances)
-        rank: Counter[str] = Counter()
-        is_test = np.zeros(len(classes), dtype=bool)
-        for i, name in enumerate(classes):
-            rank[name] += 1
-            is_test[i] = rank[name] % TEST_EVERY == 0
-        numbers = {"train": np.flatnonzero(~is_test), "test": np.flatnonzero(is_test)}
+        numbers = divide(classes)
         opened = {name: (utterances.select(keep), report) for name, keep in numbers.items()}
         named = {name: [classes[i] for i in keep] for name, keep in numbers.items()}
     return _by_class(path, cfg, opened, named)
@@ -262,7 +256,7 @@ def _by_class(
         raise DataError(f"labels missing: {path}: at least 2 class folders are needed, got {known}")
     if not named["test"]:
         raise DataError(
-            f"labels missing: {path}: no class has {TEST_EVERY} files, so none is left for testing"
+            f"labels missing: {path}: every class has one file alone, so none is left for testing"
         )
     if unknown := sorted(set(named["test"]) - set(known)):
         raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")

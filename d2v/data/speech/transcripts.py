@@ -3,7 +3,7 @@
 Known layouts: Librispeech (`*.trans.txt` of lines `ID TEXT` beside ID.flac), a text file beside every audio
 file (`x.txt` beside `x.wav`), fairseq's manifests (`train.tsv` with `train.wrd` or `train.ltr`), and the
 embedded "speech". In a folder, subfolders (manifests: files) called train* are for training and those called
-dev*, valid*, val* or test* are held out, each under its name; without them every fifth utterance is.
+dev*, valid*, val* or test* are held out, each under its name; without them a fifth of all is.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch import Tensor
 from ...config.run import Config
 from ..embedded import speech
 from ..loader import Loader
+from ..splits import divide, is_held_out, is_training
 from ..types import DataError, Report
 from .files import FileUtterances, Header, Utterances, header_or_reason, in_threads, list_files, read_manifest
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
-from .pipeline import TEST_EVERY, find_usable
+from .pipeline import find_usable
 from .source import AudioSource, SpeechUtterances
-
-HELD_OUT = ("dev", "valid", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -133,14 +132,13 @@ def _on_disk(root: Path, rate: int) -> dict[str, Spoken]:
     named = {file.stem: file for file in manifests} or {
         folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir()
     }
-    train = [place for name, place in named.items() if name.lower().startswith("train")]
-    held = {name: place for name, place in named.items() if name.lower().startswith(HELD_OUT)}
+    train = [place for name, place in named.items() if is_training(name)]
+    held = {name: place for name, place in named.items() if is_held_out(name)}
     if train and held:
         parts = {name: _read_part([place], rate) for name, place in held.items()}
         return {"train": _read_part(train, rate), **parts}
     whole = _read_part([root], rate)
-    is_test = np.arange(len(whole.texts)) % TEST_EVERY == TEST_EVERY - 1
-    return {"train": whole.select(np.flatnonzero(~is_test)), "test": whole.select(np.flatnonzero(is_test))}
+    return {part: whole.select(numbers) for part, numbers in divide([""] * len(whole.texts)).items()}
 
 
 def _read_part(places: list[Path], rate: int) -> Spoken:

@@ -131,34 +131,3 @@ class StandardLibrary(Corpus):
 def open_corpus(path: str) -> Corpus:
     """The documents at a path, or the embedded "text"."""
     return StandardLibrary() if path == "text" else Files(path)
-
-
-def labelled_texts(path: str) -> dict[str, tuple[list[str], list[str]]]:
-    """Texts and labels by part. From .jsonl lines with "text" and "label": in a folder train.jsonl beside
-    test.jsonl, val.jsonl, valid.jsonl or dev.jsonl is the division, else all is under "all".
-
-    Raises DataError: "labels missing", more than 1% unreadable.
-    """
-    if path == "text":
-        return stdlib.paragraphs()
-    files = [file for file in Files(path).files if file.suffix == ".jsonl"]
-    if not files:
-        raise DataError(f'labels missing: {path}: labels come from .jsonl lines with "text" and "label"')
-    by_stem = {file.stem: [file] for file in files}
-    tests = [stem for stem in ("test", "val", "valid", "dev") if stem in by_stem]
-    named = Path(path).is_dir() and "train" in by_stem and tests
-    parts = {"train": by_stem["train"], "test": by_stem[tests[0]]} if named else {"all": files}
-    found: dict[str, tuple[list[str], list[str]]] = {}
-    report = Report(path, 0)
-    for part, part_files in parts.items():
-        texts, labels = found[part] = [], []
-        for file in part_files:
-            for name, entry in json_lines(file, report):
-                if not isinstance(entry.get("label"), (str, int)):
-                    raise DataError(
-                        f'labels missing: {name} has no "label" that is a string or a whole number'
-                    )
-                texts.append(entry["text"])
-                labels.append(str(entry["label"]))
-    report.stop_if_too_many()
-    return found

@@ -29,7 +29,8 @@ from ...config.run import Config
 from ..loader import Loader, Source, number_classes
 from ..open import default_cache
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split
-from .corpus import Corpus, labelled_texts, open_corpus
+from .corpus import Corpus, open_corpus
+from .labelled import read_labelled
 from .tokenizer import BOS, EOS, PAD, check_tokenizer, load_tokenizer, train_tokenizer
 
 TOGETHER = 1 << 23
@@ -217,8 +218,8 @@ class TextSplit(Split):
 
 
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
-    """See `d2v.data.open.open_labelled`. Labels come from .jsonl lines with "text" and "label" (train.jsonl
-    beside test.jsonl, else 80/20 by chance) or, for the embedded text, from the area of the library."""
+    """See `d2v.data.open.open_labelled`. Labels: see `read_labelled`; of the embedded text, the areas of
+    the library."""
     parts, classes = _labelled_parts(path)
     tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, cache_dir or default_cache())
     splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
@@ -233,13 +234,8 @@ def open_tokenized(path: str, tokenizer: Tokenizer, block: int, specials: tuple[
 
 def _labelled_parts(path: str) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
     """Texts and labels of "train" and "test", and the classes."""
-    parts = labelled_texts(path)
-    if "all" in parts:
-        texts, names = parts["all"]
-        order = np.random.Generator(np.random.PCG64(0)).permutation(len(texts))
-        cut = max(1, len(texts) // 5)
-        chosen = {"train": np.sort(order[cut:]), "test": np.sort(order[:cut])}
-        parts = {part: ([texts[i] for i in ids], [names[i] for i in ids]) for part, ids in chosen.items()}
+    found, _ = read_labelled(path)
+    parts = {part: ([s.texts[0] for s in some], [s.label for s in some]) for part, some in found.items()}
     classes, _ = number_classes(parts["train"][1])
     if unknown := sorted(set(parts["test"][1]) - set(classes)):
         raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")

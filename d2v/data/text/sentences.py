@@ -8,11 +8,8 @@ names, or numbers for regression.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,129 +17,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..loader import Source, number_classes
-from ..types import Batch, DataError, LabelledBatch, Report
-from .corpus import json_lines, labelled_texts
+from ..types import Batch, DataError, LabelledBatch
+from .labelled import Sentence
 from .tokenizer import BOS, EOS, PAD
-
-HELD_OUT = ("dev", "valid", "val", "test")
-"""stems of files for evaluation, in order of preference"""
-
-
-class Sentence(NamedTuple):
-    """One sample."""
-
-    texts: tuple[str, ...]
-    """one or two"""
-    label: str
-
-
-class GlueTask(NamedTuple):
-    """How a task's .tsv files are read: columns by the name in the header, or by number without one."""
-
-    texts: tuple[str, ...]
-    label: str
-    evaluated: tuple[str, ...] = ("dev",)
-    """stems of the files that are evaluated"""
-    header: bool = True
-    largest: float | None = None
-    """of numbers as labels, which fairseq's preprocess_GLUE_tasks.sh divides by it"""
-
-
-GLUE = {
-    "cola": GlueTask(("3",), "1", header=False),
-    "sst2": GlueTask(("sentence",), "label"),
-    "mrpc": GlueTask(("#1 String", "#2 String"), "Quality"),
-    "stsb": GlueTask(("sentence1", "sentence2"), "score", largest=5.0),
-    "qqp": GlueTask(("question1", "question2"), "is_duplicate"),
-    "mnli": GlueTask(("sentence1", "sentence2"), "gold_label", ("dev_matched", "dev_mismatched")),
-    "qnli": GlueTask(("question", "sentence"), "label"),
-    "rte": GlueTask(("sentence1", "sentence2"), "label"),
-}
-
-
-def read_sentences(path: str, glue: str | None) -> dict[str, list[Sentence]]:
-    """ "train" and one or more held-out parts.
-
-    From GLUE's train.tsv beside dev.tsv (glue names the task); from .jsonl lines with "text", maybe "text2",
-    and "label" (train.jsonl beside dev, valid, val or test; one file is divided 80/20); or "text".
-    Raises DataError.
-    """
-    if glue is not None:
-        return _read_glue(Path(path), glue)
-    if path == "text":
-        return {part: [Sentence((t,), n) for t, n in zip(*found, strict=True)]
-                for part, found in labelled_texts(path).items()}  # fmt: skip
-    root = Path(path)
-    files = {file.stem: file for file in sorted(root.glob("*.jsonl"))} if root.is_dir() else {}
-    if root.suffix == ".jsonl" and root.is_file():
-        whole = _read_lines(root)
-        order = np.random.Generator(np.random.PCG64(0)).permutation(len(whole))
-        cut = max(1, len(whole) // 5)
-        chosen = {"train": np.sort(order[cut:]), "test": np.sort(order[:cut])}
-        return {part: [whole[i] for i in numbers] for part, numbers in chosen.items()}
-    held = [stem for stem in HELD_OUT if stem in files]
-    if "train" not in files or not held:
-        raise DataError(
-            f"labels missing: {path}: a .jsonl file, or train.jsonl beside one of "
-            f"{', '.join(f'{stem}.jsonl' for stem in HELD_OUT)} is needed, got {sorted(files) or 'none'}"
-        )
-    return {part: _read_lines(files[stem]) for part, stem in (("train", "train"), ("test", held[0]))}
-
-
-def _read_lines(file: Path) -> list[Sentence]:
-    report, found = Report(str(file), 0), []
-    for name, entry in json_lines(file, report):
-        label, second = entry.get("label"), entry.get("text2")
-        if isinstance(label, bool) or not isinstance(label, (str, int, float)):
-            raise DataError(f'labels missing: {name} has no "label" that is a string or a number')
-        if second is not None and not isinstance(second, str):
-            raise DataError(f'data: {name}: "text2" must be a string, got {second!r}')
-        found.append(Sentence((entry["text"],) if second is None else (entry["text"], second), str(label)))
-    report.stop_if_too_many()
-    if not found:
-        raise DataError(f"data: {file} holds no sample")
-    return found
-
-
-def _read_glue(root: Path, name: str) -> dict[str, list[Sentence]]:
-    if name not in GLUE:
-        raise ValueError(f"finetune: glue must be one of {', '.join(GLUE)}, got {name!r}")
-    task = GLUE[name]
-    parts = {"train": root / "train.tsv", **{stem: root / f"{stem}.tsv" for stem in task.evaluated}}
-    for file in parts.values():
-        if not file.is_file():
-            raise DataError(f"data: {file} does not exist: GLUE's {name} folder holds it")
-    return {part: _read_tsv(file, task) for part, file in parts.items()}
-
-
-def _read_tsv(file: Path, task: GlueTask) -> list[Sentence]:
-    """GLUE's files: tabs between columns, quotes that mean nothing."""
-    found = []
-    with file.open(encoding="utf-8", newline="") as opened:
-        rows = csv.reader(opened, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(rows, []) if task.header else None
-        wanted = (*task.texts, task.label)
-        if header is not None and (absent := [name for name in wanted if name not in header]):
-            raise DataError(f"data: {file} has no column {absent[0]!r}, its columns: {', '.join(header)}")
-        places = [int(name) if header is None else header.index(name) for name in wanted]
-        for number, row in enumerate(rows, 2 if task.header else 1):
-            if len(row) <= max(places):
-                raise DataError(
-                    f"data: {file}, line {number}: {len(row)} columns, {max(places) + 1} are needed"
-                )
-            *texts, label = (row[place] for place in places)
-            if task.largest is not None:
-                label = _share(label, task.largest, f"{file}, line {number}")
-            if label != "-":  # of MNLI: annotators did not agree
-                found.append(Sentence(tuple(texts), label))
-    return found
-
-
-def _share(label: str, largest: float, where: str) -> str:
-    try:
-        return str(float(label) / largest)
-    except ValueError:
-        raise DataError(f"data: {where}: the label must be a number, got {label!r}") from None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..types import DataError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """ids 0 to 3, as in fairseq/data/dictionary.py"""
-BOS, PAD, EOS, UNK = range(4)
+BOS, PAD, EOS = range(3)
 SMALLEST = len(SPECIALS) + 256
 """a byte-level vocabulary holds every byte"""
 
