@@ -16,6 +16,22 @@ def check(ok: bool, name: str, contract: str, value: object) -> None:
         raise ValueError(f"config: {name} must be {contract}, got {value!r}")
 
 
+def check_sizes(owner: object, section: str, **largest: int) -> None:
+    """Each of these fields of `owner` is positive and at most so large.
+
+    What sizes memory has a limit far above everything that is trained, so that a number of a damaged or
+    foreign file is an error and no allocation.
+    """
+    for name, most in largest.items():
+        value = getattr(owner, name)
+        check(value > 0, f"{section}.{name}", "positive", value)
+        check(value <= most, f"{section}.{name}", f"at most {most:,}", value)
+
+
+WIDTH, DEPTH, TOKENS = 65_536, 1_000, 65_536
+"""limits of `check_sizes`: channels of a layer, layers, tokens of a sample"""
+
+
 def check_probability(name: str, value: float) -> None:
     check(0.0 <= value < 1.0, name, "in [0, 1)", value)
 
@@ -36,13 +52,18 @@ class ImageFront:
     """CLS tokens put before the patches, without position"""
 
     def __post_init__(self) -> None:
-        check(self.patch > 0, "front.patch", "positive", self.patch)
+        check_sizes(self, "front", patch=1_000, height=65_536, width=65_536, channels=1_000)
         for name in ("height", "width"):
             value = getattr(self, name)
             contract = f"a positive multiple of patch {self.patch}"
             check(value > 0 and value % self.patch == 0, f"front.{name}", contract, value)
-        check(self.channels > 0, "front.channels", "positive", self.channels)
-        check(self.extra_tokens >= 0, "front.extra_tokens", "at least 0", self.extra_tokens)
+        patches = self.grid[0] * self.grid[1]
+        check(
+            patches <= TOKENS, "front.patch", f"so large that there are at most {TOKENS:,} patches", patches
+        )
+        check(
+            0 <= self.extra_tokens <= TOKENS, "front.extra_tokens", f"in 0 .. {TOKENS:,}", self.extra_tokens
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -66,9 +87,11 @@ class _Speech:
     extra_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "position_width", "position_groups", "position_layers"):
-            check(getattr(self, name) > 0, f"front.{name}", "positive", getattr(self, name))
-        check(self.extra_tokens >= 0, "front.extra_tokens", "at least 0", self.extra_tokens)
+        check_sizes(self, "front", sample_rate=1_000_000, position_width=WIDTH, position_groups=WIDTH,
+                    position_layers=DEPTH)  # fmt: skip
+        check(
+            0 <= self.extra_tokens <= TOKENS, "front.extra_tokens", f"in 0 .. {TOKENS:,}", self.extra_tokens
+        )
 
     @property
     def position_kernel(self) -> int:
@@ -102,9 +125,16 @@ class WaveformFront(_Speech):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(len(self.conv_layers) > 0, "front.conv_layers", "not empty", self.conv_layers)
+        count = len(self.conv_layers)
+        check(0 < count <= DEPTH, "front.conv_layers", f"not empty, at most {DEPTH:,} layers", count)
         for layer in self.conv_layers:
-            check(len(layer) == 3 and min(layer) > 0, "front.conv_layers", "positive triples", layer)
+            contract = f"positive triples, at most {WIDTH:,}"
+            check(
+                len(layer) == 3 and 0 < min(layer) <= max(layer) <= WIDTH,
+                "front.conv_layers",
+                contract,
+                layer,
+            )
 
     @property
     def width(self) -> int:
@@ -143,8 +173,7 @@ class LogMelFront(_Speech):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mels", "window", "hop", "stack"):
-            check(getattr(self, name) > 0, f"front.{name}", "positive", getattr(self, name))
+        check_sizes(self, "front", mels=WIDTH, window=1_000_000, hop=1_000_000, stack=DEPTH)
 
     @property
     def width(self) -> int:
@@ -185,7 +214,7 @@ class TextFront:
             self.vocab_size,
         )
         check(0 <= self.mask_id < self.vocab_size, "front.mask_id", "below vocab_size", self.mask_id)
-        check(self.max_positions > 0, "front.max_positions", "positive", self.max_positions)
+        check_sizes(self, "front", vocab_size=100_000_000, max_positions=10_000_000)
         check_probability("front.dropout", self.dropout)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from .fronts import (
+    DEPTH,
+    WIDTH,
     Front,
     ImageFront,
     LogMelFront,
@@ -16,6 +18,7 @@ from .fronts import (
     TextFront,
     check,
     check_probability,
+    check_sizes,
 )
 
 Objective = Literal["data2vec2", "data2vec1", "mae", "mlm"]
@@ -42,7 +45,7 @@ class MaskConfig:
         check(0.0 < self.prob < 1.0, "mask.prob", "in (0, 1)", self.prob)
         check(self.length > 0, "mask.length", "positive", self.length)
         check(self.adjust >= 0.0, "mask.adjust", "at least 0", self.adjust)
-        check(self.clones > 0, "mask.clones", "positive", self.clones)
+        check_sizes(self, "mask", clones=1_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,13 @@ class DecoderConfig:
     """deviation of the Gaussian noise put at masked places (there is no learned mask token)"""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "groups", "kernel", "layers", "projection_layers"):
-            check(getattr(self, name) > 0, f"decoder.{name}", "positive", getattr(self, name))
+        check_sizes(
+            self, "decoder", dim=WIDTH, groups=WIDTH, kernel=1_000, layers=DEPTH, projection_layers=DEPTH
+        )
         check(self.dim % self.groups == 0, "decoder.dim", f"a multiple of groups {self.groups}", self.dim)
-        check(self.projection_ratio > 0, "decoder.projection_ratio", "positive", self.projection_ratio)
+        check(
+            0 < self.projection_ratio <= 100, "decoder.projection_ratio", "in (0, 100]", self.projection_ratio
+        )
         check_probability("decoder.input_dropout", self.input_dropout)
         check(self.noise_std >= 0, "decoder.noise_std", "at least 0", self.noise_std)
 
@@ -81,8 +87,7 @@ class MAEConfig:
     depth: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("dim", "heads", "depth"):
-            check(getattr(self, name) > 0, f"mae.{name}", "positive", getattr(self, name))
+        check_sizes(self, "mae", dim=WIDTH, heads=WIDTH, depth=DEPTH)
         contract = f"a multiple of 4 and of heads {self.heads}"
         check(self.dim % 4 == self.dim % self.heads == 0, "mae.dim", contract, self.dim)
 
@@ -150,11 +155,12 @@ class ModelConfig:
     """the teacher averages the blocks only and reads the student's embeddings (text)"""
 
     def __post_init__(self) -> None:
-        for name in ("dim", "heads", "depth"):
-            check(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
-        check(self.prenet_depth >= 0, "model.prenet_depth", "at least 0", self.prenet_depth)
+        known = get_args(Objective)
+        check(self.objective in known, "model.objective", f"one of {', '.join(known)}", self.objective)
+        check_sizes(self, "model", dim=WIDTH, heads=WIDTH, depth=DEPTH)
+        check(0 <= self.prenet_depth <= DEPTH, "model.prenet_depth", f"in 0 .. {DEPTH:,}", self.prenet_depth)
         check(self.dim % self.heads == 0, "model.dim", f"a multiple of heads {self.heads}", self.dim)
-        check(self.mlp_ratio > 0, "model.mlp_ratio", "positive", self.mlp_ratio)
+        check(0 < self.mlp_ratio <= 100, "model.mlp_ratio", "in (0, 100]", self.mlp_ratio)
         check(self.norm_eps > 0, "model.norm_eps", "positive", self.norm_eps)
         check(
             self.target.top_k <= self.depth, "target.top_k", f"at most depth {self.depth}", self.target.top_k
@@ -279,12 +285,11 @@ class DataConfig:
     on the data"""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "prefetch", "block"):
-            check(getattr(self, name) > 0, f"data.{name}", "positive", getattr(self, name))
+        check_sizes(self, "data", batch=100_000_000, prefetch=10_000, block=10_000_000)
         check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
         norms = get_args(WaveNorm)
         check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)
-        check(self.workers >= 0, "data.workers", "at least 0", self.workers)
+        check(0 <= self.workers <= 10_000, "data.workers", "in 0 .. 10,000", self.workers)
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", "0 < low <= high <= 1", self.crop_scale)
         check(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import tomli_w
 
 from .atomic import write_text
@@ -38,34 +41,63 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(config)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
-def from_dict(cls: type, data: dict[str, Any], where: str = "config") -> Any:
-    """The inverse of `to_dict`; an unknown key raises `ValueError` naming it."""
+def from_dict(cls: type, data: Any, where: str = "config") -> Any:
+    """The inverse of `to_dict`. ValueError naming a key that is unknown or missing, and a value of another
+    type than the field's, or that is not finite."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be a table, got {data!r}")
     data = dict(data)
     if cls in FRONTS.values():
         data.pop("kind", None)
-    known = {f.name for f in dataclasses.fields(cls)}
+    fields, hints = dataclasses.fields(cls), get_type_hints(cls)
+    known = {f.name for f in fields}
     if unknown := sorted(set(data) - known):
         raise ValueError(f"{where}: unknown key {unknown[0]!r}, known: {', '.join(sorted(known))}")
     values: dict[str, Any] = {}
     for name, value in data.items():
+        here = f"{where}.{name}"
         if name == "front":
+            if not isinstance(value, dict):
+                raise ValueError(f"{here} must be a table, got {value!r}")
             kind = value.get("kind")
-            if kind not in FRONTS:
-                raise ValueError(f"{where}.front: kind must be one of {sorted(FRONTS)}, got {kind!r}")
-            values[name] = from_dict(FRONTS[kind], value, f"{where}.front")
-        elif isinstance(value, dict):
-            values[name] = from_dict(get_type_hints(cls)[name], value, f"{where}.{name}")
+            if not isinstance(kind, str) or kind not in FRONTS:
+                raise ValueError(f"{here}: kind must be one of {', '.join(sorted(FRONTS))}, got {kind!r}")
+            values[name] = from_dict(FRONTS[kind], value, here)
+        elif dataclasses.is_dataclass(hints[name]):
+            values[name] = from_dict(hints[name], value, here)
         else:
-            values[name] = _tuples(value)
-    # a key absent because it was None must come back as None, whatever the default is
-    for f in dataclasses.fields(cls):
-        if f.name not in values and "None" in str(f.type):
-            values[f.name] = None
+            values[name] = _value(hints[name], value, here)
+    for f in fields:
+        if f.name in values:
+            continue
+        if type(None) in get_args(hints[f.name]):
+            values[f.name] = None  # absent because it was None, whatever the default is
+        elif f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{where}: key {f.name!r} is missing")
     return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """A value as its type wants it: a list as the tuple, a whole number as the float."""
+    try:
+        found = msgspec.convert(value, hint)
+    except msgspec.ValidationError:
+        raise ValueError(f"{where} must be {_spelled(hint)}, got {value!r}") from None
+    for number in found if isinstance(found, tuple) else (found,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{where} must be finite, got {value!r}")
+    return found
+
+
+def _spelled(hint: Any) -> str:
+    """A type for people: `int or none`, `one of fp32, bf16`."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    if get_origin(hint) is UnionType or get_origin(hint) is Union:
+        return " or ".join(map(_spelled, get_args(hint)))
+    if hint is type(None):
+        return "none"
+    return str(hint) if get_args(hint) else str(hint.__name__)
 
 
 SETTINGS = "config.toml"
@@ -121,26 +153,15 @@ _NEUTRAL = frozenset({
 """settings that change neither weights nor their order of computation"""
 
 
-def diff_maths(
-    old: Config,
-    new: Config,
-    *,
-    data: tuple[str, str] | None = None,
-    exact: bool = True,
-) -> list[str]:
+def diff_maths(old: Config, new: Config) -> list[str]:
     """The settings that differ and change the numbers of a run, as "key: old -> new".
 
-    data: the two data paths, compared as well. exact: also list `train.micro_batch`, which keeps the
-    maths but changes the order of sums, so that the curve is no longer bitwise the same.
+    `train.micro_batch` is among them: it keeps the maths, but not the order of sums.
     """
     before, after = flatten(to_dict(old)), flatten(to_dict(new))
-    if data is not None:
-        before["data"], after["data"] = data
-    skip = _NEUTRAL if exact else _NEUTRAL | {"train.micro_batch"}
-    keys = sorted((before.keys() | after.keys()) - skip)
     return [
         f"{key}: {before.get(key, 'none')} -> {after.get(key, 'none')}"
-        for key in keys
+        for key in sorted((before.keys() | after.keys()) - _NEUTRAL)
         if before.get(key) != after.get(key)
     ]
 

@@ -24,7 +24,7 @@ class HeadConfig:
     """sentence: labels are numbers, the loss is the squared error (STS-B)"""
 
     def __post_init__(self) -> None:
-        check(self.outputs >= 0, "head.outputs", "at least 0", self.outputs)
+        check(0 <= self.outputs <= 10_000_000, "head.outputs", "in 0 .. 10,000,000", self.outputs)
         check(
             not self.regression or self.task == "sentence", "head.regression", "for sentences only", self.task
         )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
@@ -32,6 +32,8 @@ from .hf_export import PRETRAINING, joined, theirs
 from .hf_folder import is_ours
 from .hf_import import open_hf
 from .recorded import as_recorded
+
+M = TypeVar("M", bound="Pretraining | FineTuned")
 
 
 def load(
@@ -64,9 +66,7 @@ def load(
         if is_tuned(read_settings(run)):
             return load_run(path, step=step)[0].to(device)
         config, tensors = read_config(run)[0].model, load_checkpoint(folder).model
-    model = build_model(config)
-    fill_model(model, tensors, path)
-    return model.to(device).eval()
+    return _filled(lambda: build_model(config), tensors, path).to(device)
 
 
 def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, FineTuneConfig, str]:
@@ -77,18 +77,31 @@ def load_run(path: str | Path, *, step: int | None = None) -> tuple[FineTuned, F
     """
     run, folder = find_checkpoint(path, step)
     cfg, data, _ = read_tuned_config(run)
-    model = build_tuned(cfg)
     with naming_release(cfg.transformers):
-        fill_model(model, load_checkpoint(folder).model, folder)
-    return model.eval(), as_recorded(cfg, run), data
+        model = _filled(lambda: build_tuned(cfg), load_checkpoint(folder).model, folder)
+    return model, as_recorded(cfg, run), data
 
 
 def load_tuned_file(path: str | Path) -> FineTuned:
     """A fine-tuned model of the original in eval mode, from its `.pt`. Raises CheckpointError."""
     cfg, head, tensors = load_original_tuned(path)
-    model = FineTuned(cfg, head)
-    fill_model(model, tensors, path)
-    return model.eval()
+    return _filled(lambda: FineTuned(cfg, head), tensors, path)
+
+
+def _shapes(make: Callable[[], M]) -> M:
+    """The model without its memory."""
+    with torch.device("meta"):
+        return make()
+
+
+def _filled(make: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+    """The model with these weights, in eval mode. What a config says of sizes is believed only where the
+    weights have them: shapes are compared before the model is made."""
+    check_fits(_shapes(make), tensors, source)
+    model = make()
+    fill_model(model, tensors, source)
+    model.eval()
+    return model
 
 
 PREFIX = "hf:"
@@ -132,21 +145,17 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
 def load_folder(path: Path) -> Pretraining | FineTuned:
     """The model of a folder of `run_convert`, for d2v or for transformers.
 
-    Shapes are compared before the model is made. Raises CheckpointError naming the wrong file.
+    Raises CheckpointError naming the wrong file.
     """
     values, make = _maker(path / CONFIG)
     tensors = _read(path / WEIGHTS)
     try:
-        with torch.device("meta"):
-            shapes = make()
+        shapes = _shapes(make)
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{path / CONFIG}: not a converted model: {error}") from error
     if "weights" in values or not isinstance(shapes, Pretraining):
         tensors = _from_hf(path, values, shapes, tensors)
-    check_fits(shapes, tensors, path / WEIGHTS)
-    model = make()
-    fill_model(model, tensors, path / WEIGHTS)
-    return model
+    return _filled(make, tensors, path / WEIGHTS)
 
 
 def _read(file: Path) -> dict[str, Tensor]:
