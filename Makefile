@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | results | peers | wheel | wheel-matrix | aot-cuda | sanitize | clean: each creates what it
+# make demo | test | lint | docs | bench | results | peers | wheel | wheel-matrix | aot-cuda | sanitize | clean: each creates what it
 # needs, in .venv beside this file.
 # Another Python or torch: make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
@@ -13,7 +13,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),'torch==2.13.0$(comma)!=2.13.0+cpu','torch==2.13.0')
 comma := ,
 
-.PHONY: demo test lint bench results peers wheel wheel-matrix aot-cuda sanitize clean
+.PHONY: demo test lint docs bench results peers wheel wheel-matrix aot-cuda sanitize clean
 
 demo: $(INSTALLED)
 	$(RUN) -m d2v demo
@@ -28,6 +28,13 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The pages of docs/ and the API reference in build/docs; warnings are errors, and nothing is fetched.
+docs: $(INSTALLED)
+	$(PIP) install --quiet -c constraints.txt $$($(RUN) -c 'import importlib.metadata as m; \
+	  print(*(r.split(";")[0] for r in m.requires("d2vkern") if "extra == \"docs\"" in r))')
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	@echo build/docs/index.html
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.run

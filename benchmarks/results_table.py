@@ -1,4 +1,4 @@
-"""README's result tables and their plots, made from benchmarks/results/*.json: `make results`.
+"""Result tables of README and docs/, and their plots, from benchmarks/results/*.json: `make results`.
 
     python -m benchmarks.results_table            rewrite what stands between the markers, and the plots
     python -m benchmarks.results_table --check    write nothing; exit 1 when a table differs from the JSON
@@ -7,8 +7,9 @@ A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
 `scaling_*.json` (scaling.py), `memory_*.json` (memory.py), `profile_*.json` (profile.json of `d2v profile`),
 `demo_*.json` (summary.json of `d2v demo`), `race_*.json` (race.json of `d2v race`), `downstream_*.json`
-(downstream.py); the table `hotpaths` is made from the step's files too. No number is typed by hand: a table
-without a file says "not measured", and so does a cell without a time.
+(downstream.py); the tables `hotpaths` and `best` are made from the step's files too, and `fits` from the
+models (fits.py). No number is typed by hand: a table without a file says "not measured", and so does a cell
+without a time.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from typing import Any
 
 from benchmarks import scaling
 from benchmarks.downstream import downstream_rows
+from benchmarks.fits import fits_table
 from benchmarks.op_goals import op_goals_table
 from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
-from benchmarks.step_table import goals_table, hot_paths_table, plot_steps, step_table
+from benchmarks.step_table import best_table, goals_table, hot_paths_table, plot_steps, step_table
 from d2v.tools.race_report import plot_race, race_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +161,7 @@ def race_table(found: Results) -> list[str]:
         f"{race['preset']} on {Path(race['data']).name}, {race['minutes']:g} minutes of training each, "
         f"{seeds} seeds, {race['labelled_rows']['train']:,} samples to fit probes, {race['classes']} classes:"
     )
-    image = f"![accuracy over time](benchmarks/results/{found.path.stem}.png)"
+    image = f"![accuracy over time](../benchmarks/results/{found.path.stem}.png)"
     return [title, "", *markdown(head, rows, 1), "", image]
 
 
@@ -174,8 +176,12 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "downstream": downstream_table,
     "hotpaths": hot_paths_table,
 }
-SOURCES = {"hotpaths": "step"}
+SOURCES = {"hotpaths": "step", "best": "step"}
+OF_ALL = {"best": best_table}
+"""tables made of all files at once"""
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
 """tables whose files carry another table's name"""
+KNOWN = (*TABLES, *OF_ALL, "fits")
 PER_DEVICE = ("step", "ops", "profile", "scaling", "hotpaths", "memory")
 """tables that say what was not measured on a GPU"""
 
@@ -193,6 +199,10 @@ def load(folder: Path) -> dict[str, list[Results]]:
 
 def section(name: str, files: Sequence[Results]) -> str:
     """What stands between the markers of a table."""
+    if name == "fits":
+        return "\n".join(["", *fits_table(), "", ""])
+    if name in OF_ALL:
+        return "\n".join(["", *OF_ALL[name](files), "", ""])
     tables = [(one, lines) for one in files if (lines := TABLES[name](one))]
     blocks = [[*lines, "", one.source] for one, lines in tables]
     if name in PER_DEVICE and not any(one.on_gpu for one, _ in tables):
@@ -210,11 +220,13 @@ def render(text: str, results: dict[str, list[Results]]) -> str:
     if 2 * len(MARKED.findall(text)) != len(MARKER.findall(text)):
         raise ValueError("results: every <!-- results:NAME --> must be closed by its <!-- /results:NAME -->")
     for _, name, _, _ in MARKED.findall(text):
-        if name not in TABLES:
-            raise ValueError(f"results: marker must be one of {', '.join(TABLES)}, got {name}")
-    return MARKED.sub(
-        lambda match: match[1] + section(match[2], results[SOURCES.get(match[2], match[2])]) + match[4], text
-    )
+        if name not in KNOWN:
+            raise ValueError(f"results: marker must be one of {', '.join(KNOWN)}, got {name}")
+
+    def made(match: re.Match[str]) -> str:
+        return match[1] + section(match[2], results.get(SOURCES.get(match[2], match[2]), [])) + match[4]
+
+    return MARKED.sub(made, text)
 
 
 def draw(results: dict[str, list[Results]], folder: Path) -> list[Path]:
@@ -272,25 +284,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, metavar="FILE")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     parser.add_argument("--check", action="store_true", help="write nothing, name the tables that differ")
     given = parser.parse_args(arguments)
     try:
         results = load(given.results)
-        before = given.readme.read_text(encoding="utf-8")
-        after = render(before, results)
+        before = {page: page.read_text(encoding="utf-8") for page in given.pages}
+        after = {page: render(text, results) for page, text in before.items()}
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if given.check:
-        pairs = zip(MARKED.findall(before), MARKED.findall(after), strict=True)
-        differ = [old[1] for old, new in pairs if old != new]
-        for name in differ:
-            print(f"{given.readme}: table {name} is not what {given.results} gives: run `make results`")
+        differ = [
+            (page, old[1])
+            for page in before
+            for old, new in zip(MARKED.findall(before[page]), MARKED.findall(after[page]), strict=True)
+            if old != new
+        ]
+        for page, name in differ:
+            print(f"{page}: table {name} is not what {given.results} gives: run `make results`")
         return int(bool(differ))
-    if after != before:
-        given.readme.write_text(after, encoding="utf-8")
+    for page, text in after.items():
+        if text != before[page]:
+            page.write_text(text, encoding="utf-8")
     for path in draw(results, given.results):
         print(path)
     return 0

@@ -1,4 +1,4 @@
-"""README's tables of whole steps, from the rows of bench_step.py: times, hot paths, goals; and their plot.
+"""Tables of whole steps, from the rows of bench_step.py: times, hot paths, goals; and their plot.
 
 Rows of older files have no `variant` and no `status`: they are eager's.
 """
@@ -86,6 +86,24 @@ def _gpu_table(rows: Sequence[Row]) -> list[str]:
              short(row.get("against_eager")), short(row.get("warmup_seconds"))]
         )  # fmt: skip
     return markdown(head, cells, 3)
+
+
+def best_table(files: Sequence[Results]) -> list[str]:
+    """A line for each preset and precision of each file: eager's step beside the fastest of ours."""
+    lines = []
+    for one in files:
+        machine = str(one.facts.get("gpu") or one.facts.get("cpu"))
+        for (preset, precision), variants in by_case(step_rows(one.data)).items():
+            done = {name: row for name, row in variants.items() if row.get("status", "ok") == "ok"}
+            ours = [name for name in done if name not in ("eager", *NAMES)]
+            if "eager" not in done or not ours:
+                continue
+            name = min(ours, key=lambda name: done[name]["seconds"])
+            eager, best = done["eager"]["seconds"], done[name]["seconds"]
+            lines.append([machine, preset, precision, f"{1e3 * eager:,.0f}", f"{1e3 * best:,.0f} ({name})",
+                          f"{eager / best:.2f}"])  # fmt: skip
+    head = ["machine", "preset", "precision", "eager, ms a step", "d2v, ms a step", "times as fast"]
+    return markdown(head, lines, 3) if lines else [f"{NOT_MEASURED.capitalize()}."]
 
 
 def hot_paths_table(found: Results) -> list[str]:

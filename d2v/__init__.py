@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .config.extras import missing_extra
 from .config.presets import preset
 
 if TYPE_CHECKING:
@@ -34,4 +35,9 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'd2v' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as error:
+        if hint := missing_extra(error):
+            raise ImportError(hint, name=error.name) from error
+        raise

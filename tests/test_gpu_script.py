@@ -243,7 +243,7 @@ def test_dry_run(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     names = ("step", "ops", "profile", "scaling", "hotpaths")
     readme.write_text("".join(f"<!-- results:{name} -->\n<!-- /results:{name} -->\n" for name in names))
-    assert results_table(["--readme", str(readme), "--results", str(tmp_path / "results")]) == 0
+    assert results_table(["--pages", str(readme), "--results", str(tmp_path / "results")]) == 0
     text = readme.read_text()
     for line in (
         "| text_tiny | bf16 |",

@@ -1,4 +1,4 @@
-"""README's tables are what the JSON gives; the fixtures here have the layouts that the benchmarks write."""
+"""Tables of README and docs are what the JSON gives; fixtures have the layouts that the benchmarks write."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.op_goals import GOALS, op_goals_table
 from benchmarks.report import Results, add_ceilings
-from benchmarks.results_table import MARKED, ROOT, load, main, render, section, short
+from benchmarks.results_table import MARKED, PAGES, ROOT, load, main, render, section, short
 
 PROVENANCE = {
     "device": "cpu", "cpu": "Some CPU", "gpu": None, "threads": 2, "torch": "2.13.0", "driver": None,
@@ -141,13 +141,13 @@ def readme(tmp_path):
 
 
 def update(readme, results, *more):
-    return main(["--readme", str(readme), "--results", str(results), *more])
+    return main(["--pages", str(readme), "--results", str(results), *more])
 
 
-def test_readme_says_what_the_json_gives():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    if not MARKED.search(text):
-        pytest.skip("README.md has no result tables")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_say_what_the_json_gives(page):
+    text = page.read_text(encoding="utf-8")
+    assert MARKED.search(text)
     assert render(text, load(ROOT / "benchmarks" / "results")) == text, "run `make results`"
 
 

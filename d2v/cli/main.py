@@ -7,32 +7,37 @@ Exit codes: 0 done, or stopped on request; 1 failed while running; 2 wrong argum
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from .convert import convert
-from .demo import demo
-from .features import extract, probe
-from .finetune import evaluate, finetune
-from .race import race
-from .show import check, plot, presets
-from .train import profile, train
+from ..config.extras import missing_extra
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "train": (train, "pretrain a preset on a folder of data, or continue a run exactly"),
-    "probe": (probe, "accuracy of frozen features: linear probe and kNN"),
-    "extract": (extract, "features of every sample to an .npz file"),
-    "finetune": (finetune, "fine-tune on labels: pictures, sounds, CTC transcripts, sentences"),
-    "eval": (evaluate, "scores of a fine-tuned run: top-1, WER, GLUE's metrics"),
-    "convert": (convert, "a pretrained model as safetensors, or as a file of the original"),
-    "race": (race, "accuracy against training time: data2vec 2.0, data2vec 1, MAE, MLM"),
-    "presets": (presets, "list the presets, or print one with the source of its values"),
-    "check": (check, "counts, sizes, sample rates and unreadable files of a data set"),
-    "profile": (profile, "time, bytes and FLOPs of every hot path of a training step"),
-    "plot": (plot, "PNG plots of a run"),
-    "demo": (demo, "pretrain and probe images, speech and text on embedded data"),
+COMMANDS = {
+    "train": ("train:train", "pretrain a preset on a folder of data, or continue a run exactly"),
+    "probe": ("features:probe", "accuracy of frozen features: linear probe and kNN"),
+    "extract": ("features:extract", "features of every sample to an .npz file"),
+    "finetune": ("finetune:finetune", "fine-tune on labels: pictures, sounds, CTC transcripts, sentences"),
+    "eval": ("finetune:evaluate", "scores of a fine-tuned run: top-1, WER, GLUE's metrics"),
+    "convert": ("convert:convert", "a pretrained model as safetensors, or as a file of the original"),
+    "race": ("race:race", "accuracy against training time: data2vec 2.0, data2vec 1, MAE, MLM"),
+    "presets": ("show:presets", "list the presets, or print one with the source of its values"),
+    "check": ("show:check", "counts, sizes, sample rates and unreadable files of a data set"),
+    "profile": ("train:profile", "time, bytes and FLOPs of every hot path of a training step"),
+    "plot": ("show:plot", "PNG plots of a run"),
+    "demo": ("demo:demo", "pretrain and probe images, speech and text on embedded data"),
 }
+"""name -> where it is, and what it does"""
+
+
+def command(name: str) -> Callable[[Sequence[str]], int]:
+    """What runs a command; its module is imported here, after its name is known to be good."""
+    module, _, function = COMMANDS[name][0].partition(":")
+    found: Callable[[Sequence[str]], int] = getattr(
+        importlib.import_module(f".{module}", __package__), function
+    )
+    return found
 
 
 def _overview() -> str:
@@ -53,11 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"d2v: no command {name!r}; nearest: {near}\n\n{_overview()}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name][0](rest)
+        return command(name)(rest)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and (hint := missing_extra(error)):
+            print(hint, file=sys.stderr)
+            return 2
         code = _code(error)
         if code is None or os.environ.get("D2V_TRACEBACK") == "1":
             raise

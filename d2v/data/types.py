@@ -92,6 +92,8 @@ class Report:
     """reason -> samples left out on purpose, such as utterances that are too short"""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON-able findings: sizes, sample rates, histograms, classes"""
+    notes: list[str] = field(default_factory=list)
+    """what was done to samples that a user should hear of once"""
 
     def add_unreadable(self, name: str, reason: str) -> None:
         """Count one unreadable sample; more than 1% of the data set raises `DataError` with the list."""

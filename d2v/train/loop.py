@@ -181,7 +181,7 @@ class Run(ABC, Generic[P]):
         began, train, place = time.perf_counter(), self.cfg.train, self.place
         unheard = profiler.check(place.step, train.steps)
         with StopRequest() as request, self.progress() as progress, profiler:
-            for line in self.opening():
+            for line in (*self.opening(), *self.pipeline.report.notes):
                 progress.say(line)
             self._name_unreadable(progress)
             if unheard is not None:

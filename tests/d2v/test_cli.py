@@ -47,6 +47,49 @@ def test_every_command_explains_itself(name, capsys):
     assert f"usage: d2v {name}" in capsys.readouterr().out
 
 
+BLOCKED = (
+    "import sys\n"
+    "class Blocked:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name.partition('.')[0] in {libraries!r}:\n"
+    "            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)\n"
+    "sys.meta_path.insert(0, Blocked())\n"
+)
+"""before anything else: as if libraries were not installed"""
+
+
+@pytest.mark.parametrize("name", ["tyro", "soundfile", "safetensors", "msgspec", "tomli_w"])
+def test_without_the_trainers_libraries_one_line_says_what_to_install(name, tmp_path):
+    """For every command, `python -m d2v` and `import d2v`."""
+    wanted = f'd2v needs {name}, which is not installed: pip install "d2vkern[train]"\n'
+    code = BLOCKED.format(libraries=(name,)) + (
+        "from d2v.cli.main import main\n"
+        "assert main(['--help']) == 0\n"
+        "sys.exit(main(['train', 'audio_tiny', '--data', sys.argv[1], '--out', sys.argv[1] + '/r']))"
+    )
+    (tmp_path / "a.wav").write_bytes(b"")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, wanted)
+    assert not (tmp_path / "r").exists()
+    code = BLOCKED.format(libraries=(name,)) + "import d2v\nprint(d2v.__version__)\nd2v.load"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if name == "tyro":  # which a model does not need
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.stderr.endswith(f"ImportError: {wanted}")
+
+
+def test_what_is_missing_besides_is_a_bug(monkeypatch):
+    def broken(arguments):
+        raise ModuleNotFoundError("No module named 'd2v.nothing'", name="d2v.nothing")
+
+    monkeypatch.setattr(cli, "command", lambda name: broken)
+    with pytest.raises(ModuleNotFoundError):
+        main(["plot"])
+
+
 def test_no_command_prints_the_overview(capsys):
     assert main([]) == 2
     assert "pretrain a preset" in capsys.readouterr().out
@@ -202,7 +245,7 @@ def test_a_bug_shows_its_traceback(monkeypatch):
     def broken(arguments):
         raise KeyError("a bug")
 
-    monkeypatch.setitem(cli.COMMANDS, "plot", (broken, ""))
+    monkeypatch.setattr(cli, "command", lambda name: broken)
     with pytest.raises(KeyError):
         main(["plot"])
 
@@ -220,7 +263,7 @@ def test_exit_codes_of_failures_while_running(error, code, monkeypatch, capsys):
     def failing(arguments):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "plot", (failing, ""))
+    monkeypatch.setattr(cli, "command", lambda name: failing)
     assert main(["plot"]) == code
     assert capsys.readouterr().err.count("\n") == 1
 

@@ -276,7 +276,6 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "truncated: the Ogg stream",
     ),
     "truncated mp3": ("x.mp3", lambda p: (write(p, tone(3)), cut_in_half(p)), "truncated: 48000 frames"),
-    "stereo": ("x.wav", lambda p: write(p, np.zeros((9000, 2))), "has 2 channels, must have 1 (mono)"),
     "absurd rate": ("x.wav", lambda p: write(p, tone(1), 2_000), "has a sample rate of 2000 Hz"),
     "not audio": ("x.wav", lambda p: p.write_text("hello"), "Format not recognised"),
     "empty file": ("x.flac", lambda p: p.write_bytes(b""), "Format not recognised"),
@@ -348,6 +347,18 @@ def test_folders_without_audio(tmp_path: Path) -> None:
         open_data(str(tmp_path), config())
 
 
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
+def test_channels_are_averaged(suffix: str, tmp_path: Path) -> None:
+    left, right = tone(1.0), 0.5 * np.sin(np.arange(16_000) / 3)
+    write(tmp_path / f"a.{suffix}", np.stack([left, right], axis=1))
+    write(tmp_path / "b.wav", (left + right) / 2, subtype="FLOAT")
+    waves = {}
+    for _, batch in open_data(str(tmp_path), config(batch=2, wave_norm="none")).in_order(1):
+        waves[int(batch.ids[0])] = batch.source[0]
+    worst = (waves[0] - waves[1]).abs().max().item()
+    assert worst < (0.05 if suffix == "ogg" else 1e-4)
+
+
 def test_check_reports_what_is_there(tmp_path: Path) -> None:
     for i, (rate, seconds) in enumerate([(16_000, 0.3), (8_000, 1.5), (8_000, 3.0), (44_100, 70.0)]):
         write(tmp_path / f"{i}.wav", tone(seconds, rate), rate)
@@ -357,10 +368,10 @@ def test_check_reports_what_is_there(tmp_path: Path) -> None:
     assert report.facts["sample_rates"] == {"8000": 2, "16000": 2, "44100": 1}
     assert report.facts["channels"] == {"1": 4, "2": 1}
     assert report.facts["formats"] == {"WAV PCM_16": 5}
-    assert report.facts["hours"] == pytest.approx(74.8 / 3600, abs=1e-4)
-    assert report.facts["length_histogram"] == {"0-0.5 s": 1, "1-2 s": 1, "2-4 s": 1, "over 60 s": 1}
+    assert report.facts["hours"] == pytest.approx(75.8 / 3600, abs=1e-4)
+    assert report.facts["length_histogram"] == {"0-0.5 s": 1, "1-2 s": 2, "2-4 s": 1, "over 60 s": 1}
     assert report.facts["too_short"] == ["0.wav"]
-    assert list(report.unreadable) == ["stereo.wav"]
+    assert report.unreadable == {} and report.notes == ["1 files have several channels, which are averaged"]
 
 
 # labels

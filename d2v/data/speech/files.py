@@ -10,7 +10,7 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +47,6 @@ class Header:
 
     def problem(self) -> str:
         """Why the file cannot be used; empty when it can."""
-        if self.channels != 1:
-            return f"has {self.channels} channels, must have 1 (mono)"
         if self.rate < MIN_RATE:
             return f"has a sample rate of {self.rate} Hz, must be at least {MIN_RATE} Hz"
         return self.truncated
@@ -78,7 +76,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_wave(path: Path, expected: Header, rate: int) -> np.ndarray:
-    """[expected.samples(rate)] float32 at `rate`. Raises Unreadable with the reason."""
+    """[expected.samples(rate)] float32 at `rate`, channels averaged. Raises Unreadable with the reason."""
     header = read_header(path)
     if problem := header.problem():
         raise Unreadable(problem)
@@ -88,7 +86,7 @@ def read_wave(path: Path, expected: Header, rate: int) -> np.ndarray:
             f"{expected.frames} at {expected.rate} Hz"
         )
     try:
-        wave, _ = soundfile.read(path, dtype="float32")
+        wave = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
     except soundfile.SoundFileError as error:
         raise Unreadable(str(getattr(error, "error_string", error))) from error
     if len(wave) < header.frames * (1 - SHORTFALL):
@@ -165,6 +163,12 @@ def list_files(path: Path) -> tuple[Path, list[str]]:
     return path, names
 
 
+def mixed_channels(headers: Iterable[Header]) -> list[str]:
+    """A note for a report where files have several channels."""
+    several = sum(header.channels > 1 for header in headers)
+    return [f"{several:,} files have several channels, which are averaged"] if several else []
+
+
 def index_files(path: Path) -> tuple[Path, list[str], list[Header | str]]:
     """Every file of a folder or manifest with its header, or the reason why it has none."""
     if path.suffix == ".tsv":
@@ -185,7 +189,7 @@ def read_manifest(path: Path) -> tuple[Path, list[str], list[Header | str]]:
     """The original's manifest: the root folder, then lines of `path<TAB>frames`.
 
     Only one header is read, for the sample rate that a manifest does not hold; a file that turns out to
-    differ in rate, channels or length is unreadable when its turn comes. A relative root is taken from the
+    differ in rate or length is unreadable when its turn comes. A relative root is taken from the
     manifest's folder.
     """
     try:

@@ -22,7 +22,7 @@ from ..embedded import speech
 from ..loader import Loader
 from ..splits import divide, named_parts
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
-from .files import FileUtterances, Header, Utterances, in_threads, index_files
+from .files import FileUtterances, Header, Utterances, in_threads, index_files, mixed_channels
 from .source import AudioSource, SpeechUtterances, normalise_wave
 
 BINS = (0.0, 0.5, 1, 2, 4, 8, 12, 16, 20, 30, 60, math.inf)
@@ -78,6 +78,7 @@ def _index(path: str, cfg: Config, split: speech.SplitName | None) -> tuple[Utte
     for fact, field in (("sample_rates", "rate"), ("channels", "channels"), ("formats", "format")):
         counts = Counter(getattr(header, field) for header in headers)
         report.facts[fact] = {str(value): count for value, count in sorted(counts.items())}
+    report.notes += mixed_channels(headers)
     report.facts["resampled"] = sum(header.rate != rate for _, header in good)
     return FileUtterances(root, [name for name, _ in good], [header for _, header in good], rate), report
 

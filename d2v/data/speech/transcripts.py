@@ -23,7 +23,16 @@ from ..embedded import speech
 from ..loader import Loader
 from ..splits import divide, is_held_out, is_training
 from ..types import DataError, Report
-from .files import FileUtterances, Header, Utterances, header_or_reason, in_threads, list_files, read_manifest
+from .files import (
+    FileUtterances,
+    Header,
+    Utterances,
+    header_or_reason,
+    in_threads,
+    list_files,
+    mixed_channels,
+    read_manifest,
+)
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
 from .pipeline import find_usable
 from .source import AudioSource, SpeechUtterances
@@ -161,6 +170,7 @@ def _read_part(places: list[Path], rate: int) -> Spoken:
             report.skipped["no transcript"] = report.skipped.get("no transcript", 0) + len(without)
         spoken = [file for file in files if file in said]
         found = in_threads(lambda name, root=root: header_or_reason(root / name), spoken)  # type: ignore[misc]
+        report.notes += mixed_channels(header for header in found if isinstance(header, Header))
         for file, header in zip(spoken, found, strict=True):
             reason = header if isinstance(header, str) else header.problem()
             if reason:
