@@ -29,24 +29,25 @@ lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# The pages of docs/ and the API reference in build/docs; warnings are errors, and nothing is fetched.
+# The pages of docs/ and the API reference in build/docs; warnings are errors, and nothing is fetched. Not --quiet:
+# mkdocs counts only the warnings that it shows.
 docs: $(INSTALLED)
 	$(PIP) install --quiet -c constraints.txt $$($(RUN) -c 'import importlib.metadata as m; \
 	  print(*(r.split(";")[0] for r in m.requires("d2vkern") if "extra == \"docs\"" in r))')
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 	@echo build/docs/index.html
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.run
 
-# README's tables and the plots, from benchmarks/results/*.json
+# The tables of README.md and docs/ and the plots, from benchmarks/results/*.json
 results: $(INSTALLED)
 	$(RUN) -m benchmarks.results_table
 
 # Models of transformers, and the folders we write for it, beside an old and the newest release of it, in environments of
 # their own under build/.
 PEERS ?= 4.57 newest
-REQUIRES := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("d2vkern") if "extra ==" in r))
+REQUIRES := import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("d2vkern") if "extra ==" in r and "docs" not in r))
 peers: $(INSTALLED)
 	@for version in $(PEERS); do \
 	  folder=build/peers/$$version; peer=transformers; test $$version = newest || peer="transformers==$$version.*"; \

@@ -176,7 +176,9 @@ def test_constraints_pin_every_dependency() -> None:
     """Each requirement of pyproject.toml has an exact version, but torch and triton: see constraints.txt."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.findall(
-        r"^dependencies = \[(.*?)\]|^(?:train|dev) = \[(.*?)^\]", project, re.MULTILINE | re.DOTALL
+        r"^(?:dependencies|docs) = \[([^\n]*)\]$|^(?:train|dev) = \[(.*?)^\]",
+        project,
+        re.MULTILINE | re.DOTALL,
     )
     required = {
         re.split(r"[^A-Za-z0-9._-]", requirement)[0]
@@ -187,4 +189,8 @@ def test_constraints_pin_every_dependency() -> None:
         re.findall(r"^([A-Za-z0-9._-]+)==[0-9]\S*", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     )
     # tomli serves Python 3.10 only.
-    assert {"numpy", "pytest", "tyro"} <= required and required - pinned == {"torch", "triton", "tomli"}
+    assert {"numpy", "pytest", "tyro", "mkdocstrings"} <= required and required - pinned == {
+        "torch",
+        "triton",
+        "tomli",
+    }
