@@ -182,11 +182,10 @@ def _spoken(
     file = run_dir / "vocabulary.json"
     if file.is_file():
         vocabulary = Vocabulary.read(file)
-    elif cfg.vocabulary is not None:
-        vocabulary = Vocabulary.read(Path(cfg.vocabulary))
     else:
-        vocabulary = Vocabulary.of(train.texts)
-    vocabulary.write(file)
+        given = cfg.vocabulary
+        vocabulary = Vocabulary.of(train.texts) if given is None else Vocabulary.read(Path(given))
+        vocabulary.write(file)
     letters = [vocabulary.encode(text) for text in train.texts]
     source = AudioSource(path, train.utterances, base)
     if source.capped.max() > base.data.batch * rate:

@@ -15,10 +15,11 @@ from PIL import Image
 
 import d2v.train.finetune
 import d2v.train.pretrain
+from d2v.cli.main import main
 from d2v.data.loader import Loader
 from d2v.data.types import Batch, DataError, Position
 from d2v.evaluate.online_probe import OnlineProbe
-from d2v.evaluate.scores import evaluate
+from d2v.evaluate.scores import evaluate, run_eval
 from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
 from d2v.train.loop import RunError, claim
 from d2v.train.pretrain import run
@@ -211,6 +212,37 @@ def test_a_probe_that_fails_costs_nothing_that_was_trained(
     assert "is saved: continue with `d2v train --resume" in capsys.readouterr().out
     newest = latest_checkpoint(tmp_path / "r")
     assert newest is not None and load_checkpoint(newest).step == 2
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("modality", RECIPES)
+def test_what_reads_a_run_writes_nothing_into_it(
+    modality: str,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / "cache"))
+    cfg = config(encoders[modality], modality, steps=1)
+    run_finetune(cfg, encoders[modality], data[modality], tmp_path / "run")
+    tuned, encoder = contents(tmp_path / "run"), contents(encoders[modality])
+    run_eval(tmp_path / "run")
+    run_eval(tmp_path / "run", data[modality])
+    assert contents(tmp_path / "run") == tuned
+    run_of, features = str(encoders[modality]), str(tmp_path / "features.npz")
+    assert main(["extract", run_of, "--data", data[modality], "--out", features]) == 0
+    if modality != "audio":
+        assert main(["probe", run_of, "--data", data[modality]]) == 0
+    assert main(["convert", run_of, str(tmp_path / "converted"), "--to", "safetensors"]) == 0
+    assert contents(encoders[modality]) == encoder
 
 
 def test_the_folder_of_a_run_is_told_how_it_goes_on(
