@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from ..config.run import DataConfig, OptimConfig
 from ..config.tune import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
+from ..config.unread import refuse_unread, unread_in_finetuning
 from .parse import Backends, Model, UsageError, join_backends, parse, value_of
 
 SECTIONS = ("head", "optim", "drop", "augment", "span", "data", "train")
@@ -90,9 +91,11 @@ def finetune(arguments: Sequence[str]) -> int:
             f"d2v finetune: recipe {name} is for task {given.head.task}, got --task {given.task}"
         )
     chosen = dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS}, glue=given.glue)
+    base_cfg = base.on(name, opened[1].model)
     cfg = dataclasses.replace(
         chosen.on(name, opened[1].model), data_limit=given.data_limit, vocabulary=given.vocabulary
     )
+    refuse_unread("finetune", cfg, base_cfg, unread_in_finetuning(cfg))
 
     from ..evaluate.scores import evaluate as score
     from ..train.finetune import run_finetune

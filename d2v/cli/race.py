@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from ..config.presets import PRESETS, preset
 from ..config.run import Config, DataConfig, Objective, OptimConfig, ProbeConfig, TrainConfig
+from ..config.unread import refuse_unread, unread_in_race
 from .parse import UsageError, join_backends, parse
 
 SECTIONS = ("optim", "data", "train", "probe")
@@ -67,7 +68,9 @@ def read(arguments: Sequence[str]) -> tuple[RaceOptions, Config]:
         raise UsageError(f"d2v race: the preset is missing; presets: {', '.join(PRESETS)}")
     if given.path is None or given.out is None:
         raise UsageError(f"d2v race: {'--data PATH' if given.path is None else '--out DIR'} is missing")
-    return given, dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS})
+    cfg = dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS})
+    refuse_unread("race", cfg, base, unread_in_race(cfg))
+    return given, cfg
 
 
 def race(arguments: Sequence[str]) -> int:

@@ -21,6 +21,7 @@ from ..config.run import (
     ProbeConfig,
     TrainConfig,
 )
+from ..config.unread import refuse_unread, unread_in_pretraining
 from ..train.capture import parse_steps
 from .parse import Backends, UsageError, join_backends, parse, value_of
 
@@ -86,6 +87,7 @@ def train(arguments: Sequence[str]) -> int:
     out = given.resume or given.out
     if given.path is None or out is None:
         raise UsageError(f"d2v train: {'--data PATH' if given.path is None else '--out RUN'} is missing")
+    refuse_unread("train", cfg, base, unread_in_pretraining(cfg))
     captured = parse_steps(given.profile_steps) if given.profile else None
 
     from ..evaluate.online_probe import OnlineProbe
