@@ -1,5 +1,5 @@
-# make demo | test | lint | docs | bench | results | peers | wheel | wheel-matrix | aot-cuda | sanitize | clean: each creates what it
-# needs, in .venv beside this file.
+# make demo | test | lint | docs | bench | results | peers | wheel | wheel-matrix | aot-cuda | sanitize | clean: each
+# creates what it needs, in .venv beside this file.
 # Another Python or torch: make test PYTHON=python3.12 TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3

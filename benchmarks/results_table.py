@@ -7,9 +7,9 @@ A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
 `scaling_*.json` (scaling.py), `memory_*.json` (memory.py), `profile_*.json` (profile.json of `d2v profile`),
 `demo_*.json` (summary.json of `d2v demo`), `race_*.json` (race.json of `d2v race`), `downstream_*.json`
-(downstream.py); the tables `hotpaths` and `best` are made from the step's files too, and `fits` from the
-models (fits.py). No number is typed by hand: a table without a file says "not measured", and so does a cell
-without a time.
+(downstream.py); the tables `hotpaths`, `best` and `fits_checked` are made from the step's files too, and
+`fits` from the models (fits.py). No number is typed by hand: a table without a file says "not measured", and
+so does a cell without a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import scaling
 from benchmarks.downstream import downstream_rows
-from benchmarks.fits import fits_table
+from benchmarks.fits import checked_table, fits_table
 from benchmarks.op_goals import op_goals_table
 from benchmarks.report import NOT_MEASURED, Results, markdown, percent, short
 from benchmarks.step_table import best_table, goals_table, hot_paths_table, plot_steps, step_table
@@ -176,11 +176,11 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "downstream": downstream_table,
     "hotpaths": hot_paths_table,
 }
-SOURCES = {"hotpaths": "step", "best": "step"}
-OF_ALL = {"best": best_table}
+SOURCES = {"hotpaths": "step", "best": "step", "fits_checked": "step"}
+"""tables whose files carry another table's name"""
+OF_ALL = {"best": best_table, "fits_checked": checked_table}
 """tables made of all files at once"""
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
-"""tables whose files carry another table's name"""
 KNOWN = (*TABLES, *OF_ALL, "fits")
 PER_DEVICE = ("step", "ops", "profile", "scaling", "hotpaths", "memory")
 """tables that say what was not measured on a GPU"""

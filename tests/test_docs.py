@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,12 @@ import soundfile
 import torch
 from PIL import Image
 
+import d2v
+import d2vkern
 from benchmarks.results_table import ROOT
-from d2v.cli.main import COMMANDS, main
+from d2v.cli.main import COMMANDS, command, main
+from d2v.cli.parse import UsageError, parse
+from d2v.config.presets import preset
 from tests.d2v.tiny_runs import LINES
 
 PAGES = (
@@ -28,6 +34,8 @@ PAGES = (
 """pages whose blocks are run, in this order: later ones use runs of earlier ones"""
 OTHERS = ("docs/fairseq.md", "docs/install.md", "docs/developing.md")
 """pages all of whose blocks are marked"""
+PROSE = ("docs/index.md", "docs/results.md", "docs/troubleshooting.md", "CONTRIBUTING.md", "CHANGELOG.md")
+"""pages that name commands in sentences, or in blocks that are made of results"""
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```\n(<!-- not run: ([^\n]+) -->\n)?", re.MULTILINE | re.DOTALL)
 
@@ -115,40 +123,112 @@ def test_every_block_is_run_or_says_why_not() -> None:
                 assert all(line.startswith("d2v ") for line in block.commands), block
 
 
-def options_of(command: str) -> str:
-    """What `d2v COMMAND --help` says, for a preset where it takes one."""
-    words = [command, *(["image_tiny"] if command in ("train", "profile") else []), "--help"]
+class Parsed(Exception):
+    """A command's arguments were understood."""
+
+
+def understands(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a command's own parser takes its arguments; nothing is run."""
+    name, *rest = words
+    module = importlib.import_module(f"d2v.cli.{COMMANDS[name][0].partition(':')[0]}")
+
+    def stop(*given: Any, **named: Any) -> None:
+        parse(*given, **named)
+        raise Parsed
+
+    monkeypatch.setattr(module, "parse", stop)
+    task = rest[rest.index("--task") + 1] if "--task" in rest else "classify"
+    encoder = {"classify": "image_base", "ctc": "audio_base", "sentence": "text_base"}[task]
+    monkeypatch.setattr("d2v.formats.open.open_encoder", lambda source: (None, preset(encoder)))
+    try:
+        command(name)(rest)
+    except Parsed:
+        return True
+    return rest[:1] == ["--resume"]  # of finetune, which takes nothing beside it
+
+
+def commands_not_run() -> list[str]:
+    """Lines of `d2v` in marked blocks, also as `python -m d2v`, and in blocks without a fence."""
+    lines = [line for page in (*PAGES, *OTHERS) for block in blocks(page) if block.reason
+             for line in block.commands]  # fmt: skip
+    for page in (*PAGES, *OTHERS, *PROSE):
+        lines += re.findall(r"^    (d2v .*)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    return [line[found.end() :] for line in lines if (found := re.search(r"^d2v |python -m d2v ", line))]
+
+
+@pytest.mark.parametrize("line", commands_not_run())
+def test_commands_that_are_not_run_are_understood(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert understands(shlex.split(line, comments=True), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ("train image_base --data photos/ --out runs/a --optim.rate 1", "--optim.rate"),
+        ("finetune runs/a --tusk classify --data labelled/", "--tusk"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_found(
+    line: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=wrong):
+        understands(line.split(), monkeypatch)
+
+
+def options_of(name: str) -> str:
+    """What `d2v NAME --help` says, for a preset where it takes one."""
+    words = [name, *(["image_tiny"] if name in ("train", "profile") else []), "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         main(words)
     return said.getvalue()
 
 
-def marked() -> Iterator[tuple[str, str]]:
-    for page in (*PAGES, *OTHERS):
-        for block in blocks(page):
-            for line in block.commands if block.reason else []:
-                if line.startswith("d2v "):
-                    yield line.split()[1], line
+def test_commands_and_options_in_sentences_exist() -> None:
+    helps: dict[str, str] = {}
+    for page in (*PAGES, *OTHERS, *PROSE):
+        text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+        for module in re.findall(r"python -m\s+([\w.]+)", text):
+            assert importlib.util.find_spec(module), (page, module)
+        for name, rest in re.findall(r"`d2v\s+(?!needs )([a-z]+)([^`]*)`", text):
+            assert name in COMMANDS, (page, name)
+            for option in re.findall(r"--[\w.-]+", rest):
+                known = helps.setdefault(name, options_of(name))
+                assert re.search(rf"{re.escape(option)}\b", known), (page, name, option)
 
 
-@pytest.mark.parametrize("command", sorted({command for command, _ in marked()}))
-def test_options_of_commands_that_are_not_run_exist(command: str) -> None:
-    assert command in COMMANDS
-    known = options_of(command)
-    for name, line in marked():
-        for option in re.findall(r"(?<= )--[\w.-]+", line) if name == command else []:
-            assert re.search(rf"{re.escape(option)}\b", known), line
+def test_the_index_names_every_command() -> None:
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `([a-z]+)` \|", text, re.MULTILINE)) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("package", [d2v, d2vkern], ids=lambda package: package.__name__)
+def test_the_reference_has_every_public_name(package: ModuleType) -> None:
+    page = (ROOT / f"docs/api/{package.__name__}.md").read_text(encoding="utf-8")
+    shown = {path.rpartition(".")[2] for path in re.findall(r"^::: ([\w.]+)", page, re.MULTILINE)}
+    assert {name for name in package.__all__ if not name.startswith("_")} <= shown
+
+
+def test_messages_that_troubleshooting_explains_are_in_the_code() -> None:
+    code = "".join(path.read_text(encoding="utf-8") for room in ("d2v", "d2vkern")
+                   for path in sorted((ROOT / room).rglob("*.py")))  # fmt: skip
+    code = re.sub(r"""["']\s*\n\s*f?["']""", "", code)  # a string in several lines
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE)
+    assert len(rows) > 15
+    for row in rows:
+        for piece in row.split("..."):
+            assert piece.strip() in code, row
 
 
 def test_what_make_is_asked_for_exists() -> None:
     rules = (ROOT / "Makefile").read_text()
-    for page in (*PAGES, *OTHERS):
-        for name in re.findall(r"\bmake ([a-z-]+)", (ROOT / page).read_text()):
+    for page in (*PAGES, *OTHERS, *PROSE):
+        for name in re.findall(r"(?:`|^    |^)make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE):
             assert re.search(rf"^{name}:", rules, re.MULTILINE), (page, name)
 
 
 def test_files_that_pages_name_exist() -> None:
-    for page in (*PAGES, *OTHERS, "docs/index.md", "docs/troubleshooting.md", "CONTRIBUTING.md"):
+    for page in (*PAGES, *OTHERS, *PROSE):
         text = (ROOT / page).read_text(encoding="utf-8")
         home = (ROOT / page).parent
         for link in re.findall(r"\]\(([^)#\s]+?)(?:#[\w-]+)?\)", text):
