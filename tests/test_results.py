@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fits import checked_table, computed_bytes, fixed_bytes
 from benchmarks.op_goals import GOALS, op_goals_table
 from benchmarks.report import Results, add_ceilings
 from benchmarks.results_table import MARKED, PAGES, ROOT, load, main, render, section, short
+from d2v.config.presets import preset
+from d2v.train.micro_batch import activation_bytes
 
 PROVENANCE = {
     "device": "cpu", "cpu": "Some CPU", "gpu": None, "threads": 2, "torch": "2.13.0", "driver": None,
@@ -149,6 +152,22 @@ def test_pages_say_what_the_json_gives(page):
     text = page.read_text(encoding="utf-8")
     assert MARKED.search(text)
     assert render(text, load(ROOT / "benchmarks" / "results")) == text, "run `make results`"
+
+
+def test_computed_memory_is_near_what_was_measured():
+    lines = checked_table(load(ROOT / "benchmarks" / "results")["step"])[2:]
+    shares = {line: int(line.split("|")[-2].strip(" %")) for line in lines}
+    assert {line.split(" | ")[1] for line in lines} == {"image_base", "audio_base", "text_base"}
+    for line, share in shares.items():
+        assert 80 <= share <= (160 if "NVIDIA" in line else 110), line
+
+
+def test_computed_memory_grows_by_the_activations():
+    one, three = (computed_bytes("image_tiny", "fp32", (n, 1, 24, 24)) for n in (1, 3))
+    cfg = preset("image_tiny")
+    assert (three - one, one) == (2 * activation_bytes(cfg), fixed_bytes(cfg)[1] + activation_bytes(cfg))
+    trained, fixed = fixed_bytes(cfg)
+    assert 16 * trained <= fixed <= 20 * trained * 1.1
 
 
 def test_tables_hold_the_numbers_of_the_files(readme, results):
