@@ -243,6 +243,13 @@ def test_what_reads_a_run_writes_nothing_into_it(
         assert main(["probe", run_of, "--data", data[modality]]) == 0
     assert main(["convert", run_of, str(tmp_path / "converted"), "--to", "safetensors"]) == 0
     assert contents(encoders[modality]) == encoder
+    folder = tmp_path / "hf"
+    assert main(["convert", run_of, str(folder), "--to", "hf"]) == 0
+    exported = contents(folder)
+    assert main(["extract", f"hf:{folder}", "--data", data[modality], "--out", features]) == 0
+    if modality != "audio":
+        assert main(["probe", f"hf:{folder}", "--data", data[modality]]) == 0
+    assert contents(folder) == exported
 
 
 def test_the_folder_of_a_run_is_told_how_it_goes_on(
