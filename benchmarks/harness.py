@@ -35,7 +35,7 @@ from benchmarks.cases import (
 )
 from benchmarks.gate import Gate
 from benchmarks.machine import last_level_cache
-from d2v.tools.machine import synchronize
+from d2v.tools.ceilings import synchronize
 from d2vkern._backend import PEERS, REGISTRY, BackendError, gaps
 from d2vkern.testing import peak_memory
 

@@ -1,4 +1,4 @@
-"""Where numbers come from: this machine, its caches and versions. `d2v.tools.machine` measures its rates."""
+"""Where numbers come from: this machine, its caches and versions. `d2v.tools.ceilings` measures its rates."""
 
 from __future__ import annotations
 

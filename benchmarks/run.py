@@ -33,7 +33,7 @@ from benchmarks.report import SCHEMA, add_ceilings, check_same_machine, compare,
 from benchmarks.shapes import Size
 from benchmarks.step_cases import DEFAULT_VARIANTS
 from d2v.config.presets import PRESETS
-from d2v.tools.machine import rates
+from d2v.tools.ceilings import rates
 from d2v.train.process import tune_allocator
 from d2vkern._backend import STEMS
 

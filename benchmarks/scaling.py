@@ -35,9 +35,9 @@ from d2v.config.presets import PRESETS
 from d2v.config.presets import preset as load_preset
 from d2v.config.run import Config
 from d2v.data.types import Batch
-from d2v.tools.machine import synchronize
+from d2v.tools.ceilings import synchronize
+from d2v.train.pretrain_step import Trainer
 from d2v.train.process import tune_allocator
-from d2v.train.step import Trainer
 from d2vkern.testing import peak_memory
 
 Precision = Literal["fp32", "bf16"]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 import d2vkern
 from d2v.config.fronts import ImageFront, TextFront
+from d2v.config.model import ModelConfig
 from d2v.config.presets import preset as load_preset
-from d2v.config.run import ModelConfig
 
 Size = Literal["smoke", "cpu", "gpu"]
 

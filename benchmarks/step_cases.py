@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from d2v.config.fronts import ImageFront, TextFront
+from d2v.config.model import ModelConfig
 from d2v.config.presets import preset as load_preset
-from d2v.config.run import Config, ModelConfig
+from d2v.config.run import Config
 from d2v.tools.flops import step_flops
 
 Precision = Literal["fp32", "bf16"]

@@ -22,12 +22,12 @@ from benchmarks.step_cases import Case, size_of
 from d2v.config.fronts import TextFront
 from d2v.config.run import Config
 from d2v.data.types import Batch
-from d2v.tools.machine import rates, synchronize
+from d2v.tools.ceilings import rates, synchronize
 from d2v.tools.profile import run_profile
 from d2v.train import cuda_graph
 from d2v.train.learner import Outcome
+from d2v.train.pretrain_step import Trainer
 from d2v.train.process import tune_allocator
-from d2v.train.step import Trainer
 from d2vkern.testing import backend_spy
 
 WARMUP = {"cpu": 2, "cuda": cuda_graph.WARMUP + 2}

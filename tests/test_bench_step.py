@@ -19,8 +19,8 @@ import torch
 
 from benchmarks import bench_step, run, step_worker
 from benchmarks.step_cases import VARIANTS, Case, Variant, size_of
+from d2v.config.model import ModelConfig
 from d2v.config.presets import preset as load_preset
-from d2v.config.run import ModelConfig
 from d2v.tools.flops import step_flops
 from d2vkern._backend import REGISTRY
 

@@ -9,8 +9,9 @@ from typing import Annotated
 
 from tyro.conf import arg
 
+from ..config.model import Objective
 from ..config.presets import PRESETS, preset
-from ..config.run import Config, DataConfig, Objective, OptimConfig, ProbeConfig, TrainConfig
+from ..config.run import Config, DataConfig, OptimConfig, ProbeConfig, TrainConfig
 from ..config.unread import refuse_unread, unread_in_race
 from .parse import UsageError, join_backends, parse
 

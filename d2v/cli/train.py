@@ -9,18 +9,10 @@ from typing import Annotated, Literal, cast, get_args
 
 from tyro.conf import arg
 
+from ..config.model import ModelConfig, Objective
 from ..config.objectives import for_objective
 from ..config.presets import PRESETS, preset
-from ..config.run import (
-    Config,
-    DataConfig,
-    EMAConfig,
-    ModelConfig,
-    Objective,
-    OptimConfig,
-    ProbeConfig,
-    TrainConfig,
-)
+from ..config.run import Config, DataConfig, EMAConfig, OptimConfig, ProbeConfig, TrainConfig
 from ..config.unread import refuse_unread, unread_in_pretraining
 from ..train.capture import parse_steps
 from .parse import Backends, UsageError, join_backends, parse, value_of

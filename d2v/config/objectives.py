@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .fronts import Front, ImageFront, TextFront
-from .run import Config, MAEConfig, MaskConfig, ModelConfig, Objective, TargetConfig
+from .model import MAEConfig, MaskConfig, ModelConfig, Objective, TargetConfig
+from .run import Config
 
 
 def for_objective(cfg: Config, objective: Objective) -> Config:

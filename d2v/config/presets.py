@@ -12,17 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
-from .run import (
-    Config,
-    DataConfig,
-    DecoderConfig,
-    EMAConfig,
-    MaskConfig,
-    ModelConfig,
-    OptimConfig,
-    TargetConfig,
-    TrainConfig,
-)
+from .model import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from .run import Config, DataConfig, EMAConfig, OptimConfig, TrainConfig
 
 
 def _image(**kwargs: Any) -> ModelConfig:

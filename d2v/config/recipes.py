@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 from .fronts import LogMelFront
-from .run import DataConfig, ModelConfig, OptimConfig
+from .model import ModelConfig
+from .run import DataConfig, OptimConfig
 from .tune import (
     AugmentConfig,
     DropConfig,

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from .fronts import TextFront, check, check_probability
-from .run import DataConfig, ModelConfig, OptimConfig, RunConfig
+from .model import ModelConfig
+from .run import DataConfig, OptimConfig, RunConfig
 
 Task = Literal["classify", "ctc", "sentence"]
 

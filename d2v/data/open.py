@@ -44,14 +44,13 @@ def open_data(
     device: torch.device | str = "cpu",
     purpose: Literal["train", "eval"] = "train",
     run_dir: str | Path | None = None,
-    cache_dir: str | Path | None = None,
 ) -> Pipeline:
     """The batches of a folder, file, tar or embedded data set ("digits", "speech", "text").
 
     purpose: "eval" takes the held-out part of an embedded data set. Whether samples are augmented depends
         on how they are read: `micro_batches` augments, `in_order` does not.
     run_dir: where files that belong to the run are kept (a trained tokenizer).
-    cache_dir: where derived files are kept (token blocks); none: `default_cache()`.
+    Derived files (token blocks) are kept in `default_cache()`.
     Raises DataError.
     """
     return _module(path, cfg).open_data(
@@ -60,15 +59,12 @@ def open_data(
         device=torch.device(device),
         purpose=purpose,
         run_dir=_path(run_dir),
-        cache_dir=_path(cache_dir),
     )
 
 
-def open_labelled(
-    path: str, cfg: Config, *, run_dir: str | Path | None = None, cache_dir: str | Path | None = None
-) -> Labelled:
+def open_labelled(path: str, cfg: Config, *, run_dir: str | Path | None = None) -> Labelled:
     """The labelled splits of a data set; DataError "labels missing: ..." when it has no labels."""
-    return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir), cache_dir=_path(cache_dir))
+    return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir))
 
 
 def check_data(path: str, cfg: Config) -> Report:

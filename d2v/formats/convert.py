@@ -22,7 +22,8 @@ import torch
 
 from ..config.atomic import replacing
 from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.run import ModelConfig, WaveNorm
+from ..config.model import ModelConfig
+from ..config.run import WaveNorm
 from ..config.toml import flatten, to_dict
 from ..data.normalisation import IMAGENET, KEY, OURS, WAVES, Normalisation
 from ..model import Pretraining

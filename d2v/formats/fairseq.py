@@ -18,7 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from ..config.fronts import Front, ImageFront, TextFront, WaveformFront
-from ..config.run import DecoderConfig, MaskConfig, ModelConfig, TargetConfig, WaveNorm
+from ..config.model import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from ..config.run import WaveNorm
 from ..config.toml import CheckpointError
 from .fairseq_config import KNOWN, MODALITIES, PRETRAINING, SWITCHES, Section, Tree, plain
 from .pt_file import LazyTensor, PtFile

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from ..config.toml import CheckpointError
 from ..config.tune import DropConfig, HeadConfig, tuned_model_config
 from .fairseq import canonical, config_tree, translate

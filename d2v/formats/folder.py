@@ -7,9 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..train.checkpoint import LABELS as LABELS
+
 FORMAT = "d2v-1"
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-LABELS, VOCABULARY = "labels.json", "vocabulary.json"
+VOCABULARY = "vocabulary.json"
 
 
 def is_folder(path: Path) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from d2vkern import __version__
 
 from ..config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.run import ModelConfig, WaveNorm
+from ..config.model import ModelConfig
+from ..config.run import WaveNorm
 from ..config.tune import HeadConfig
 from ..data.normalisation import Normalisation
 

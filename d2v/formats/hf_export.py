@@ -19,7 +19,8 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.run import ModelConfig, WaveNorm
+from ..config.model import ModelConfig
+from ..config.run import WaveNorm
 from ..config.toml import to_dict
 from ..config.tune import HeadConfig
 from ..data.normalisation import IMAGENET, PREPROCESSOR, WAVES, Normalisation

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..config.fronts import TextFront
-from ..config.run import Config, DataConfig, ModelConfig
+from ..config.model import ModelConfig
+from ..config.run import Config, DataConfig
 from ..config.toml import CheckpointError, from_dict, is_tuned, read_config, read_settings, read_tuned_config
 from ..config.tune import FineTuneConfig, HeadConfig
 from ..model import Pretraining, build_model

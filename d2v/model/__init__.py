@@ -1,6 +1,6 @@
 """The data2vec 2.0 model: one shared encoder, three front ends, one convolutional decoder; and its rivals."""
 
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .data2vec import Data2Vec
 from .pretraining import Features, Pretraining, PretrainOutput
 from .rivals import Data2Vec1, MaskedAutoencoder, MaskedLM

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import d2vkern
 
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 
 
 class AttentionContext(NamedTuple):

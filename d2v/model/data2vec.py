@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import d2vkern
 from d2vkern._nvtx import phase
 
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .pretraining import PretrainOutput, regression_output
 from .teacher import Distillation
 

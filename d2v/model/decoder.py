@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import d2vkern
 
 from ..config.fronts import ImageFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .blocks import linear
 
 

@@ -17,10 +17,10 @@ import d2vkern
 from d2vkern._nvtx import phase
 
 from ..config.fronts import ImageFront, TextFront, WaveformFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .blocks import AttentionContext, Block, alibi_slopes, layer_norm
 from .decoder import Decoder
-from .frontends import (
+from .feature_encoder import (
     PatchEmbed,
     TextEmbedding,
     WaveformEncoder,

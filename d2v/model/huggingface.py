@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config.fronts import Front, ImageFront, WaveformFront
-from ..config.run import ModelConfig, TargetConfig
+from ..config.model import ModelConfig, TargetConfig
 from ..config.toml import CheckpointError
-from .frontends import padding_of, token_lengths
+from .feature_encoder import padding_of, token_lengths
 from .pretraining import Pretraining
 
 INPUTS = {"pixel_values": "image", "input_values": "audio", "input_ids": "text"}

@@ -19,10 +19,10 @@ from d2vkern._nvtx import phase
 from d2vkern.ops.loss import LossOutput
 
 from ..config.fronts import ImageFront, TextFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .blocks import AttentionContext
 from .encoder import Network, run_blocks
-from .frontends import padding_of, token_lengths
+from .feature_encoder import padding_of, token_lengths
 
 Weights = Literal["student", "teacher"]
 HEALTH_ROWS = 512

@@ -22,10 +22,10 @@ import d2vkern
 from d2vkern._nvtx import phase
 
 from ..config.fronts import ImageFront, LogMelFront, TextFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .blocks import AttentionContext, Block, layer_norm, linear
 from .decoder import masked_rows
-from .frontends import TextEmbedding, sincos_positions
+from .feature_encoder import TextEmbedding, sincos_positions
 from .logmel import log_mel
 from .pretraining import Pretraining, PretrainOutput, regression_output, sample_rows
 from .teacher import Distillation

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from d2vkern._nvtx import phase
 
 from ..config.fronts import WaveformFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from ..config.tune import DropConfig, FineTuneConfig, HeadConfig
 from .blocks import Block, layer_norm, linear
 from .encoder import Network, run_blocks
-from .frontends import padding_of, token_lengths
+from .feature_encoder import padding_of, token_lengths
 from .huggingface import HuggingFaceBackbone
 from .pool import mean_over_tokens
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ..config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 
 
 class Work(NamedTuple):

@@ -30,11 +30,11 @@ from ..train import cuda_graph
 from ..train.backends import AUTO, check_backends
 from ..train.environment import write_environment
 from ..train.micro_batch import UNITS, micro_batch
+from ..train.pretrain_step import Trainer
 from ..train.process import tune_allocator
-from ..train.step import Trainer
+from .ceilings import rates, synchronize
 from .flops import step_flops
 from .hotpaths import Trace, fold, read_events
-from .machine import rates, synchronize
 from .profile_report import Profile, Report, Row
 
 CPU_FLOPS = 1e12

@@ -20,7 +20,7 @@ from ..data.loader import ORDER, generator
 from ..data.types import Labelled
 from ..model import Pretraining, build_model
 from ..model.blocks import linear
-from ..model.frontends import padding_of, token_lengths
+from ..model.feature_encoder import padding_of, token_lengths
 from ..model.pool import mean_over_tokens
 from ..train import process
 from ..train.backends import use_backends

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.run import Config, ModelConfig
+from ..config.model import ModelConfig
+from ..config.run import Config
 from ..data.types import Batch
 
 SHARE = 0.6

@@ -25,8 +25,8 @@ from .health import Alarm, AlarmLog
 from .learner import Outcome
 from .loop import Ended, Place, Run, begin, check_same_data, device_of
 from .micro_batch import UNITS, equation, micro_batch
+from .pretrain_step import Trainer
 from .progress import Progress, read_metrics
-from .step import Trainer
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from d2v.config.fronts import TextFront, WaveformFront
+from d2v.config.model import ModelConfig
 from d2v.config.presets import preset
-from d2v.config.run import ModelConfig
 from d2v.model import Data2Vec
 
 DEPTH, DECODER_DIM = 2, 32

@@ -12,9 +12,10 @@ import pytest
 import tomli_w
 
 import d2v
+from d2v.config.model import ModelConfig
 from d2v.config.presets import PRESETS, preset
 from d2v.config.recipes import RECIPES, recipe
-from d2v.config.run import Config, ModelConfig
+from d2v.config.run import Config
 from d2v.config.toml import CheckpointError, from_dict, read_config, read_settings, to_dict
 from d2v.config.tune import FineTuneConfig
 from d2v.formats.convert import run_convert

@@ -19,7 +19,7 @@ from d2v.config.presets import preset
 from d2v.config.run import Config, DataConfig
 from d2v.data.embedded import digits
 from d2v.data.images.eval_picture import eval_box
-from d2v.data.images.pipeline import crop_box, enlarge_and_flip
+from d2v.data.images.source import crop_box, enlarge_and_flip
 from d2v.data.loader import generator
 from d2v.data.normalisation import IMAGENET
 from d2v.data.open import check_data, open_data, open_labelled

@@ -113,10 +113,12 @@ def test_the_stream_is_made_once_and_again_when_a_file_changes(folder: Path, cac
 
 def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "a.txt").write_text(prose(400), encoding="utf-8")
-    whole = first(open_data(str(tmp_path / "a.txt"), config(), cache_dir=tmp_path / "x"))[0]
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / "x"))
+    whole = first(open_data(str(tmp_path / "a.txt"), config()))[0]
     monkeypatch.setattr(corpus, "PIECE", 100)
     monkeypatch.setattr("d2v.data.text.pipeline.TOGETHER", 500)
-    pieces = first(open_data(str(tmp_path / "a.txt"), config(), cache_dir=tmp_path / "y"))[0]
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / "y"))
+    pieces = first(open_data(str(tmp_path / "a.txt"), config()))[0]
     assert torch.equal(whole.source, pieces.source)
 
 

@@ -14,7 +14,7 @@ from d2v.data.types import Labelled, Split
 from d2v.tools import demo
 from d2v.tools.demo import MARKER, TASKS, TEXT_NOTE, remarks, run_demo, scaled, table
 from d2v.train.loop import RunError
-from d2v.train.step import Trainer
+from d2v.train.pretrain_step import Trainer
 
 from .tiny_runs import make_data, tiny
 

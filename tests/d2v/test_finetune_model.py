@@ -21,8 +21,8 @@ from d2v.formats.fairseq import is_finetuned, translate
 from d2v.model import Data2Vec
 from d2v.model.blocks import Block
 from d2v.model.tuned import FineTuned
+from d2v.train.finetune_step import param_groups
 from d2v.train.losses import soft_cross_entropy
-from d2v.train.tuner import param_groups
 from tests.d2v.golden_cases import load
 from tests.d2v.tiny_models import make_model, make_source
 

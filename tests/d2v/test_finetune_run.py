@@ -25,9 +25,9 @@ from d2v.data.tune import open_tune_data
 from d2v.data.types import Batch, DataError, Position
 from d2v.evaluate.scores import run_eval
 from d2v.model.tuned import FineTuned
+from d2v.train.finetune_step import Tuner
 from d2v.train.pretrain import run
 from d2v.train.progress import read_metrics
-from d2v.train.tuner import Tuner
 from tests.d2v.test_resume import assert_same_run
 from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune, tiny
 from tests.d2v.transfers import no_transfers

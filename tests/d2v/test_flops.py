@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import d2vkern
 from d2v.config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
+from d2v.config.model import ModelConfig, Objective
 from d2v.config.objectives import for_objective
 from d2v.config.presets import preset
-from d2v.config.run import ModelConfig, Objective
 from d2v.model import build_model
 from d2v.model.logmel import log_mel
 from d2v.tools.flops import (

@@ -22,7 +22,7 @@ from d2v.evaluate.scores import run_eval
 from d2v.formats.open import load_run, open_encoder, open_model
 from d2v.model.huggingface import HuggingFaceBackbone, HuggingFaceEncoder
 from d2v.model.tuned import build_tuned
-from d2v.train.tuner import param_groups
+from d2v.train.finetune_step import param_groups
 from tests.d2v.test_online_probe import stripes
 from tests.d2v.test_resume import assert_same_run
 from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from d2v.config.fronts import ImageFront, TextFront
 from d2v.config.run import Config, WaveNorm
 from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
-from d2v.data.images.pipeline import ImageSource
+from d2v.data.images.source import ImageSource
 from d2v.data.images.store import ArrayStore, FolderStore
 from d2v.data.normalisation import Normalisation
 from d2v.data.open import open_data

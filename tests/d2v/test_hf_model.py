@@ -21,7 +21,7 @@ from torch import Tensor
 from d2v.config.tune import HeadConfig
 from d2v.data.text.tokenizer import train_tokenizer
 from d2v.formats.hf_export import write_folder
-from d2v.model.frontends import sincos_positions
+from d2v.model.feature_encoder import sincos_positions
 from d2v.model.tuned import FineTuned
 from tests.d2v.tiny_models import make_model, make_source
 from tests.d2v.tiny_runs import LINES, tiny

@@ -88,7 +88,7 @@ def test_ranks_are_not_computed_by_the_thread_that_steps_and_stand_before_a_chec
         saved.append((step, [row["step"] for row in read_metrics(out)]))
         return save_checkpoint(out, step, *args, **kwargs)
 
-    monkeypatch.setattr("d2v.train.step.measure", watched)
+    monkeypatch.setattr("d2v.train.pretrain_step.measure", watched)
     monkeypatch.setattr("d2v.train.loop.save_checkpoint", save)
     images = make_data("image", tmp_path / "images")
     run(tiny("image", steps=4, train={"save_every": 2}), images, tmp_path / "r")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from d2v.config.model import ModelConfig
 from d2v.config.presets import preset
-from d2v.config.run import ModelConfig
 from d2v.model import Data2Vec
 from d2vkern import MaskPlan
 from d2vkern.testing import assert_bitwise_equal

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from d2v.data.types import Batch
-from d2v.train.step import Trainer
+from d2v.train.pretrain_step import Trainer
 from d2vkern import _native
 from d2vkern._backend import REGISTRY, Implementation
 from d2vkern.reference import attention as reference

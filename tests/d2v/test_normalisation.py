@@ -19,7 +19,7 @@ from d2v.config.fronts import ImageFront, WaveformFront
 from d2v.config.recipes import recipe
 from d2v.config.run import Config, ProbeConfig
 from d2v.config.toml import CheckpointError, read_settings
-from d2v.data.images.pipeline import ImageSource
+from d2v.data.images.source import ImageSource
 from d2v.data.normalisation import IMAGENET, Normalisation, of_preprocessor
 from d2v.data.open import open_data
 from d2v.data.types import DataError

@@ -15,9 +15,9 @@ from torch import Tensor
 import d2v
 import d2v.data.open
 from d2v.cli.main import main
+from d2v.config.model import ModelConfig
 from d2v.config.objectives import for_objective
 from d2v.config.presets import PRESETS, preset
-from d2v.config.run import ModelConfig
 from d2v.evaluate.probe import features_of
 from d2v.formats.convert import run_convert
 from d2v.model import Pretraining, build_model

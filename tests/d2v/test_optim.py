@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v.config.fronts import ImageFront
-from d2v.config.run import Config, EMAConfig, ModelConfig, OptimConfig
+from d2v.config.model import ModelConfig
+from d2v.config.run import Config, EMAConfig, OptimConfig
 from d2v.train.optim import (
     build_optimizer,
     clip_factor,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2v.model import Data2Vec, PretrainOutput
 from d2v.model.blocks import alibi_slopes
-from d2v.model.frontends import sincos_positions
+from d2v.model.feature_encoder import sincos_positions
 from d2vkern import AdamWEMA, MaskPlan, multimask_attention
 from tests.d2v.golden_cases import CASES, Case, load
 

@@ -13,16 +13,17 @@ from torch.profiler import ProfilerActivity, profile
 
 from d2v.cli.main import main
 from d2v.config.fronts import ImageFront, LogMelFront
+from d2v.config.model import Objective
 from d2v.config.objectives import for_objective
 from d2v.config.presets import preset
-from d2v.config.run import Config, Objective
+from d2v.config.run import Config
 from d2v.data.types import Batch
+from d2v.tools.ceilings import rates
 from d2v.tools.flops import step_flops, step_work
 from d2v.tools.hotpaths import Event, fold, read_events
-from d2v.tools.machine import rates
 from d2v.tools.profile import run_profile
 from d2v.tools.profile_report import Profile
-from d2v.train.step import Trainer
+from d2v.train.pretrain_step import Trainer
 from d2vkern import BackendError
 from d2vkern._nvtx import phase
 from d2vkern.testing import backend_spy
@@ -329,6 +330,6 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("d2v.tools.machine.median_seconds", lambda call, device: call() is not None and 2.0)
+    monkeypatch.setattr("d2v.tools.ceilings.median_seconds", lambda call, device: call() is not None and 2.0)
     found = rates(torch.device("cpu"), [torch.float32], quick=True)
     assert found == {"copy": 8 << 20, "torch.float32": 256.0**3}

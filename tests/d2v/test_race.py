@@ -15,13 +15,15 @@ import pytest
 import torch
 
 from d2v.cli.main import main
+from d2v.config.model import Objective
 from d2v.config.objectives import for_objective
-from d2v.config.run import Config, Objective, ProbeConfig
+from d2v.config.run import Config, ProbeConfig
 from d2v.data import loader
 from d2v.data.open import open_labelled
 from d2v.evaluate.online_probe import evenly
+from d2v.tools.contestant import Contestant
 from d2v.tools.flops import step_work, supervised_work
-from d2v.tools.race import COUNTED, WIDER, Contestant, beyond, recount, run_race
+from d2v.tools.race import COUNTED, WIDER, beyond, recount, run_race
 from d2v.tools.race_report import best_of, race_lines, race_rows, ratios, time_to
 from d2v.tools.supervised import SupervisedTrainer
 from d2v.train import process

@@ -21,8 +21,8 @@ from d2v.train import process
 from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
 from d2v.train.learner import Learner
 from d2v.train.pretrain import run
+from d2v.train.pretrain_step import Trainer
 from d2v.train.progress import METRICS, TIMING, read_metrics, truncate_metrics
-from d2v.train.step import Trainer
 from tests.d2v.tiny_runs import make_data, tiny
 
 pytestmark = pytest.mark.usefixtures("no_plots")

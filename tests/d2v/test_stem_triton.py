@@ -10,7 +10,7 @@ from torch import Tensor
 
 import d2vkern
 from d2v.config.fronts import WaveformFront
-from d2v.model.frontends import WaveformEncoder
+from d2v.model.feature_encoder import WaveformEncoder
 from d2vkern.testing import assert_no_worse_than_eager, backend_spy
 from tests.d2v.golden_cases import load
 from tests.d2v.tiny_models import make_model

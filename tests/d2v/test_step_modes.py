@@ -18,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from d2v.cli.parse import join_backends
 from d2v.cli.train import TrainOptions, _with_modes
 from d2v.config.fronts import WaveformFront
+from d2v.config.model import Objective
 from d2v.config.objectives import for_objective
-from d2v.config.run import Config, Objective
+from d2v.config.run import Config
 from d2v.data.open import open_data
 from d2v.data.types import Batch, Position
 from d2v.tools.profile import run_profile
@@ -28,7 +29,7 @@ from d2v.train.checkpoint import load_checkpoint, save_checkpoint
 from d2v.train.cuda_graph import StepGraphs
 from d2v.train.learner import Outcome
 from d2v.train.pretrain import run
-from d2v.train.step import Trainer
+from d2v.train.pretrain_step import Trainer
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source
 from tests.d2v.tiny_runs import make_data, tiny

@@ -19,8 +19,8 @@ from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
 from d2v.train.loop import RunError
 from d2v.train.optim import learning_rate, teacher_decay
 from d2v.train.pretrain import run
+from d2v.train.pretrain_step import Trainer
 from d2v.train.progress import Progress, duration, read_metrics
-from d2v.train.step import Trainer
 from tests.d2v.tiny_runs import make_data, tiny
 
 CPU = torch.device("cpu")
@@ -195,7 +195,9 @@ def test_the_phases_of_a_step_are_marked_for_profilers(monkeypatch, images):
     cfg = tiny("image", batch=4)
     (batches,) = batches_of(images, cfg, 1, micro=2)
     phases = []
-    monkeypatch.setattr("d2v.train.step.phase", lambda name: phases.append(name) or contextlib.nullcontext())
+    monkeypatch.setattr(
+        "d2v.train.pretrain_step.phase", lambda name: phases.append(name) or contextlib.nullcontext()
+    )
     Trainer(cfg, CPU).step(1, batches)
     assert phases == ["masks", *["forward", "backward", "loss"] * 2, "optimizer"]
 

@@ -7,7 +7,7 @@ import torch
 
 from d2v.config.run import Config
 from d2v.data.types import Batch
-from d2v.train.step import Trainer
+from d2v.train.pretrain_step import Trainer
 from d2vkern._backend import STEMS
 from d2vkern.testing import backend_spy
 from tests.d2v.tiny_models import make_source

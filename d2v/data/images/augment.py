@@ -18,7 +18,7 @@ from torch import Tensor
 from ...config.tune import AugmentConfig
 from ..loader import PIXELS, Source, generator, keyed
 from ..types import Batch
-from .pipeline import ImageSource
+from .source import ImageSource
 
 GROUP = 16
 """pictures of a step, in its order, that share RandAugment's operations; directions are drawn one by one"""

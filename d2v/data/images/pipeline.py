@@ -1,18 +1,7 @@
-"""Pictures to batches: random resized crop, flip and normalisation, split between worker and device.
-
-Pictures differ in size, batches do not. A worker draws the crop box of a sample (a function of seed, epoch
-and sample id), decodes, cuts the box out and shrinks it, with antialiasing, per axis to at most the
-training size; a smaller cut stays as it is and is padded to the training size by repeating its edge. So
-what leaves a worker is uint8, of one size, and never larger than needed. The device then does the rest
-for the whole batch: enlarge the cuts that were small (bicubic), flip, normalise. Cut, antialiased
-shrinking and bicubic enlargement together are torchvision's RandomResizedCrop with bicubic interpolation.
-EXIF rotation is not applied, as in the original.
-"""
+"""A folder, tar or array of pictures as training data, labelled parts and a report."""
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -23,219 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
-from ...config.fronts import ImageFront
-from ...config.run import Config, DataConfig
+from ...config.run import Config
 from ..embedded import digits
-from ..loader import AUGMENT, Loader, Source, generator
-from ..normalisation import IMAGENET, Normalisation, checked, given
+from ..loader import Loader
 from ..splits import divide, named_parts
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
-from .eval_picture import Box, WrongChannels, as_mode, cut_array, eval_picture
+from .source import BROKEN, ImageSource
 from .store import ArrayStore, Store, Subset, open_store, read_npz
 
-MEASURED = 1_000
-"""pictures read for mean and deviation"""
-RATIO = (3 / 4, 4 / 3)
-"""width over height of a crop box, as in torchvision"""
 RAW_SIDE = 32
 """largest side of the pixels that serve as baseline"""
-
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""what Pillow raises on a damaged file"""
-
-
-def crop_box(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Box:
-    """A box with a share of the area in `scale` and an aspect ratio in `RATIO` (log-uniform).
-
-    Ten tries, then the largest centred box within the ratio limits. Source: torchvision,
-    RandomResizedCrop.get_params.
-    """
-    for _ in range(10):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w = min(width, round(height * RATIO[1]))
-    h = min(height, round(width / RATIO[0]))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-class ImageSource(Source):
-    """A store of pictures as training samples of one size."""
-
-    def __init__(self, path: str, store: Store, cfg: Config) -> None:
-        super().__init__(path, cfg.train.seed, cfg.data.batch)
-        assert isinstance(cfg.model.front, ImageFront)
-        self.store = store
-        self.front = cfg.model.front
-        self.scale, self.flip = cfg.data.crop_scale, cfg.data.flip
-
-    def prepare(self, cfg: DataConfig) -> ImageSource:
-        """Refuse a wrong channel count before anything runs, and settle how pictures are normalised."""
-        for index in range(min(len(self), 10)):
-            try:
-                self.read(index, None)
-                break
-            except Unreadable:
-                continue
-        self.normalisation = self._settle(cfg)
-        self.meta = {"mean": list(self.normalisation.mean), "std": list(self.normalisation.std)}
-        return self
-
-    def select(self, keep: np.ndarray) -> ImageSource:
-        """The pictures numbered `keep` [k] int64, normalised as all of them are."""
-        chosen = copy.copy(self)
-        chosen.store = Subset(self.store, keep)
-        return chosen
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def name(self, index: int) -> str:
-        return self.store.name(index)
-
-    def read(self, index: int, epoch: int | None) -> tuple[np.ndarray, int, int, bool]:
-        """Pixels [H,W,C], of which the first (h, w) are content, h, w, and whether to flip."""
-        try:
-            picture = self.store.load(index)
-            front = self.front
-            if epoch is None:
-                whole = eval_picture(picture, front.height, front.width, front.channels)
-                return whole, front.height, front.width, False
-            height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
-            rng = generator(self.seed, AUGMENT, epoch, index)
-            box = crop_box(rng, height, width, self.scale)
-            flip = self.flip and bool(rng.integers(2))
-            return *self._cut(picture, box), flip
-        except WrongChannels as error:
-            raise DataError(
-                f"data: {self.name(index)} has {error.got} channels, front.channels is {error.wanted}"
-            ) from None
-        except _BROKEN as error:
-            raise Unreadable(str(error) or type(error).__name__) from None
-
-    def _cut(self, picture: Image.Image | np.ndarray, box: Box) -> tuple[np.ndarray, int, int]:
-        """The box, shrunk where larger than the training size, padded where smaller; its height and width."""
-        front = self.front
-        h, w = min(box[3] - box[1], front.height), min(box[2] - box[0], front.width)
-        if isinstance(picture, np.ndarray):
-            pixels = cut_array(picture, box, h, w, front.channels)
-        else:
-            # a JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work where that is still large enough
-            full = picture.size
-            picture.draft(None, (-(-full[0] * w // (box[2] - box[0])), -(-full[1] * h // (box[3] - box[1]))))
-            sx, sy = picture.size[0] / full[0], picture.size[1] / full[1]
-            scaled = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-            cut = as_mode(picture, front.channels).resize((w, h), Image.Resampling.BICUBIC, box=scaled)
-            pixels = np.asarray(cut).reshape(h, w, front.channels)
-        if (h, w) != (front.height, front.width):
-            canvas = np.empty((front.height, front.width, front.channels), dtype=pixels.dtype)
-            canvas[:h, :w] = pixels
-            canvas[:h, w:] = pixels[:, -1:]
-            canvas[h:] = canvas[h - 1]
-            pixels = canvas
-        return pixels, h, w
-
-    def collate(
-        self, items: list[tuple[np.ndarray, int, int, bool]], ids: np.ndarray, epoch: int | None
-    ) -> Batch:
-        """source [B,C,H,W] as stored (uint8 or float); extra: content size [B,2] (h, w) and flip [B]."""
-        pixels = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).contiguous()
-        if epoch is None:
-            return Batch(pixels, torch.from_numpy(ids), 0)
-        extra = {
-            "size": torch.tensor([item[1:3] for item in items], dtype=torch.float32),
-            "flip": torch.tensor([item[3] for item in items]),
-        }
-        return Batch(pixels, torch.from_numpy(ids), epoch, extra=extra)
-
-    def finish(self, batch: Batch) -> Batch:
-        """Enlarge, flip and normalise on the device: source [B,C,H,W] float32."""
-        return Batch(self.normalise(self.pixels(batch)), batch.ids, batch.epoch)
-
-    def normalise(self, source: Tensor) -> Tensor:
-        """(source - mean) / std per channel."""
-        from kornia.enhance import normalize
-
-        value = self.normalisation
-        assert value is not None  # of `prepare`
-        mean, std = (_on_device(v, source.device) for v in (value.mean, value.std))
-        return normalize(source, mean, std)
-
-    def pixels(self, batch: Batch) -> Tensor:
-        """[B,C,H,W] float32, enlarged and flipped, bytes as 0..1."""
-        is_bytes = batch.source.dtype == torch.uint8
-        source = batch.source.float() / 255 if is_bytes else batch.source
-        if batch.extra:
-            source = enlarge_and_flip(source, batch.extra["size"], batch.extra["flip"])
-            source = source.clamp(0, 1) if is_bytes else source  # bicubic overshoots
-        return source
-
-    def _settle(self, cfg: DataConfig) -> Normalisation:
-        """Given, ImageNet's, or measured here; the deviation of a constant channel is 1."""
-        channels = self.front.channels
-        if (value := given(cfg, channels)) is not None:
-            return value
-        if channels == 3 and not self.store.floating:
-            return IMAGENET
-        sums, squares, count = np.zeros(channels), np.zeros(channels), 0
-        for index in np.linspace(0, len(self) - 1, min(len(self), MEASURED)).round().astype(int).tolist():
-            try:
-                pixels = self.read(index, None)[0].astype(np.float64)
-            except Unreadable:
-                continue
-            pixels = pixels if self.store.floating else pixels / 255
-            sums += pixels.sum((0, 1))
-            squares += (pixels**2).sum((0, 1))
-            count += pixels.shape[0] * pixels.shape[1]
-        if not count:
-            raise DataError(f"data: {self.path}: none of {min(len(self), MEASURED)} pictures can be read")
-        mean = sums / count
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        std = np.where(std > 1e-6, std, 1.0)
-        try:
-            return checked(mean.tolist(), std.tolist(), "measured", channels, f"data: {self.path}: measured ")
-        except ValueError as error:  # float pictures with NaN or inf
-            raise DataError(str(error)) from None
-
-
-def enlarge_and_flip(source: Tensor, size: Tensor, flip: Tensor) -> Tensor:
-    """Stretch the first (h, w) = size [B,2] pixels of each picture [B,C,H,W] over all of it, bicubic, and
-    mirror it where flip [B]: one resampling with `kornia.geometry.transform.remap`.
-
-    Equal to interpolating the cut alone, as the padding repeats its edge.
-    """
-    from kornia.geometry.transform import remap
-
-    batch, _, height, width = source.shape
-    rows = torch.arange(height, device=source.device) + 0.5
-    columns = (torch.arange(width, device=source.device) + 0.5).expand(batch, -1)
-    columns = torch.where(flip[:, None], width - columns, columns)
-    y = rows * size[:, :1] / height - 0.5
-    x = columns * size[:, 1:] / width - 0.5
-    # in -1..1 between the outermost pixels: given pixels, kornia would copy their scale from the host
-    y = y * (2 / max(1, height - 1)) - int(height > 1)
-    x = x * (2 / max(1, width - 1)) - int(width > 1)
-    shape = (batch, height, width)
-    return remap(
-        source,
-        x[:, None, :].expand(shape),
-        y[:, :, None].expand(shape),
-        mode="bicubic",
-        padding_mode="border",
-        align_corners=True,
-        normalized_coordinates=True,
-    )
-
-
-def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """[n] float32, filled in on the device: a copy from the host would wait for it."""
-    return torch.stack([torch.full((), value, device=device) for value in values])
 
 
 def _digits(split: str) -> ArrayStore:
@@ -251,9 +38,8 @@ def open_data(
     device: torch.device,
     purpose: str,
     run_dir: Path | None,
-    cache_dir: Path | None,
 ) -> Pipeline:
-    """See `d2v.data.open.open_data`; nothing is kept in `run_dir` or `cache_dir`."""
+    """See `d2v.data.open.open_data`; nothing is kept in `run_dir`."""
     if path == "digits":
         store: Store = _digits("train" if purpose == "train" else "test")
     else:
@@ -316,7 +102,7 @@ def _parts(path: str) -> dict[str, Store]:
     return {part: Subset(whole, numbers) for part, numbers in divide(classes.tolist()).items()}
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
+def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels come from class folders, `labels` of a .npz, or .cls in a
     tar; the parts from the names of folders, from `test_images` of a .npz, or by `divide`."""
     parts = _parts(path)
@@ -348,7 +134,7 @@ def check_data(path: str, cfg: Config) -> Report:
             source.read(index, None)
         except (DataError, Unreadable) as error:
             return error
-        except _BROKEN as error:
+        except BROKEN as error:
             return Unreadable(str(error))
         return f"{size[0]}x{size[1]}"
 

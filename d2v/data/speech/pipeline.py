@@ -108,9 +108,8 @@ def open_data(
     device: torch.device,
     purpose: str,
     run_dir: Path | None,
-    cache_dir: Path | None,
 ) -> Pipeline:
-    """See `d2v.data.open.open_data`; nothing is kept in `run_dir` or `cache_dir`.
+    """See `d2v.data.open.open_data`; nothing is kept in `run_dir`.
 
     Of the embedded set, training gets the train split, evaluation the test split of the same voices.
     """
@@ -210,7 +209,7 @@ def _phone_labels(utterances: SpeechUtterances, front: WaveformFront | LogMelFro
     return labels
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
+def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. The embedded set has the phone of every token and a third split
     `unseen_voice`. In a folder every subfolder is a class of utterances; train and test are known by
     the names of folders, or else by `divide`."""

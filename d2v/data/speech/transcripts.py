@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...config.atomic import write_json
 from ...config.run import Config
 from ..embedded import speech
 from ..loader import Loader
@@ -70,7 +71,7 @@ class Vocabulary:
         return cls(letters)
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.letters, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, self.letters, ensure_ascii=False)
 
     def encode(self, text: str) -> np.ndarray:
         """[n] int64; a letter that is in it in neither case is <unk>."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from ...config.atomic import write_text
 from ...config.fronts import TextFront
 from ...config.run import Config
 from ..loader import Loader, Source, number_classes
@@ -91,10 +91,7 @@ def _tokenizer(corpus: Corpus, cfg: Config, run_dir: Path | None, cache: Path) -
         trained = train_tokenizer(chain.from_iterable(corpus.documents(report)), front.vocab_size)
         report.stop_if_too_many()
         tokenizer = check_tokenizer(trained, "trained on the data", front)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=kept.parent, encoding="utf-8", delete=False) as file:
-        file.write(tokenizer.to_str(pretty=True))
-    os.replace(file.name, kept)
+    write_text(kept, tokenizer.to_str(pretty=True))
     return tokenizer, kept
 
 
@@ -164,11 +161,10 @@ def open_data(
     device: torch.device,
     purpose: str,
     run_dir: Path | None,
-    cache_dir: Path | None,
 ) -> Pipeline:
     """See `d2v.data.open.open_data`; meta["tokenizer"] is the path of the tokenizer's .json, in `run_dir` if
     there is one. `purpose` changes nothing."""
-    corpus, cache = open_corpus(path), cache_dir or default_cache()
+    corpus, cache = open_corpus(path), default_cache()
     tokenizer, file = _tokenizer(corpus, cfg, run_dir, cache)
     dtype = "<u2" if _front(cfg).vocab_size <= 1 << 16 else "<u4"
     stream, report = _stream(corpus, tokenizer, dtype, cache)
@@ -217,11 +213,11 @@ class TextSplit(Split):
         return np.array(rows, dtype=np.float32), self.labels
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: Path | None, cache_dir: Path | None) -> Labelled:
+def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels: see `read_labelled`; of the embedded text, the areas of
     the library."""
     parts, classes = _labelled_parts(path)
-    tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, cache_dir or default_cache())
+    tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, default_cache())
     splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
     return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import d2vkern
 
 from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.run import ModelConfig
+from ..config.model import ModelConfig
 from .blocks import layer_norm, linear
 from .logmel import log_mel
 
