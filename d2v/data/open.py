@@ -8,7 +8,6 @@ depend on the modality (order, workers, resuming, bad files) is in `loader`.
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -75,6 +74,8 @@ def check_data(path: str, cfg: Config) -> Report:
 def guess_modality(path: str) -> Modality:
     """The modality that most files under `path` belong to, by their suffixes.
 
+    A text beside a picture or sound of its name is its label or transcript and does not count; of as many
+    files pictures come first, then sounds.
     Raises DataError when `path` does not exist or holds no file of any modality.
     """
     from .images.store import EXTENSIONS as IMAGE
@@ -85,13 +86,21 @@ def guess_modality(path: str) -> Modality:
     if not root.exists():
         raise DataError(f"data: {path} does not exist")
     kinds: dict[Modality, set[str]] = {
-        "image": {*IMAGE, ".npz", ".tar"}, "audio": {*SUFFIXES, ".tsv"}, "text": set(TEXT)
-    }  # fmt: skip
+        "image": {*IMAGE, ".npz", ".tar"},
+        "audio": {*SUFFIXES, ".tsv"},
+        "text": set(TEXT),
+    }
     files = [root] if root.is_file() else root.rglob("*")
-    found = Counter(kind for file in files for kind, known in kinds.items() if file.suffix.lower() in known)
-    if not found:
+    found: dict[Modality, list[Path]] = {kind: [] for kind in kinds}
+    for file in files:
+        for kind, known in kinds.items():
+            if file.suffix.lower() in known and not file.name.startswith("."):
+                found[kind].append(file)
+    seen = {file.with_suffix("") for kind in ("image", "audio") for file in found[kind]}
+    found["text"] = [file for file in found["text"] if file.with_suffix("") not in seen]
+    if not any(found.values()):
         raise DataError(f"data: {path} holds no image, audio or text file")
-    return found.most_common(1)[0][0]
+    return max(found, key=lambda kind: len(found[kind]))
 
 
 def _path(value: str | Path | None) -> Path | None:

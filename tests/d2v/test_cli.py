@@ -275,5 +275,15 @@ def test_check_knows_the_modality_by_the_files(capsys, tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     assert guess_modality(".") == "text" and guess_modality("labels.npz") == "image"
     (tmp_path / "two.TXT").rename("two.txt")
+    for modality, suffix in (("audio", ".wav"), ("image", ".png")):
+        (tmp_path / modality).mkdir()
+        for number in range(3):
+            (tmp_path / modality / f"{number}{suffix}").write_bytes(b"")
+            (tmp_path / modality / f"{number}.txt").write_text("its label or transcript")
+        (tmp_path / modality / "notes.txt").write_text("a text")
+        assert guess_modality(modality) == modality
+        for number in range(3):
+            (tmp_path / modality / f"more{number}.txt").write_text("texts of their own")
+        assert guess_modality(modality) == "text"
     assert main(["check", "--data", "a"]) == 0
     assert "a: 1 samples, 0 unreadable" in capsys.readouterr().out

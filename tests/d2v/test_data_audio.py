@@ -347,6 +347,13 @@ def test_folders_without_audio(tmp_path: Path) -> None:
         open_data(str(tmp_path), config())
 
 
+def test_hidden_files_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", tone(1.0))
+    (tmp_path / "._a.wav").write_bytes(b"what some systems write beside a file")
+    report = check_data(str(tmp_path), config())
+    assert (report.total, report.unreadable) == (1, {})
+
+
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg"])
 def test_channels_are_averaged(suffix: str, tmp_path: Path) -> None:
     left, right = tone(1.0), 0.5 * np.sin(np.arange(16_000) / 3)

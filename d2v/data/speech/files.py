@@ -154,7 +154,7 @@ def list_files(path: Path) -> tuple[Path, list[str]]:
         str((Path(folder) / file).relative_to(path))
         for folder, _, files in os.walk(path, followlinks=True)
         for file in files
-        if file.lower().endswith(SUFFIXES)
+        if file.lower().endswith(SUFFIXES) and not file.startswith(".")
     )
     if not names:
         manifests = sorted(path.glob("*.tsv"))
