@@ -219,6 +219,22 @@ def distances(place_q, place_k, real_k):
 
 
 @triton.jit
+def scores(qk, bias, scale, place, weight, positions_ptr, others, tokens):
+    """fp32 scores [A,B] from products, own tokens along A, and the distances in them (0 without positions).
+
+    bias: `key_bias`, broadcast; scale: with log2(e) in it; place, weight: [A] of the own tokens, see
+    `load_places` and `bias_weight`, unused without positions; others: [B] tokens along B.
+    """
+    s = qk * scale + bias
+    distance = tl.zeros_like(s)
+    if positions_ptr is not None:
+        place_other, real_other = load_places(positions_ptr, others, tokens, tokens)
+        distance = distances(place[:, None], place_other[None, :], real_other[None, :])
+        s -= distance * weight[:, None]
+    return s, distance
+
+
+@triton.jit
 def keep_scores(n, h, row, first, tokens, seed, threshold, HEADS: tl.constexpr, BLOCK: tl.constexpr,
                 ALIGNED: tl.constexpr):  # fmt: skip
     """bool [BLOCK_M, BLOCK]: probabilities of queries `row` and keys first .. first + BLOCK - 1 that stay."""

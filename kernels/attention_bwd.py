@@ -16,12 +16,12 @@ from d2vkern.kernels._attention import (
     Inputs,
     bias_weight,
     counted,
-    distances,
     keep_scores,
     key_bias,
     load_places,
     load_rows,
     products,
+    scores,
     sequence_and_head,
     store_rows,
 )
@@ -173,6 +173,9 @@ def attention_bwd_kernel_queries(
         positions_ptr += n * positions_stride_n
         place_q, real_q = load_places(positions_ptr, row, tokens, tokens)
         weight = real_q * bias_weight(slopes_ptr, alibi_scale_ptr, h)
+    else:
+        place_q = None
+        weight = None
     q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     # [BLOCK_M, BLOCK_D]
@@ -198,14 +201,11 @@ def attention_bwd_kernel_queries(
         k = load_rows(k_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE)
         v = load_rows(v_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE)
         # [BLOCK_M, BLOCK_N]
-        s = products(
+        qk = products(
             q, q_ptr, row, qkv_stride_s, queries, k, k_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE
         )
-        s = s * scale2 + key_bias(key, keys)[None, :]
-        if positions_ptr is not None:
-            place_k, real_k = load_places(positions_ptr, key, tokens, tokens)
-            distance = distances(place_q[:, None], place_k[None, :], real_k[None, :])
-            s -= distance * weight[:, None]
+        bias = key_bias(key, keys)[None, :]
+        s, distance = scores(qk, bias, scale2, place_q, weight, positions_ptr, key, tokens)
         p = tl.exp2(s - lse[:, None])
         dp = products(
             do, do_ptr, row, dout_stride_s, queries, v, v_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE
@@ -279,7 +279,10 @@ def attention_bwd_kernel_keys(
         positions_ptr += n * positions_stride_n
         place_k, real_k = load_places(positions_ptr, key, tokens, tokens)
         weight = real_k * bias_weight(slopes_ptr, alibi_scale_ptr, h)
-    bias = key_bias(key, keys)
+    else:
+        place_k = None
+        weight = None
+    bias = key_bias(key, keys)[:, None]
     q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     do_ptr = dout_ptr + n * dout_stride_n + h * WIDTH
@@ -302,13 +305,10 @@ def attention_bwd_kernel_keys(
         lse = tl.load(lse_ptr + at, mask=row < queries, other=0.0)
         delta = tl.load(delta_ptr + at, mask=row < queries, other=0.0)
         # [BLOCK_N, BLOCK_M]
-        s = products(
+        kq = products(
             k, k_ptr, key, qkv_stride_s, keys, q, q_ptr, row, qkv_stride_s, queries, WIDTH, BLOCK_D, LARGE
         )
-        s = s * scale2 + bias[:, None]
-        if positions_ptr is not None:
-            place_q, real_q = load_places(positions_ptr, row, tokens, tokens)
-            s -= distances(place_q[None, :], place_k[:, None], real_q[None, :]) * weight[:, None]
+        s, _ = scores(kq, bias, scale2, place_k, weight, positions_ptr, row, tokens)
         p = tl.exp2(s - lse[None, :])
         dp = products(
             v, v_ptr, key, qkv_stride_s, keys, do, do_ptr, row, dout_stride_s, queries, WIDTH, BLOCK_D, LARGE

@@ -23,6 +23,7 @@ from d2vkern.kernels._attention import (
     load_places,
     load_rows,
     products,
+    scores,
     sequence_and_head,
     store_rows,
 )
@@ -154,6 +155,9 @@ def attention_fwd_kernel(
         positions_ptr += n * positions_stride_n
         place_q, real_q = load_places(positions_ptr, row, tokens, tokens)
         weight = real_q * bias_weight(slopes_ptr, alibi_scale_ptr, h)
+    else:
+        place_q = None
+        weight = None
     q_ptr = qkv_ptr + n * qkv_stride_n + h * STRIDE_H
     k_ptr, v_ptr = q_ptr + qkv_stride_slot, q_ptr + 2 * qkv_stride_slot
     # [BLOCK_M, BLOCK_D]
@@ -167,13 +171,11 @@ def attention_fwd_kernel(
         key = start + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE)
         # [BLOCK_M, BLOCK_N]
-        s = products(
+        qk = products(
             q, q_ptr, row, qkv_stride_s, queries, k, k_ptr, key, qkv_stride_s, keys, WIDTH, BLOCK_D, LARGE
         )
-        s = s * scale + key_bias(key, keys)[None, :]
-        if positions_ptr is not None:
-            place_k, real_k = load_places(positions_ptr, key, tokens, tokens)
-            s -= distances(place_q[:, None], place_k[None, :], real_k[None, :]) * weight[:, None]
+        bias = key_bias(key, keys)[None, :]
+        s, _ = scores(qk, bias, scale, place_q, weight, positions_ptr, key, tokens)
         larger = tl.maximum(most, tl.max(s, 1))
         p = tl.exp2(s - larger[:, None])
         shrink = tl.exp2(most - larger)
