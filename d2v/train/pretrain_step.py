@@ -122,7 +122,7 @@ class Trainer(Learner[Pretraining]):
             "ema_decay": float(outcome.decay),
         }
         alarming = bool(outcome.good) and number > cfg.alarm_after
-        rows = {name: tokens.detach().cpu() for name, tokens in outcome.health.items()}
+        rows = {name: tokens.detach().to("cpu", copy=True) for name, tokens in outcome.health.items()}
 
         def health() -> tuple[dict[str, Any], list[Alarm]]:
             states = measure(rows)

@@ -120,9 +120,7 @@ class Progress:
         self._live: Any = None
         self._text = ""
         self._worker: ThreadPoolExecutor | None = None
-        self._open: tuple[dict[str, Any], dict[str, Any], Future[tuple[dict[str, Any], list[str]]]] | None = (
-            None
-        )
+        self._open: tuple[Row, Row, Future[Rest]] | None = None
         """the line that waits for its rest: the columns before it and those after it"""
         self.pinned = ""
         """shown at the end of the line"""
