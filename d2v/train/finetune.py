@@ -186,8 +186,8 @@ class TuningRun(Run[TuningPlace]):
         """Go, and say what came of it."""
         ended = self.loop(stop, Capture(None, self.device))
         if ended.finished and not self.scores:  # resumed at its end
-            last = read_metrics(self.out)[-1]
-            self.scores = {name: score for name, score in last.items() if "/" in name}
+            last = read_metrics(self.out)[-1:]
+            self.scores = {name: score for row in last for name, score in row.items() if "/" in name}
         return TuneResult(**vars(ended), scores=self.scores, best=self.place.best)
 
     @property

@@ -69,6 +69,8 @@ class Place:
     skipped: int = 0
     """bad steps so far"""
     bad_in_a_row: int = 0
+    unscored: bool = False
+    """whether scoring after the last step failed: a resumed run does that first"""
 
 
 P = TypeVar("P", bound=Place)
@@ -134,13 +136,13 @@ class Run(ABC, Generic[P]):
         """place: where the run stands: the start, or what `checkpoint` says, which `learner` has loaded."""
         self.cfg, self.out, self.device, self.pipeline, self.place = cfg, out, device, pipeline, place
         self._learner, self._do_step, self._named = learner, step, 0
-        self._saved = None if checkpoint is None else checkpoint.step
+        self._saved = None if checkpoint is None or place.unscored else checkpoint.step
         if self.too_bad:
             place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
         learner.bad[0], learner.bad[1] = place.skipped, place.bad_in_a_row
         write_environment(out)
         self._record_data()
-        truncate_metrics(out, place.step)
+        truncate_metrics(out, place.step, scored=not place.unscored)
 
     @property
     @abstractmethod
@@ -187,6 +189,9 @@ class Run(ABC, Generic[P]):
             if unheard is not None:
                 progress.say(f"warning: {unheard}")
             profiler.reach(place.step)
+            if place.unscored:
+                self._after_step(progress)
+                self._save(progress)
             stream = self.pipeline.micro_batches(Position(place.epoch, place.step_in_epoch), self.micro)
             while place.step < train.steps and not self.too_bad and request.name is None:
                 batches = self._next(stream, request, progress)
@@ -264,11 +269,14 @@ class Run(ABC, Generic[P]):
         return new > 0
 
     def _after_step(self, progress: Progress) -> None:
+        """What fails here is done again by the run that is resumed."""
         try:
             self.after_step(progress)
+            self.place.unscored = False
         except RunError:
             raise
         except Exception:
+            self.place.unscored = True
             self._save(progress)
             progress.say(f"what was trained is saved: {self._resume_line()}")
             raise

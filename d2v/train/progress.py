@@ -46,12 +46,18 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def truncate_metrics(run: str | Path, step: int) -> None:
-    """Drop the lines after `step`: a resumed run writes them again. Atomic; no file is no lines."""
+def truncate_metrics(run: str | Path, step: int, *, scored: bool = True) -> None:
+    """Drop the lines after `step`: a resumed run writes them again. Atomic; no file is no lines.
+
+    scored: False to drop the scores of `step` itself, too, and keep its log line.
+    """
     path = Path(run) / METRICS
     if not path.exists():
         return
-    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    kept = [
+        row for row in read_metrics(run)
+        if row["step"] < step or (row["step"] == step and (scored or "lr" in row))
+    ]  # fmt: skip
     write_text(path, "".join(_line(row) for row in kept))
 
 

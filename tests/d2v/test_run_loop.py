@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -10,19 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
+import torch
 from PIL import Image
 
-import d2v.train.finetune
-import d2v.train.pretrain
 from d2v.cli.main import main
+from d2v.config.run import ProbeConfig
 from d2v.data.loader import Loader
 from d2v.data.types import Batch, DataError, Position
-from d2v.evaluate.online_probe import OnlineProbe
 from d2v.evaluate.scores import evaluate, run_eval
+from d2v.model import Pretraining
 from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
+from d2v.train.finetune import TuningRun
 from d2v.train.loop import RunError, claim
-from d2v.train.pretrain import run
+from d2v.train.pretrain import Scores, run
+from d2v.train.progress import read_metrics
 from tests.d2v.test_finetune_run import RECIPES, config, labelled
 from tests.d2v.test_resume import assert_same_run
 from tests.d2v.tiny_runs import make_data, resume_finetune, run_finetune, tiny
@@ -177,41 +181,123 @@ def test_what_fails_before_the_first_step_leaves_nothing(
     assert not (tmp_path / "run").exists() and not (tmp_path / "r").exists()
 
 
+@pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("modality", RECIPES)
 def test_scores_that_fail_cost_nothing_that_was_trained(
     modality: str,
+    step: int,
     encoders: dict[str, Path],
     data: dict[str, str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def broken(*_: Any) -> dict[str, float]:
-        raise MemoryError("no scores")
+    """Nor the scores: the run that goes on makes up for them, after its last step too."""
+    calls = 0
+
+    def broken(*given: Any) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == step - 1:
+            raise MemoryError("no scores")
+        return evaluate(*given)
 
     cfg = config(encoders[modality], modality, steps=3, evaluate_every=2)
     given = (cfg, encoders[modality], data[modality])
+    whole = run_finetune(*given, tmp_path / "whole")
     with pytest.raises(MemoryError, match="no scores"):
         run_finetune(*given, tmp_path / "run", evaluate=broken)
     assert f"is saved: continue with `d2v finetune --resume {tmp_path / 'run'}`" in capsys.readouterr().out
     newest = latest_checkpoint(tmp_path / "run")
-    assert newest is not None and load_checkpoint(newest).step == 2
+    assert newest is not None and load_checkpoint(newest).step == step
+    calls = step - 2
+    with pytest.raises(MemoryError, match="no scores"):  # once more
+        resume_finetune(tmp_path / "run", evaluate=broken)
+    resumed = resume_finetune(tmp_path / "run")
+    assert resumed.scores == whole.scores and resumed.best == whole.best
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    best = [load_checkpoint(latest_checkpoint(tmp_path / name / "best")) for name in ("whole", "run")]  # type: ignore[arg-type]
+    assert best[0].step == best[1].step
+    assert all(torch.equal(best[0].model[name], tensor) for name, tensor in best[1].model.items())
 
 
-def test_a_probe_that_fails_costs_nothing_that_was_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("modality", RECIPES)
+@pytest.mark.parametrize("killed", ["saving", "scored"])
+def test_a_run_that_is_killed_within_an_error_is_resumed_exactly(
+    killed: str,
+    modality: str,
+    encoders: dict[str, Path],
+    data: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(*_: Any) -> None:
-        raise MemoryError("no probe")
+    """While it saves after its data gave out; or when it has made up for scores, before it saves."""
 
-    monkeypatch.setattr(OnlineProbe, "__init__", lambda *_: None)
-    monkeypatch.setattr(OnlineProbe, "run", broken)
-    cfg = tiny("image")
-    cfg = d2v.train.pretrain.Config(**{**vars(cfg), "probe": d2v.config.run.ProbeConfig(every=2)})
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    def broken(*_: Any) -> dict[str, float]:
+        raise MemoryError("no scores")
+
+    cfg = config(encoders[modality], modality, steps=4, evaluate_every=3)
+    cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, save_every=2))
+    given = (cfg, encoders[modality], data[modality])
+    run_finetune(*given, tmp_path / "whole")
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        if killed == "saving":
+            GivesOut(patched, 4, DataError("data: gone"))
+            original = safetensors.torch.save_file
+
+            def save_file(tensors: Any, path: Path) -> None:
+                original(tensors, path)
+                if path.parent == out / "checkpoints" / ".tmp-step_3":
+                    raise Killed
+
+            patched.setattr(safetensors.torch, "save_file", save_file)
+            with pytest.raises(Killed):
+                run_finetune(*given, out)
+            assert (out / "checkpoints" / ".tmp-step_3").is_dir()
+        else:
+            with pytest.raises(MemoryError):
+                run_finetune(*given, out, evaluate=broken)
+            patched.setattr(TuningRun, "_save", kill)
+            with pytest.raises(Killed):
+                resume_finetune(out)
+            assert any("/" in name for name in read_metrics(out)[-1])
+    resume_finetune(out)
+    assert_same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_probe_that_fails_costs_nothing_that_was_trained(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = 0
+
+    class Probe:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def run(self, model: Pretraining) -> Scores:
+            nonlocal calls
+            calls += 1
+            if calls == step - 1:
+                raise MemoryError("no probe")
+            return Scores({"probe/test/knn": float(model.state_dict()["blocks.0.norm1.bias"].sum())}, "")
+
+    cfg = dataclasses.replace(tiny("image", steps=3), probe=ProbeConfig(every=2))
+    images = make_data("image", tmp_path / "data")
     with pytest.raises(MemoryError, match="no probe"):
-        run(cfg, make_data("image", tmp_path / "data"), tmp_path / "r", probe=OnlineProbe)
+        run(cfg, images, tmp_path / "r", probe=Probe)
     assert "is saved: continue with `d2v train --resume" in capsys.readouterr().out
     newest = latest_checkpoint(tmp_path / "r")
-    assert newest is not None and load_checkpoint(newest).step == 2
+    assert newest is not None and load_checkpoint(newest).step == step
+    run(cfg, images, tmp_path / "r", probe=Probe, resume=True)
+    run(cfg, images, tmp_path / "whole", probe=Probe)
+    assert_same_run(tmp_path / "whole", tmp_path / "r")
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
