@@ -58,7 +58,7 @@ def test_imports_against_the_order_are_named(tmp_path: Path, monkeypatch: pytest
         "model/__init__.py": "from ..config import run\n",
         "model/encoder.py": "def build():\n    import sample_of_rooms.train.step\n",
         "train/__init__.py": "",
-        "train/pretrain_step.py": "from . import loop\nfrom ..config import run\n",
+        "train/step.py": "from . import loop\nfrom ..config import run\n",
         "train/loop.py": "from .. import load\n",
         "formats/__init__.py": "",
         "formats/open.py": "from ..train import step\n",
