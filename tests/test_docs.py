@@ -32,7 +32,7 @@ PAGES = (
     "docs/kernels.md",
 )  # fmt: skip
 """pages whose blocks are run, in this order: later ones use runs of earlier ones"""
-OTHERS = ("docs/fairseq.md", "docs/install.md", "docs/developing.md")
+OTHERS = ("docs/fairseq.md", "docs/install.md", "docs/developing.md", "docs/results.md")
 """pages all of whose blocks are marked"""
 PROSE = ("docs/index.md", "docs/results.md", "docs/troubleshooting.md", "CONTRIBUTING.md", "CHANGELOG.md")
 """pages that name commands in sentences, or in blocks that are made of results"""
