@@ -90,7 +90,7 @@ def _classes(
     kept = torch.from_numpy(labels[keep])
     parts: dict[str, Part] = {name: split for name, split in labelled.splits.items() if name != "train"}
     return TuneData(
-        Loader(source, cfg.data, device),
+        Loader(source, cfg.data, device, chosen.loader.report),
         lambda ids: kept[ids].to(device, non_blocking=True),
         parts,
         len(labelled.classes),

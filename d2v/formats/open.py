@@ -95,10 +95,12 @@ def _shapes(make: Callable[[], M]) -> M:
         return make()
 
 
-def _filled(make: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path) -> M:
+def _filled(
+    make: Callable[[], M], tensors: Mapping[str, Tensor], source: str | Path, shapes: M | None = None
+) -> M:
     """The model with these weights, in eval mode. What a config says of sizes is believed only where the
-    weights have them: shapes are compared before the model is made."""
-    check_fits(_shapes(make), tensors, source)
+    weights have them: shapes, of `shapes` where they are known, are compared before the model is made."""
+    check_fits(_shapes(make) if shapes is None else shapes, tensors, source)
     model = make()
     fill_model(model, tensors, source)
     model.eval()
@@ -156,7 +158,7 @@ def load_folder(path: Path) -> Pretraining | FineTuned:
         raise CheckpointError(f"{path / CONFIG}: not a converted model: {error}") from error
     if "weights" in values or not isinstance(shapes, Pretraining):
         tensors = _from_hf(path, values, shapes, tensors)
-    return _filled(make, tensors, path / WEIGHTS)
+    return _filled(make, tensors, path / WEIGHTS, shapes)
 
 
 def _read(file: Path) -> dict[str, Tensor]:

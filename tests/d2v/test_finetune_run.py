@@ -4,101 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 import torch.nn.functional as F
 
 import d2v
 from d2v.cli.main import main
 from d2v.config.presets import preset
-from d2v.config.recipes import default_recipe, recipe, with_drops
+from d2v.config.recipes import default_recipe, with_drops
 from d2v.config.toml import CheckpointError, read_tuned_config
-from d2v.config.tune import FineTuneConfig
 from d2v.data.tune import open_tune_data
 from d2v.data.types import Batch, DataError, Position
 from d2v.evaluate.scores import run_eval
 from d2v.model.tuned import FineTuned
 from d2v.train.finetune_step import Tuner
-from d2v.train.pretrain import run
 from d2v.train.progress import read_metrics
 from tests.d2v.test_resume import assert_same_run
-from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune, tiny
+from tests.d2v.tiny_runs import make_data, resume_finetune, run_finetune
+from tests.d2v.tiny_tuning import RECIPES, config
 from tests.d2v.transfers import no_transfers
-
-RECIPES = {"image": "image_tiny", "audio": "speech_tiny", "text": "text_tiny"}
-LETTERS = {"A": 300, "B": 900}
-"""letter -> frequency in Hz of the sound that says it"""
-
-
-def labelled(modality: str, folder: Path) -> str:
-    """Data that a few steps can learn: stripes across or along, texts of two topics, tones that spell."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    if modality == "image":
-        rows, columns = np.mgrid[:24, :24] / 24
-        labels = np.arange(80) % 2
-        phase = rng.random(80)
-        waves = [
-            np.sin(2 * np.pi * (3 * (columns if k else rows) + p)) for k, p in zip(labels, phase, strict=True)
-        ]
-        np.savez(folder / "x.npz", images=np.uint8(127 * (1 + np.stack(waves)))[..., None], labels=labels)
-        return str(folder / "x.npz")
-    if modality == "text":
-        for part, count in (("train", 40), ("dev", 16)):
-            lines = [
-                {"text": f"{LINES[i % 2 * 2]} {i}", "label": ("cat", "token")[i % 2]} for i in range(count)
-            ]
-            (folder / f"{part}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-        return str(folder)
-    for part, count in (("train", 24), ("dev", 6)):
-        (folder / part).mkdir()
-        for i in range(count):
-            word = "".join(rng.choice(list(LETTERS), 3))
-            t = np.arange(4_800) / 16_000
-            tones = [np.concatenate([np.sin(2 * np.pi * LETTERS[c] * t), np.zeros(1_600)]) for c in word]
-            soundfile.write(folder / part / f"{i}.wav", 0.3 * np.concatenate(tones), 16_000)
-            (folder / part / f"{i}.txt").write_text(word)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A pretraining run of two steps for each modality."""
-    root = tmp_path_factory.mktemp("encoders")
-    for modality in RECIPES:
-        run(tiny(modality, steps=2), make_data(modality, root / f"{modality}_data"), root / modality)
-    return {modality: root / modality for modality in RECIPES}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("labelled")
-    return {modality: labelled(modality, root / modality) for modality in RECIPES}
-
-
-def config(encoder: Path, modality: str, **train: Any) -> FineTuneConfig:
-    """The tiny recipe, a few steps, with dropout."""
-    model = d2v.load(encoder).cfg
-    cfg = recipe(RECIPES[modality]).on(RECIPES[modality], model)
-    cfg = dataclasses.replace(
-        cfg,
-        train=dataclasses.replace(
-            cfg.train,
-            **{"device": "cpu", "steps": 6, "evaluate_every": 4, "save_every": 100, "log_every": 1, **train},
-        ),
-        optim=dataclasses.replace(cfg.optim, warmup=0, lr=3e-3),
-        drop=dataclasses.replace(cfg.drop, dropout=0.1, layer=0.1),
-        augment=dataclasses.replace(cfg.augment, mixup=0.3, rand_ops=int(modality == "image"), erase=0.2),
-        data=dataclasses.replace(cfg.data, batch={"image": 16, "audio": 8, "text": 8}[modality], block=24),
-    )
-    return with_drops(cfg)
 
 
 @pytest.mark.parametrize("letters", ["|ab", "|AB"])

@@ -27,25 +27,11 @@ from d2v.train.finetune import TuningRun
 from d2v.train.loop import RunError, claim
 from d2v.train.pretrain import Scores, run
 from d2v.train.progress import read_metrics
-from tests.d2v.test_finetune_run import RECIPES, config, labelled
 from tests.d2v.test_resume import assert_same_run
 from tests.d2v.tiny_runs import make_data, resume_finetune, run_finetune, tiny
+from tests.d2v.tiny_tuning import RECIPES, config
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("encoders")
-    for modality in RECIPES:
-        run(tiny(modality, steps=1), make_data(modality, root / f"{modality}_data"), root / modality)
-    return {modality: root / modality for modality in RECIPES}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("labelled")
-    return {modality: labelled(modality, root / modality) for modality in RECIPES}
 
 
 def spoil(path: Path) -> None:
@@ -76,21 +62,64 @@ def utterances(folder: Path) -> Path:
     return folder / "train" / "007.wav"
 
 
-@pytest.mark.parametrize(("modality", "make"), [("image", pictures), ("audio", utterances)])
+def sounds(folder: Path) -> Path:
+    """104 sounds of two classes and 4 of a test part; the path of one of the training part."""
+    t = np.arange(9_600) / 16_000
+    for part, count in (("train", 52), ("test", 2)):
+        for kind in ("high", "low"):
+            (folder / part / kind).mkdir(parents=True)
+            for i in range(count):
+                tone = 0.3 * np.sin(2 * np.pi * ({"high": 2_000, "low": 300}[kind] + i) * t)
+                soundfile.write(folder / part / kind / f"{i:03}.wav", tone, 16_000)
+    return folder / "train" / "low" / "007.wav"
+
+
+def texts(folder: Path) -> Path:
+    """A file of 104 lines, one of them no JSON, and one of 2 lines of a held-out part; the former's path."""
+    folder.mkdir()
+    for part, count in (("train", 103), ("dev", 2)):
+        lines = [json.dumps({"text": f"{i} words", "label": ("even", "odd")[i % 2]}) for i in range(count)]
+        (folder / f"{part}.jsonl").write_text(
+            "\n".join([*lines, *(["half a li"] if part == "train" else [])])
+        )
+    return folder / "train.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("modality", "make", "recipe"),
+    [
+        ("image", pictures, None),
+        ("audio", utterances, None),
+        ("audio", sounds, "sound_tiny"),
+        ("text", texts, None),
+    ],
+)
 def test_fine_tuning_names_what_it_cannot_read_and_records_its_data(
-    modality: str, make: Any, encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    modality: str,
+    make: Any,
+    recipe: str | None,
+    encoders: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = make(tmp_path / "data")
-    spoil(bad)
-    steps = {"image": 7, "audio": 14}[modality]  # more than an epoch
-    cfg = config(encoders[modality], modality, steps=steps, evaluate_every=100)
+    line = ":104" if make is texts else ""
+    if not line:
+        spoil(bad)
+    steps = {"image": 7, "audio": 14, "text": 1}[modality]  # more than an epoch
+    cfg = config(encoders[modality], modality, name=recipe, steps=steps, evaluate_every=100)
     run_finetune(cfg, encoders[modality], str(tmp_path / "data"), tmp_path / "run")
-    assert capsys.readouterr().out.count(f"{bad.name} cannot be read, it is left out") == 1
+    assert capsys.readouterr().out.count(f"{bad.name}{line} cannot be read, it is left out") == 1
     record = json.loads((tmp_path / "run" / "data.json").read_text())
-    assert [Path(name).name for name in record["unreadable"]] == [bad.name]
-    assert record["total"] == 104
-    assert record["parts"] == {"image": {"test": 4}, "audio": {"dev": 2}}[modality]
-    assert record["labels"] == {"image": ["dark", "light"], "audio": record["labels"]}[modality]
+    assert [Path(name).name for name in record["unreadable"]] == [f"{bad.name}{line}"]
+    assert record["total"] == (106 if line else 104)  # of texts the lines of all parts
+    parts, labels = {
+        pictures: ({"test": 4}, ["dark", "light"]),
+        utterances: ({"dev": 2}, ["<s>", "<pad>", "</s>", "<unk>", "A", "B", "|"]),
+        sounds: ({"test": 4}, ["high", "low"]),
+        texts: ({"test": 2}, ["even", "odd"]),
+    }[make]
+    assert record["parts"] == parts and record["labels"] == labels
 
 
 @pytest.mark.parametrize("modality", RECIPES)

@@ -13,18 +13,6 @@ from d2v.config.recipes import RECIPES, recipe
 from d2v.config.run import DataConfig
 from d2v.config.toml import flatten, to_dict
 from d2v.config.unread import OF_MODALITY, unread_in_finetuning, unread_in_pretraining, unread_in_race
-from d2v.train.pretrain import run
-from tests.d2v.tiny_runs import make_data, tiny
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("encoders")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("d2v.train.loop.plot_run", lambda out: [])
-        for modality in OF_MODALITY:
-            run(tiny(modality, steps=1), make_data(modality, root / f"{modality}_data"), root / modality)
-    return {modality: root / modality for modality in OF_MODALITY}
 
 
 @pytest.mark.parametrize(
