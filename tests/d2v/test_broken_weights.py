@@ -18,8 +18,8 @@ from d2v.evaluate.scores import evaluate
 from d2v.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from d2v.train.progress import read_metrics
 from tests.d2v.tiny_runs import run, run_finetune
+from tests.d2v.tiny_tuning import config, labelled
 
-from .test_finetune_run import config, labelled
 from .test_online_probe import stripes
 from .tiny_runs import make_data, tiny
 
