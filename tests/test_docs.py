@@ -235,6 +235,13 @@ def test_files_that_pages_name_exist() -> None:
             assert link.startswith("https://") or (home / link).exists(), (page, link)
 
 
+def test_tests_that_pages_name_exist() -> None:
+    for page in (*PAGES, *OTHERS, *PROSE):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), (page, file, name)
+
+
 @pytest.mark.slow
 def test_every_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path)
