@@ -12,9 +12,7 @@ from tyro.conf import arg
 from ..config.run import DataConfig, OptimConfig
 from ..config.tune import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
 from ..config.unread import refuse_unread, unread_in_finetuning
-from .parse import Backends, Model, UsageError, join_backends, parse, value_of
-
-SECTIONS = ("head", "optim", "drop", "augment", "span", "data", "train")
+from .parse import Backends, Model, UsageError, join_backends, leading, parse, shared, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +56,7 @@ def finetune(arguments: Sequence[str]) -> int:
     """See `FineTuneOptions`."""
     from ..config.recipes import default_recipe, recipe
 
-    source = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments if source is None else arguments[1:]
+    source, rest = leading(arguments)
     if (resumed := value_of("--resume", rest)) is not None:
         if source is not None or len(rest) > (1 if rest[0].startswith("--resume=") else 2):
             raise UsageError("d2v finetune: --resume OUT goes alone: a run keeps its settings")
@@ -76,7 +73,7 @@ def finetune(arguments: Sequence[str]) -> int:
     if name is None and opened is not None and task in ("classify", "ctc", "sentence"):
         name = default_recipe(task, opened[1].model)  # type: ignore[arg-type]
     base = recipe(name or "image_tiny")
-    defaults = FineTuneOptions(**{key: getattr(base, key) for key in SECTIONS}, glue=base.glue)
+    defaults = FineTuneOptions(**shared(base, FineTuneOptions))
     given = parse(
         FineTuneOptions, join_backends(rest, "--train.backend"), f"finetune {source or 'RUN'}", defaults
     )
@@ -90,7 +87,7 @@ def finetune(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"d2v finetune: recipe {name} is for task {given.head.task}, got --task {given.task}"
         )
-    chosen = dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS}, glue=given.glue)
+    chosen = dataclasses.replace(base, **shared(given, base))
     base_cfg = base.on(name, opened[1].model)
     cfg = dataclasses.replace(
         chosen.on(name, opened[1].model), data_limit=given.data_limit, vocabulary=given.vocabulary

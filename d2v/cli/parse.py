@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 from tyro import MISSING_NONPROP as MISSING
 from tyro.conf import AvoidSubcommands, Positional, arg
+
+from ..config.presets import PRESETS, preset
+from ..config.run import Config
 
 T = TypeVar("T")
 Model = Annotated[Positional[str], arg(metavar="RUN")]
@@ -42,6 +46,33 @@ def parse(options: type[T], arguments: Sequence[str], command: str, default: T |
                 raise UsageError(str(cause)) from None
             cause = cause.__cause__ or cause.__context__
         raise UsageError(described.getvalue().rstrip()) from None
+
+
+def leading(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """The word in front of the options, if there is one, and the options."""
+    if arguments and not arguments[0].startswith("-"):
+        return arguments[0], arguments[1:]
+    return None, arguments
+
+
+def leading_preset(
+    command: str, arguments: Sequence[str], instead: str = ""
+) -> tuple[str, Config, Sequence[str]]:
+    """The command with the preset in front of the options, the preset, and the options.
+
+    Only `--help` goes without one. instead: what else the command could begin with.
+    """
+    name, rest = leading(arguments)
+    if name is None and {"-h", "--help"}.isdisjoint(rest):
+        known = ", ".join(PRESETS)
+        raise UsageError(f"d2v {command}: the preset is missing{instead}; presets: {known}")
+    return f"{command} {name or 'PRESET'}", preset(name or "image_tiny"), rest
+
+
+def shared(source: Any, target: Any) -> dict[str, Any]:
+    """The fields of the dataclass `source` that `target`, one too, also has."""
+    names = {f.name for f in dataclasses.fields(target)}
+    return {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name in names}
 
 
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:

@@ -10,12 +10,10 @@ from typing import Annotated
 from tyro.conf import arg
 
 from ..config.model import Objective
-from ..config.presets import PRESETS, preset
 from ..config.run import Config, DataConfig, OptimConfig, ProbeConfig, TrainConfig
 from ..config.unread import refuse_unread, unread_in_race
-from .parse import UsageError, join_backends, parse
+from .parse import UsageError, join_backends, leading_preset, parse, shared
 
-SECTIONS = ("optim", "data", "train", "probe")
 RIVALS: dict[str, tuple[Objective, ...]] = {
     "image": ("data2vec2", "data2vec1", "mae"),
     "audio": ("data2vec2", "data2vec1", "mae"),
@@ -58,18 +56,12 @@ class RaceOptions:
 
 def read(arguments: Sequence[str]) -> tuple[RaceOptions, Config]:
     """The options of a race and its settings. UsageError where one is missing."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    rest = arguments if name is None else arguments[1:]
-    base = preset(name or "image_tiny")
-    defaults = RaceOptions(
-        objectives=RIVALS[base.model.modality], **{key: getattr(base, key) for key in SECTIONS}
-    )
-    given = parse(RaceOptions, join_backends(rest, "--train.backend"), f"race {name or 'PRESET'}", defaults)
-    if name is None:
-        raise UsageError(f"d2v race: the preset is missing; presets: {', '.join(PRESETS)}")
+    command, base, rest = leading_preset("race", arguments)
+    defaults = RaceOptions(objectives=RIVALS[base.model.modality], **shared(base, RaceOptions))
+    given = parse(RaceOptions, join_backends(rest, "--train.backend"), command, defaults)
     if given.path is None or given.out is None:
         raise UsageError(f"d2v race: {'--data PATH' if given.path is None else '--out DIR'} is missing")
-    cfg = dataclasses.replace(base, **{key: getattr(given, key) for key in SECTIONS})
+    cfg = dataclasses.replace(base, **shared(given, base))
     refuse_unread("race", cfg, base, unread_in_race(cfg))
     return given, cfg
 

@@ -11,11 +11,10 @@ from tyro.conf import arg
 
 from ..config.model import ModelConfig, Objective
 from ..config.objectives import for_objective
-from ..config.presets import PRESETS, preset
 from ..config.run import Config, DataConfig, EMAConfig, OptimConfig, ProbeConfig, TrainConfig
 from ..config.unread import refuse_unread, unread_in_pretraining
 from ..train.capture import parse_steps
-from .parse import Backends, UsageError, join_backends, parse, value_of
+from .parse import Backends, UsageError, join_backends, leading, leading_preset, parse, shared, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +52,20 @@ class TrainOptions:
 
 def train(arguments: Sequence[str]) -> int:
     """See `TrainOptions`."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    command, rest = (f"train {name}", arguments[1:]) if name else ("train PRESET", arguments)
-    base, source = preset(name or "image_tiny"), None
-    resumed = value_of("--resume", rest)
-    if resumed is not None:
-        if name is not None:
+    source, resumed, objective = None, value_of("--resume", arguments), value_of("--objective", arguments)
+    if resumed is None:
+        command, base, rest = leading_preset("train", arguments, " (or --resume RUN)")
+        if objective in get_args(Objective):
+            base = for_objective(base, cast(Objective, objective))
+    else:
+        if leading(arguments)[0] is not None:
             raise UsageError("d2v train: --resume RUN goes without a preset, which is in the run directory")
         from ..config.toml import read_config
 
-        base, source = read_config(resumed)
-    objective = value_of("--objective", rest)
-    if resumed is None and objective in get_args(Objective):
-        base = for_objective(base, cast(Objective, objective))
-    sections = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
-    defaults = TrainOptions(path=source, **{key: getattr(base, key) for key in sections})
+        command, (base, source), rest = "train", read_config(resumed), arguments
+    defaults = TrainOptions(path=source, **shared(base, TrainOptions))
     given = parse(TrainOptions, join_backends(rest, "--train.backend"), command, defaults)
-    cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
-    if name is None and given.resume is None:
-        raise UsageError(f"d2v train: the preset is missing (or --resume RUN); presets: {', '.join(PRESETS)}")
+    cfg = _with_modes(given, dataclasses.replace(base, **shared(given, base)))
     if given.resume is not None and objective is not None:
         raise UsageError("d2v train: --resume RUN goes without --objective: a run keeps its objective")
     if given.resume is not None and given.out is not None:
@@ -134,15 +128,10 @@ class ProfileOptions:
 
 def profile(arguments: Sequence[str]) -> int:
     """See `ProfileOptions`."""
-    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    base = preset(name or "image_tiny")
-    sections = [f.name for f in dataclasses.fields(Config) if f.name not in ("preset", "probe")]
-    defaults = ProfileOptions(**{key: getattr(base, key) for key in sections})
-    rest = arguments if name is None else arguments[1:]
-    given = parse(ProfileOptions, join_backends(rest, "--backend"), f"profile {name or 'PRESET'}", defaults)
-    if name is None:
-        raise UsageError(f"d2v profile: the preset is missing; presets: {', '.join(PRESETS)}")
-    cfg = _with_modes(given, Config(preset=base.preset, **{key: getattr(given, key) for key in sections}))
+    command, base, rest = leading_preset("profile", arguments)
+    defaults = ProfileOptions(**shared(base, ProfileOptions))
+    given = parse(ProfileOptions, join_backends(rest, "--backend"), command, defaults)
+    cfg = _with_modes(given, dataclasses.replace(base, **shared(given, base)))
     if given.precision is not None:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=given.precision))
 
@@ -150,7 +139,7 @@ def profile(arguments: Sequence[str]) -> int:
 
     run_profile(
         cfg,
-        given.out or f"runs/profile_{name}",
+        given.out or f"runs/profile_{base.preset}",
         data=given.path,
         backend=given.backend,
         against=given.against,

@@ -6,9 +6,13 @@ Apart from `run` because they also count tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Modality = Literal["image", "audio", "text"]
+N = TypeVar("N", int, "Tensor")
 
 
 def check(ok: bool, name: str, contract: str, value: object) -> None:
@@ -57,10 +61,8 @@ class ImageFront:
             value = getattr(self, name)
             contract = f"a positive multiple of patch {self.patch}"
             check(value > 0 and value % self.patch == 0, f"front.{name}", contract, value)
-        patches = self.grid[0] * self.grid[1]
-        check(
-            patches <= TOKENS, "front.patch", f"so large that there are at most {TOKENS:,} patches", patches
-        )
+        contract = f"so large that there are at most {TOKENS:,} patches"
+        check(self.patches <= TOKENS, "front.patch", contract, self.patches)
         check(
             0 <= self.extra_tokens <= TOKENS, "front.extra_tokens", f"in 0 .. {TOKENS:,}", self.extra_tokens
         )
@@ -69,6 +71,15 @@ class ImageFront:
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return self.height // self.patch, self.width // self.patch
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_size(self) -> int:
+        """Values of a patch."""
+        return self.channels * self.patch**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +114,11 @@ class _Speech:
         """(kernel, stride) of each step from samples to tokens."""
         raise NotImplementedError
 
-    def frames(self, samples: int) -> int:
+    def frames(self, samples: N) -> N:
         """Tokens made from `samples` of waveform (0 when shorter than the receptive field)."""
         for kernel, stride in self.strides:
-            if samples < kernel:
-                return 0
             samples = (samples - kernel) // stride + 1
-        return samples
+        return samples * (samples > 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,3 +234,10 @@ FRONTS: dict[str, type] = {
     "logmel": LogMelFront,
     "text": TextFront,
 }
+
+
+def token_count(front: Front, shape: tuple[int, ...]) -> int:
+    """Tokens of a sample of a source of `shape`: [B,C,H,W], [B,samples] or [B,T]."""
+    if isinstance(front, ImageFront):
+        return front.patches
+    return shape[1] if isinstance(front, TextFront) else front.frames(shape[1])

@@ -7,13 +7,16 @@ examples/data2vec/models/data2vec2.py and models/modalities/*.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from .fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from .model import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
 from .run import Config, DataConfig, EMAConfig, OptimConfig, TrainConfig
+
+T = TypeVar("T")
 
 
 def _image(**kwargs: Any) -> ModelConfig:
@@ -280,11 +283,14 @@ PRESETS: dict[str, Callable[[], Config]] = {
 }  # fmt: skip
 
 
+def made_by_name(known: Mapping[str, Callable[[], T]], name: str, what: str) -> T:
+    """What is called `name`; an unknown one raises `ValueError` with the nearest names."""
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+        raise ValueError(f"{what} {name!r}; nearest: {', '.join(near)}")
+    return known[name]()
+
+
 def preset(name: str) -> Config:
     """The preset called `name`; an unknown one raises `ValueError` with the nearest names."""
-    if name not in PRESETS:
-        import difflib
-
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.0)
-        raise ValueError(f"presets: no preset {name!r}; nearest: {', '.join(near)}")
-    return PRESETS[name]()
+    return made_by_name(PRESETS, name, "presets: no preset")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 
 from .fronts import LogMelFront
 from .model import ModelConfig
+from .presets import made_by_name
 from .run import DataConfig, OptimConfig
 from .tune import (
     AugmentConfig,
@@ -190,12 +191,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 def recipe(name: str) -> Recipe:
     """The recipe called `name`; an unknown one raises ValueError with the nearest names."""
-    if name not in RECIPES:
-        import difflib
-
-        near = difflib.get_close_matches(name, RECIPES, n=3, cutoff=0.0)
-        raise ValueError(f"finetune: no recipe {name!r}; nearest: {', '.join(near)}")
-    return RECIPES[name]()
+    return made_by_name(RECIPES, name, "finetune: no recipe")
 
 
 def default_recipe(task: Task, model: ModelConfig) -> str:

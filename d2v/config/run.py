@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from .fronts import check, check_sizes
+from .fronts import ImageFront, TextFront, check, check_sizes
 from .model import ModelConfig
 
 WaveNorm = Literal["fairseq", "transformers", "none"]
@@ -197,3 +197,18 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of the largest sample: [C,H,W], [samples] or [T]."""
+        front = self.model.front
+        if isinstance(front, ImageFront):
+            return front.channels, front.height, front.width
+        if isinstance(front, TextFront):
+            return (self.data.block,)
+        return (round(self.data.max_seconds * front.sample_rate),)
+
+    @property
+    def sample_units(self) -> float:
+        """The largest sample in the unit of `data.batch`: a picture, a block of text, seconds of speech."""
+        return self.data.max_seconds if self.model.modality == "audio" else 1

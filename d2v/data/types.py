@@ -141,6 +141,9 @@ LabelledBatch = tuple[Tensor, Tensor | None, Tensor]
 class Split(ABC):
     """One labelled part of a data set, always in the same order and without augmentation."""
 
+    labels: Any
+    """of its samples: the number of a class each, or those of its tokens"""
+
     @abstractmethod
     def __len__(self) -> int:
         """Samples."""

@@ -18,6 +18,9 @@ import d2vkern
 
 from ..config.model import ModelConfig
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""train.precision -> dtype of activations and matrix products"""
+
 
 class AttentionContext(NamedTuple):
     """What every block of one pass shares."""

@@ -35,6 +35,13 @@ def sincos_positions(dim: int, grid: tuple[int, int], device: torch.device | str
     return torch.cat(halves, dim=1).float()
 
 
+def patchify(pictures: Tensor, front: ImageFront) -> Tensor:
+    """[B,C,H,W] -> [B,T,C,p,p]: the patches of each picture, row by row."""
+    (rows, columns), p = front.grid, front.patch
+    patches = pictures.reshape(-1, front.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+    return patches.flatten(1, 2)
+
+
 class PatchEmbed(nn.Module):
     """Image [B,C,H,W] -> [B,T,D]: a convolution whose stride is its kernel, as one matrix product."""
 
@@ -50,9 +57,7 @@ class PatchEmbed(nn.Module):
         if source.dim() != 4 or source.shape[1:] != expected:
             raise ValueError(f"Data2Vec: source must have shape (B, {', '.join(map(str, expected))}), "
                              f"got {tuple(source.shape)}")  # fmt: skip
-        (rows, columns), p = front.grid, front.patch
-        patches = source.reshape(-1, front.channels, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(source.shape[0], rows * columns, -1)
+        patches = patchify(source, front).flatten(2)
         return d2vkern.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
@@ -175,7 +180,4 @@ def token_lengths(
             )
     if isinstance(front, TextFront):
         return lengths, lengths.int()
-    frames = lengths
-    for kernel, stride in front.strides:
-        frames = torch.where(frames < kernel, 0, (frames - kernel) // stride + 1)
-    return lengths, frames.int()
+    return lengths, front.frames(lengths).int()

@@ -115,7 +115,7 @@ class HuggingFaceEncoder(nn.Module):
         if (end := getattr(config, "segment_end_id", None)) is not None:
             given["token_type_ids"] = _segments(source, end)
         if isinstance(front, ImageFront) and "noise" in inspect.signature(self.model.forward).parameters:
-            order = torch.arange(front.grid[0] * front.grid[1], dtype=torch.float32, device=source.device)
+            order = torch.arange(front.patches, dtype=torch.float32, device=source.device)
             given["noise"] = order.expand(len(source), -1)  # MAE's encoder sorts its patches by it
         made = self.model(**given, output_hidden_states=layers > 1, return_dict=True)
         last: Tensor = made.last_hidden_state

@@ -60,10 +60,8 @@ def log_mel(
 
     valid = None
     if lengths is not None:
-        kept = (
-            (lengths.to(wave.device) - front.window).div(front.hop, rounding_mode="floor") + 1
-        ) // front.stack
-        valid = torch.arange(spectra, device=wave.device) < (kept * front.stack)[:, None]
+        kept = front.frames(lengths.to(wave.device)) * front.stack
+        valid = torch.arange(spectra, device=wave.device) < kept[:, None]
         valid = valid[..., None].to(mel.dtype)
     if normalise:
         weight = torch.ones_like(mel[..., :1]) if valid is None else valid

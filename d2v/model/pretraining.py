@@ -18,7 +18,7 @@ import d2vkern
 from d2vkern._nvtx import phase
 from d2vkern.ops.loss import LossOutput
 
-from ..config.fronts import ImageFront, TextFront
+from ..config.fronts import ImageFront, token_count
 from ..config.model import ModelConfig
 from .blocks import AttentionContext
 from .encoder import Network, run_blocks
@@ -115,11 +115,7 @@ class Pretraining(Network):
         """
         front, mask = self.cfg.front, self.cfg.mask
         ids = ids.to(source.device)
-        if isinstance(front, ImageFront):
-            tokens = front.grid[0] * front.grid[1]
-        else:
-            tokens = source.shape[1] if isinstance(front, TextFront) else front.frames(source.shape[1])
-        kind = self.cfg.mask_kind
+        tokens, kind = token_count(front, source.shape), self.cfg.mask_kind
         if kind == "random":
             return d2vkern.random_mask(ids, mask.clones, tokens, prob=mask.prob, seed=seed, epoch=epoch)
         if kind == "span":

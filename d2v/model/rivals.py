@@ -25,7 +25,7 @@ from ..config.fronts import ImageFront, LogMelFront, TextFront
 from ..config.model import ModelConfig
 from .blocks import AttentionContext, Block, layer_norm, linear
 from .decoder import masked_rows
-from .feature_encoder import TextEmbedding, sincos_positions
+from .feature_encoder import TextEmbedding, patchify, sincos_positions
 from .logmel import log_mel
 from .pretraining import Pretraining, PretrainOutput, regression_output, sample_rows
 from .teacher import Distillation
@@ -97,7 +97,7 @@ class MaskedAutoencoder(Pretraining):
             cfg, dim=dec.dim, heads=dec.heads, encoder_dropout=0.0, attention_dropout=0.0,
             activation_dropout=0.0, post_mlp_dropout=0.0,
         )  # fmt: skip
-        width = front.channels * front.patch**2 if isinstance(front, ImageFront) else front.width
+        width = front.patch_size if isinstance(front, ImageFront) else front.width
         self.decoder_embed = nn.Linear(cfg.dim, dec.dim)
         self.mask_token = nn.Parameter(torch.zeros(dec.dim))
         self.decoder_blocks = nn.ModuleList(Block(block) for _ in range(dec.depth))
@@ -156,9 +156,7 @@ class MaskedAutoencoder(Pretraining):
             x = log_mel(source.float(), front, samples)
         else:
             assert isinstance(front, ImageFront)
-            (rows, columns), p = front.grid, front.patch
-            x = source.float().reshape(-1, front.channels, rows, p, columns, p)
-            x = x.permute(0, 2, 4, 3, 5, 1).reshape(source.shape[0], rows * columns, -1)
+            x = patchify(source.float(), front).movedim(2, -1).flatten(2)
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
 
 

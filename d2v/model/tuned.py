@@ -19,7 +19,7 @@ from d2vkern._nvtx import phase
 from ..config.fronts import WaveformFront
 from ..config.model import ModelConfig
 from ..config.tune import DropConfig, FineTuneConfig, HeadConfig
-from .blocks import Block, layer_norm, linear
+from .blocks import PRECISIONS, Block, layer_norm, linear
 from .encoder import Network, run_blocks
 from .feature_encoder import padding_of, token_lengths
 from .huggingface import HuggingFaceBackbone
@@ -176,7 +176,7 @@ class FineTuned(nn.Module):
 
     def to_device(self, device: torch.device, precision: str) -> FineTuned:
         """On `device`, activations in the precision's dtype; parameters stay fp32."""
-        self.backbone.compute_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.backbone.compute_dtype = PRECISIONS[precision]
         return self.to(device)
 
     def freeze_front(self) -> None:

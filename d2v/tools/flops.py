@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
+from ..config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront, token_count
 from ..config.model import ModelConfig
 
 
@@ -36,14 +36,10 @@ class Work(NamedTuple):
         return Work(sum(forwards), sum(backwards))
 
 
-def block_flops(cfg: ModelConfig, rows: int, tokens: int) -> int:
+def block_flops(dim: int, mlp_ratio: float, rows: int, tokens: int) -> int:
     """One transformer block over `rows` sequences of `tokens`, forward."""
-    return _block_flops(cfg.dim, cfg.mlp_ratio, rows, tokens)
-
-
-def decoder_flops(cfg: ModelConfig, rows: int, tokens: int) -> int:
-    """All convolutions and the projection at every place, forward."""
-    return _decoder_flops(cfg, rows, tokens, tokens)
+    projections = 2 * rows * tokens * dim * (4 * dim + 2 * int(dim * mlp_ratio))
+    return projections + 4 * rows * tokens * tokens * dim
 
 
 def step_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
@@ -56,7 +52,7 @@ def step_flops(cfg: ModelConfig, shape: tuple[int, ...]) -> int:
     if cfg.objective != "data2vec2":
         return work
     rows, (tokens, kept) = shape[0] * cfg.mask.clones, token_counts(cfg, shape)
-    whole, masked = (_decoder_flops(cfg, rows, tokens, places) for places in (tokens, tokens - kept))
+    whole, masked = (decoder_flops(cfg, rows, tokens, places) for places in (tokens, tokens - kept))
     return work + 3 * (whole - masked)
 
 
@@ -74,7 +70,7 @@ def step_work(cfg: ModelConfig, shape: tuple[int, ...]) -> Work:
             teacher += _local_work(cfg, shape).forward
         work = work.plus(Work(forward=teacher))
     if cfg.objective == "data2vec2":
-        return work.plus(_trained(_decoder_flops(cfg, rows, tokens, tokens - kept)))
+        return work.plus(_trained(decoder_flops(cfg, rows, tokens, tokens - kept)))
     if cfg.objective == "data2vec1":
         return work.plus(_trained(2 * masked * cfg.dim * cfg.dim))
     if cfg.objective == "mlm":
@@ -82,9 +78,9 @@ def step_work(cfg: ModelConfig, shape: tuple[int, ...]) -> Work:
         return work.plus(_trained(2 * masked * cfg.dim * (cfg.dim + cfg.front.vocab_size)))
     dec, front = cfg.mae, cfg.front
     assert isinstance(front, (ImageFront, LogMelFront))
-    width = front.channels * front.patch**2 if isinstance(front, ImageFront) else front.width
+    width = front.patch_size if isinstance(front, ImageFront) else front.width
     decoder = 2 * rows * (kept + extra) * cfg.dim * dec.dim + 2 * masked * dec.dim * width
-    decoder += dec.depth * _block_flops(dec.dim, cfg.mlp_ratio, rows, tokens + extra)
+    decoder += dec.depth * block_flops(dec.dim, cfg.mlp_ratio, rows, tokens + extra)
     return work.plus(_trained(decoder))
 
 
@@ -93,7 +89,7 @@ def supervised_work(cfg: ModelConfig, shape: tuple[int, ...], classes: int, *, p
 
     per_token: labels are of tokens, not of samples.
     """
-    batch, (tokens, _) = shape[0], token_counts(cfg, shape)
+    batch, tokens = shape[0], token_count(cfg.front, shape)
     encoder = _encoder_flops(cfg, batch, tokens + cfg.front.extra_tokens, tokens)
     head = 2 * batch * (tokens if per_token else 1) * cfg.dim * classes
     return _local_work(cfg, shape).plus(_trained(encoder + head))
@@ -101,11 +97,7 @@ def supervised_work(cfg: ModelConfig, shape: tuple[int, ...], classes: int, *, p
 
 def token_counts(cfg: ModelConfig, shape: tuple[int, ...]) -> tuple[int, int]:
     """Tokens of a sample and how many of them are not masked, as the mask samplers count."""
-    front, prob = cfg.front, cfg.mask.prob
-    if isinstance(front, ImageFront):
-        tokens = front.grid[0] * front.grid[1]
-    else:
-        tokens = shape[1] if isinstance(front, TextFront) else front.frames(shape[1])
+    tokens, prob = token_count(cfg.front, shape), cfg.mask.prob
     if cfg.mask_kind == "span":
         return tokens, tokens - int(tokens * prob)
     if cfg.mask_kind == "block":  # the inverse of blocks that stay visible
@@ -117,21 +109,16 @@ def _trained(forward: int) -> Work:
     return Work(forward, 2 * forward)
 
 
-def _block_flops(dim: int, mlp_ratio: float, rows: int, tokens: int) -> int:
-    projections = 2 * rows * tokens * dim * (4 * dim + 2 * int(dim * mlp_ratio))
-    return projections + 4 * rows * tokens * tokens * dim
-
-
 def _encoder_flops(cfg: ModelConfig, rows: int, seen: int, tokens: int) -> int:
     """Convolutional positions over all `tokens` of a row, and all blocks over those `seen`; forward."""
-    flops = (cfg.prenet_depth + cfg.depth) * block_flops(cfg, rows, seen)
+    flops = (cfg.prenet_depth + cfg.depth) * block_flops(cfg.dim, cfg.mlp_ratio, rows, seen)
     if isinstance(cfg.front, (WaveformFront, LogMelFront)):
         weights = cfg.dim * cfg.dim // cfg.front.position_groups * cfg.front.position_kernel
         flops += cfg.front.position_layers * 2 * rows * tokens * weights
     return flops
 
 
-def _decoder_flops(cfg: ModelConfig, rows: int, tokens: int, predicted: int) -> int:
+def decoder_flops(cfg: ModelConfig, rows: int, tokens: int, predicted: int) -> int:
     """The convolutional decoder over `tokens` of a row, its projection at `predicted` of them, forward; so is
     the last convolution where it is dense and 1-D."""
     dec, image = cfg.decoder, isinstance(cfg.front, ImageFront)
@@ -150,9 +137,9 @@ def _local_work(cfg: ModelConfig, shape: tuple[int, ...]) -> Work:
     front, batch = cfg.front, shape[0]
     if isinstance(front, TextFront):
         return Work()
-    tokens, _ = token_counts(cfg, shape)
+    tokens = token_count(front, shape)
     if isinstance(front, ImageFront):
-        patches = 2 * batch * tokens * front.patch**2 * front.channels * cfg.dim
+        patches = 2 * batch * tokens * front.patch_size * cfg.dim
         return Work(patches, patches)
     work = _trained(2 * batch * tokens * front.width * cfg.dim)
     if isinstance(front, WaveformFront):

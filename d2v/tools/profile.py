@@ -22,16 +22,17 @@ from torch.profiler import ProfilerActivity
 
 from d2vkern._nvtx import Tally, force_ranges, phase, tally_costs
 
-from ..config.fronts import ImageFront, TextFront
+from ..config.fronts import TextFront
 from ..config.run import Config
 from ..data.open import open_data
 from ..data.types import Batch, Position
+from ..model.blocks import PRECISIONS
 from ..train import cuda_graph
 from ..train.backends import AUTO, check_backends
 from ..train.environment import write_environment
 from ..train.micro_batch import UNITS, micro_batch
 from ..train.pretrain_step import Trainer
-from ..train.process import tune_allocator
+from ..train.process import pick_device, tune_allocator
 from .ceilings import rates, synchronize
 from .flops import step_flops
 from .hotpaths import Trace, fold, read_events
@@ -63,8 +64,6 @@ def run_profile(
     quick: ceilings measured on small sizes, for tests and dry runs.
     Raises ValueError for settings, data or backends that cannot be.
     """
-    from ..train.process import pick_device
-
     if steps < 1 or (batch is not None and batch < 1):
         raise ValueError(f"profile: steps and batch must be positive, got {steps} and {batch}")
     names = [backend or cfg.train.backend or AUTO, *([against] if against else [])]
@@ -76,7 +75,7 @@ def run_profile(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     cfg, source = _inputs(cfg, device, data, batch, out)
-    dtypes = {torch.float32, _dtype(cfg)}
+    dtypes = {torch.float32, PRECISIONS[cfg.train.precision]}
     before = rates(device, dtypes, quick=quick)
     runners = [_Runner(cfg, device, source, name) for name in names]
     for _ in range(WARMUP + (cuda_graph.WARMUP if cfg.train.cuda_graph else 0)):
@@ -117,33 +116,21 @@ def run_profile(
     return result
 
 
-def _dtype(cfg: Config) -> torch.dtype:
-    """Of activations and matrix products."""
-    return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-
-
 def _inputs(
     cfg: Config, device: torch.device, data: str | None, batch: int | None, out: Path
 ) -> tuple[Config, Any]:
     """The config of a step of the wanted size, and something that yields its micro-batches forever."""
-    front = cfg.model.front
-    seconds = cfg.data.max_seconds if cfg.model.modality == "audio" else 1.0  # data.batch counts seconds
-    if isinstance(front, ImageFront):
-        sample: tuple[int, ...] = (front.channels, front.height, front.width)
-    elif isinstance(front, TextFront):
-        sample = (cfg.data.block,)
-    else:
-        sample = (int(seconds * front.sample_rate),)
+    front, sample, units = cfg.model.front, cfg.sample_shape, cfg.sample_units
     count = batch
     if count is None:
-        count = max(1, int(cfg.data.batch / seconds))
+        count = max(1, int(cfg.data.batch / units))
         if device.type == "cpu":
             count = min(count, max(1, int(CPU_FLOPS / step_flops(cfg.model, (1, *sample)))))
-    section = dataclasses.replace(cfg.data, batch=max(1, round(count * seconds)))
+    section = dataclasses.replace(cfg.data, batch=max(1, round(count * units)))
     cfg = dataclasses.replace(cfg, data=section)
     if data is not None:
         return cfg, open_data(data, cfg, device=device, run_dir=out)
-    micro = max(1, int(micro_batch(cfg, device, parameters=0) / seconds))
+    micro = max(1, int(micro_batch(cfg, device, parameters=0) / units))
     generator = torch.Generator().manual_seed(cfg.train.seed)
     batches = []
     for start in range(0, count, micro):
@@ -229,10 +216,10 @@ class _Runner:
 
     def report(self, ceilings: dict[str, float]) -> Report:
         """The rows, held against the measured ceilings."""
-        trace = self.trace
+        trace, matmul = self.trace, ceilings[str(PRECISIONS[self.cfg.train.precision])]
         return Report(
             backend=self.backend,
-            rows=_rows(trace, self.memory, self.work, ceilings["copy"], ceilings[str(_dtype(self.cfg))]),
+            rows=_rows(trace, self.memory, self.work, ceilings["copy"], matmul),
             wall=statistics.median(self.walls),
             coverage=trace.coverage,
             unnamed={name: ns / trace.steps / 1e9 for name, ns in trace.unnamed.most_common()},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..model.blocks import PRECISIONS
+
 
 @dataclass
 class Row:
@@ -69,4 +71,4 @@ class Profile:
     @property
     def matmul(self) -> float:
         """Measured FLOP/s of a matrix product in the step's precision."""
-        return self.rates["torch.bfloat16" if self.precision == "bf16" else "torch.float32"]
+        return self.rates[str(PRECISIONS[self.precision])]

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..config.atomic import replacing
@@ -31,7 +30,8 @@ from ..config.objectives import for_objective
 from ..config.run import Config
 from ..data.normalisation import Normalisation, normalised
 from ..data.open import open_data, open_labelled
-from ..data.types import Labelled
+from ..data.splits import divide
+from ..data.types import DataError, Labelled
 from ..evaluate.online_probe import evenly
 from ..evaluate.probe import probe_raw
 from ..train import process
@@ -104,13 +104,14 @@ def run_race(
     device = pick_device(cfg.train.device)
     try:
         normalisation, entries, labelled = _open(cfg, entries, data, out, device)
+        held_out = validation(labelled) if len(set(lr_scales)) > 1 else None
     except BaseException:
         shutil.rmtree(out, ignore_errors=True)
         raise
     if device.type == "cpu":
         tune_allocator()
     environment = write_environment(out)
-    rates, searched = _search(entries, data, labelled, out, lr_scales, 60 * minutes, search_minutes)
+    rates, searched = _search(entries, data, held_out, out, lr_scales, 60 * minutes, search_minutes)
     chosen = {name: _with_lr(entry, rates[name]) for name, entry in entries.items()}
     raw = probe_raw(labelled)
     found: dict[str, Any] = {
@@ -212,18 +213,20 @@ def _seeded(entries: dict[Entry, Config], seed: int) -> dict[Entry, Config]:
 def _search(
     entries: dict[Entry, Config],
     data: str,
-    labelled: Labelled,
+    held_out: Labelled | None,
     out: Path,
     scales: Sequence[float],
     budget: float,
     search_minutes: float | None,
 ) -> tuple[dict[Entry, float], dict[str, Any]]:
-    """Each entry's learning rate, and what was tried: of `scales`, the best on held-out training samples."""
+    """Each entry's learning rate, and what was tried: of `scales`, the best on held-out training samples.
+
+    held_out: see `validation`; None: there is one scale.
+    """
     scales = sorted(set(scales))
-    if len(scales) == 1:
+    if held_out is None:
         return {name: cfg.optim.lr * scales[0] for name, cfg in entries.items()}, {}
     seconds = budget / 3 if search_minutes is None else 60 * search_minutes
-    held_out = _validation(labelled)
     scores: dict[Entry, dict[float, float]] = {name: {} for name in entries}
 
     def attempt(wanted: Mapping[Entry, float]) -> None:
@@ -261,11 +264,13 @@ def beyond(scores: Mapping[float, float]) -> float | None:
     return tried[-1] * tried[-1] / tried[-2] if best == tried[-1] else None
 
 
-def _validation(labelled: Labelled) -> Labelled:
-    """The training part alone: four fifths of it to train on, every fifth sample to test."""
-    train = labelled.splits["train"]
-    numbers = np.arange(len(train))
-    parts = {"train": train.select(numbers[numbers % 5 != 0]), "test": train.select(numbers[::5])}
+def validation(labelled: Labelled) -> Labelled:
+    """The training part alone, a fifth of every class to test (of all samples where labels are of tokens)."""
+    train, of_tokens = labelled.splits["train"], labelled.level == "token"
+    numbers = divide([0 if of_tokens else int(label) for label in train.labels])
+    if not len(numbers["test"]):
+        raise DataError("race: no class has two training samples, one of them to judge learning rates by")
+    parts = {name: train.select(keep) for name, keep in numbers.items()}
     return Labelled(parts, labelled.classes, labelled.level, labelled.meta)
 
 

@@ -19,7 +19,7 @@ from ..config.run import Config
 from ..data.loader import ORDER, generator
 from ..data.types import Labelled
 from ..model import Pretraining, build_model
-from ..model.blocks import linear
+from ..model.blocks import PRECISIONS, linear
 from ..model.feature_encoder import padding_of, token_lengths
 from ..model.pool import mean_over_tokens
 from ..train import process
@@ -43,7 +43,10 @@ class Supervised(nn.Module):
 
     def __init__(self, cfg: Config, classes: int) -> None:
         super().__init__()
-        self.encoder = build_model(cfg.model)
+        begun = build_model(cfg.model).state_dict()  # as data2vec 2.0 begins, whose decoder and teacher go
+        with process.preserved(torch.device("cpu")):
+            self.encoder = Pretraining(cfg.model)
+        self.encoder.load_state_dict({name: begun[name] for name in self.encoder.state_dict()})
         self.head = nn.Linear(cfg.model.dim, classes)
 
     def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -72,18 +75,12 @@ class SupervisedTrainer:
         self.cfg, self.device = cfg, device
         module = Supervised(cfg, len(labelled.classes)).to(device)
         self.model: Pretraining = module.encoder
-        self.model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-        trained = ("encoder.modality_encoders", "encoder.blocks", "head")
-        for name, p in module.named_parameters():
-            if not name.startswith(trained) or ".decoder." in name:
-                p.requires_grad_(False)
+        self.model.compute_dtype = PRECISIONS[cfg.train.precision]
         module.train()
         capturable = Learner.decides_on(device)
         optimizer = build_optimizer(module, cfg, capturable=capturable)
         self.learner = Learner(module, optimizer, device, capturable=capturable)
-        size = cfg.data.batch
-        if cfg.model.modality == "audio":
-            size = max(1, round(cfg.data.batch / cfg.data.max_seconds))
+        size = max(1, round(cfg.data.batch / cfg.sample_units))
         train = labelled.splits["train"]
         self.stream = train.drawn(self._choices(len(train), size))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
+from ..config.fronts import Front, LogMelFront, TextFront, WaveformFront, token_count
 from ..config.model import ModelConfig
 from ..config.run import Config
 from ..data.types import Batch
@@ -65,7 +65,8 @@ def activation_bytes(cfg: Config) -> int:
     297 a second, text_base 478 of 412 a block of 128.
     """
     m = cfg.model
-    tokens, quadratic = _tokens(cfg)
+    quadratic = token_count(m.front, (1, *cfg.sample_shape))
+    tokens = quadratic / cfg.sample_units
     seen = 1.0 if m.objective in ("data2vec1", "mlm") else 1 - m.mask.prob
     kept = tokens * seen + m.front.extra_tokens
     longest = quadratic * seen + m.front.extra_tokens
@@ -81,18 +82,6 @@ def activation_bytes(cfg: Config) -> int:
         values += clones * tokens * m.mask.prob * m.front.vocab_size * 3
     values += tokens * m.dim * 4 + _front_values(m, tokens)
     return math.ceil(values * (2 if cfg.train.precision == "bf16" else 4))
-
-
-def _tokens(cfg: Config) -> tuple[float, float]:
-    """Tokens per unit of the batch, and tokens of the longest sample."""
-    front = cfg.model.front
-    if isinstance(front, ImageFront):
-        tokens = front.grid[0] * front.grid[1]
-        return tokens, tokens
-    if isinstance(front, TextFront):
-        return cfg.data.block, cfg.data.block
-    longest = front.frames(round(cfg.data.max_seconds * front.sample_rate))
-    return longest / cfg.data.max_seconds, longest
 
 
 def _front_values(m: ModelConfig, tokens: float) -> float:
@@ -118,9 +107,7 @@ def micro_batch(cfg: Config, device: torch.device, parameters: int) -> int:
         return min(cfg.train.micro_batch, batch)
     room = SHARE * (free_bytes(device) - 12 * parameters)
     fits = min(batch, max(1, int(room // activation_bytes(cfg))))
-    if cfg.model.modality == "audio":
-        # a micro-batch must hold at least one utterance of full length
-        fits = min(batch, max(fits, math.ceil(cfg.data.max_seconds)))
+    fits = min(batch, max(fits, math.ceil(cfg.sample_units)))  # at least one utterance of full length
     return math.ceil(batch / math.ceil(batch / fits))
 
 

@@ -18,6 +18,7 @@ from d2vkern._nvtx import phase
 from ..config.run import Config
 from ..data.types import Batch
 from ..model import Pretraining, build_model
+from ..model.blocks import PRECISIONS
 from ..model.compile import compile_regions
 from . import process
 from .backends import check_backends, use_backends
@@ -45,7 +46,7 @@ class Trainer(Learner[Pretraining]):
             capturable = self.decides_on(device)
         process.seed_all(cfg.train.seed)
         model = build_model(cfg.model).to(device)
-        model.compute_dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+        model.compute_dtype = PRECISIONS[cfg.train.precision]
         model.train()
         model.graph_safe = cfg.train.cuda_graph
         if cfg.train.compile:

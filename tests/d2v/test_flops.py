@@ -153,7 +153,7 @@ def test_one_block() -> None:
     block = PlainBlock(cfg)
     with FlopCounterMode(display=False) as counter:
         block(torch.randn(5, 7, cfg.dim))
-    assert block_flops(cfg, 5, 7) == counter.get_total_flops()
+    assert block_flops(cfg.dim, cfg.mlp_ratio, 5, 7) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", ["image", "audio", "text"])
@@ -163,7 +163,7 @@ def test_one_decoder(name: str, groups: int) -> None:
     tokens = 36 if name == "image" else 13
     with FlopCounterMode(display=False) as counter:
         PlainDecoder(cfg)(torch.randn(5, tokens, cfg.dim))
-    assert decoder_flops(cfg, 5, tokens) == counter.get_total_flops()
+    assert decoder_flops(cfg, 5, tokens, tokens) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(

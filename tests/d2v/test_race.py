@@ -20,10 +20,11 @@ from d2v.config.objectives import for_objective
 from d2v.config.run import Config, ProbeConfig
 from d2v.data import loader
 from d2v.data.open import open_labelled
+from d2v.data.types import DataError
 from d2v.evaluate.online_probe import evenly
 from d2v.tools.contestant import Contestant
 from d2v.tools.flops import step_work, supervised_work
-from d2v.tools.race import COUNTED, WIDER, beyond, recount, run_race
+from d2v.tools.race import COUNTED, WIDER, beyond, recount, run_race, validation
 from d2v.tools.race_report import best_of, race_lines, race_rows, ratios, time_to
 from d2v.tools.supervised import SupervisedTrainer
 from d2v.train import process
@@ -229,15 +230,30 @@ def test_the_supervised_encoder_learns_labels(tmp_path: Path) -> None:
     ticks = itertools.count()
     contestant = Contestant("supervised", cfg, data, labelled, tmp_path, 60.0, lambda: float(next(ticks)))
     before = contestant.scores(labelled)["linear/test"]
-    decoder = {
-        n: p.clone()
-        for n, p in contestant.learner.model.named_parameters()
-        if ".decoder." in n or "_ema" in n
-    }
+    begun = Contestant("data2vec2", cfg, data, labelled, tmp_path).learner.model.state_dict()
+    mine = contestant.learner.model.state_dict()
+    assert not [name for name in mine if ".decoder." in name or "_ema" in name]
+    assert all(torch.equal(value, begun[name]) for name, value in mine.items())
     contestant.advance(60)
     assert contestant.scores(labelled)["linear/test"] >= max(0.9, before)
-    after = dict(contestant.learner.model.named_parameters())
-    assert decoder and all(torch.equal(after[name], value) for name, value in decoder.items())
+
+
+def test_learning_rates_are_judged_on_a_fifth_of_every_class(tmp_path: Path) -> None:
+    """Of pictures class by class, whatever their order; of labels of tokens on whole samples."""
+    data = stripes(tmp_path)
+    labelled = open_labelled(data, tiny("image"))
+    train = labelled.splits["train"]
+    held = validation(labelled).splits
+    counts = {name: np.bincount(part.labels) for name, part in [("all", train), *held.items()]}
+    assert np.array_equal(counts["test"], counts["all"] // 5)
+    assert np.array_equal(counts["train"] + counts["test"], counts["all"])
+    singles = train.select(np.unique(train.labels, return_index=True)[1])
+    with pytest.raises(DataError, match="no class has two training samples"):
+        validation(dataclasses.replace(labelled, splits={"train": singles}))
+    spoken = open_labelled("speech", tiny("audio"))
+    parts = validation(spoken).splits
+    assert len(parts["test"]) == len(spoken.splits["train"]) // 5
+    assert len(parts["train"]) + len(parts["test"]) == len(spoken.splits["train"])
 
 
 @pytest.mark.parametrize(
