@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +21,17 @@ import safetensors.torch
 import torch
 
 from ..config.atomic import replacing
-from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
-from ..config.model import ModelConfig
+from ..config.fronts import ImageFront, TextFront
 from ..config.run import WaveNorm
-from ..config.toml import flatten, to_dict
+from ..config.toml import to_dict
 from ..data.normalisation import IMAGENET, KEY, OURS, WAVES, Normalisation
 from ..model import Pretraining
 from ..model.encoder import Network
 from ..model.pretraining import Weights
 from ..model.tuned import FineTuned
 from ..train.checkpoint import find_run
-from .fairseq import translate
+from .fairseq_config import original_config, original_task
+from .fairseq_names import TUNED, TunedFile, nested
 from .folder import CONFIG, FORMAT, LABELS, TOKENIZER, VOCABULARY, WEIGHTS, for_file
 from .hf_export import write_folder
 from .open import load
@@ -223,14 +223,6 @@ def _write_hf(
     _write_texts(facts, folder)
 
 
-TUNED = {
-    ("classify", "image"): ("mae_image_classification", "model.", "pretrained_model_args"),
-    ("sentence", "text"): ("data2vec_text_classification", "model.", "pretrained_model_args"),
-    ("ctc", "audio"): ("wav2vec_ctc", "w2v_encoder.w2v_model.", "w2v_args"),
-}
-"""task and modality -> the original's model, prefix of the encoder's keys, where its config is"""
-
-
 def save_original(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTHING) -> None:
     """A `.pt` file as the original's trainer writes it: plain containers, the teacher under `_ema`.
 
@@ -244,116 +236,18 @@ def save_original(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTH
         known[KEY] = facts.normalisation.record
     if facts.waves == "transformers":  # the original has one way to normalise
         known[WAVES] = facts.waves
-    extra, task = {OURS: known} if known else {}, _task(model.cfg.front, facts.waves)
+    kind: TunedFile | None = None
     if not isinstance(model, Pretraining):
-        head = model.head_cfg
-        if (head.task, model.modality) not in TUNED:
-            raise ValueError(f"convert: the original has no {head.task} of {model.modality}")
-        name, prefix, place = TUNED[head.task, model.modality]
-        shapes = {key.removeprefix(prefix): tuple(t.shape) for key, t in tensors.items()}
-        tuned: dict[str, Any] = {"_name": name, place: {"model": original_config(model.cfg, shapes), **task}}
-        if head.task != "ctc":
-            tuned["num_classes"] = head.outputs
-        with replacing(out) as file:
-            torch.save({"args": None, "cfg": {"model": tuned}, "model": tensors, **extra}, file)
-        return
-    student = {name: t for name, t in tensors.items() if not name.startswith("_ema.")}
-    teacher = {name.removeprefix("_ema."): t for name, t in tensors.items() if name.startswith("_ema.")}
-    tree = original_config(model.cfg, {name: tuple(t.shape) for name, t in tensors.items()})
-    state = {"args": None, "cfg": {"model": tree, **task}, "model": {**student, "_ema": teacher}, **extra}
+        task = model.head_cfg.task
+        kind = next((kind for kind in TUNED if (kind.task, kind.modality) == (task, model.modality)), None)
+        if kind is None:
+            raise ValueError(f"convert: the original has no {task} of {model.modality}")
+    prefix = "" if kind is None else kind.prefix
+    shapes = {name.removeprefix(prefix): tuple(t.shape) for name, t in tensors.items()}
+    cfg = {"model": original_config(model.cfg, shapes), **original_task(model.cfg.front, facts.waves)}
+    if kind is not None and not isinstance(model, Pretraining):
+        classes = {} if kind.task == "ctc" else {"num_classes": model.head_cfg.outputs}
+        cfg = {"model": {"_name": kind.name, kind.place: cfg, **classes}}
+    state = {"args": None, "cfg": cfg, "model": nested(tensors), **({OURS: known} if known else {})}
     with replacing(out) as file:
         torch.save(state, file)
-
-
-def _task(front: Front, waves: WaveNorm | None = None) -> dict[str, Any]:
-    """The original's `cfg.task`, of what says how speech is read."""
-    if not isinstance(front, WaveformFront):
-        return {}
-    read = {"sample_rate": front.sample_rate, "normalize": waves != "none"}
-    return {"task": {"_name": "audio_pretraining", **read}}
-
-
-def original_config(cfg: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """The original's `cfg.model` for a `ModelConfig`: the inverse of `d2v.formats.fairseq.translate`.
-
-    shapes: of the weights. ValueError for what is lost on the way there and back.
-    """
-    front, decoder, target = cfg.front, cfg.decoder, cfg.target
-    if isinstance(front, LogMelFront):
-        raise ValueError("convert: the original has no log-mel front end")
-    if cfg.objective != "data2vec2":
-        raise ValueError(f"convert: the original is for data2vec2, got objective {cfg.objective}")
-    section: dict[str, Any] = {
-        "prenet_depth": cfg.prenet_depth,
-        "prenet_dropout": cfg.prenet_dropout,
-        "num_extra_tokens": front.extra_tokens,
-        "mask_prob": cfg.mask.prob,
-        "mask_length": cfg.mask.length,
-        "mask_prob_adjust": cfg.mask.adjust,
-        "mask_noise_std": decoder.noise_std,
-        "inverse_mask": isinstance(front, ImageFront),
-        "ema_local_encoder": isinstance(front, ImageFront),
-        "use_alibi_encoder": False,
-        "decoder": {
-            "decoder_dim": decoder.dim,
-            "decoder_groups": decoder.groups,
-            "decoder_kernel": decoder.kernel,
-            "decoder_layers": decoder.layers,
-            "decoder_residual": decoder.residual,
-            "projection_layers": decoder.projection_layers,
-            "projection_ratio": decoder.projection_ratio,
-            "input_dropout": decoder.input_dropout,
-        },
-    }
-    if isinstance(front, ImageFront):
-        section |= {"embed_dim": cfg.dim, "input_size": front.height, "patch_size": front.patch}
-        section |= {"in_chans": front.channels, "fixed_positions": True}
-    elif isinstance(front, WaveformFront):
-        section |= {
-            "feature_encoder_spec": str(list(front.conv_layers)),
-            "extractor_mode": "layer_norm",
-            "conv_pos_width": front.position_width,
-            "conv_pos_groups": front.position_groups,
-            "conv_pos_depth": front.position_layers,
-            "use_alibi_encoder": front.alibi,
-            "num_alibi_heads": cfg.heads,
-            "learned_alibi_scale": front.alibi,
-            "learned_alibi_scale_per_head": front.alibi,
-        }
-    else:
-        section |= {"max_source_positions": front.max_positions, "dropout": front.dropout}
-        section |= {"learned_pos": True, "no_scale_embedding": True, "layernorm_embedding": True}
-    norms = {f"{kind}_norm_target_layer": target.norm == kind for kind in ("instance", "layer", "batch")}
-    norms |= {f"{kind}_norm_targets": target.final == kind for kind in ("layer", "instance")}
-    tree = {
-        "_name": "data2vec_multi",
-        "supported_modality": cfg.modality.upper(),
-        "embed_dim": cfg.dim,
-        "num_heads": cfg.heads,
-        "depth": cfg.depth,
-        "mlp_ratio": cfg.mlp_ratio,
-        "norm_eps": cfg.norm_eps,
-        "layer_norm_first": False,
-        "end_of_block_targets": False,
-        "encoder_dropout": cfg.encoder_dropout,
-        "attention_dropout": cfg.attention_dropout,
-        "activation_dropout": cfg.activation_dropout,
-        "post_mlp_drop": cfg.post_mlp_dropout,
-        "layerdrop": cfg.layerdrop,
-        "clone_batch": cfg.mask.clones,
-        "average_top_k_layers": target.top_k,
-        **norms,
-        "loss_beta": cfg.loss_beta,
-        "loss_scale": cfg.loss_scale,
-        "cls_loss": cfg.cls_loss,
-        "ema_encoder_only": cfg.ema_encoder_only,
-        "modalities": {cfg.modality: section},
-    }
-    back = translate({"model": tree, **_task(front)}, shapes, "convert", quiet=True)
-    # what the original does not have: the rows a CLS loss is scaled to, and the deviation of initial weights
-    wanted = flatten(to_dict(replace(cfg, cls_rows=None, init_std=back.init_std)))
-    found = flatten(to_dict(back))
-    if lost := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
-        listed = ", ".join(f"{key} = {wanted.get(key)!r}" for key in lost)
-        raise ValueError(f"convert: the original cannot express {listed}")
-    return tree

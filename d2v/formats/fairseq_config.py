@@ -1,234 +1,300 @@
-"""Configs of the original (fairseq) as they lie in its files: plain values, checked one by one.
+"""The original's config of a model, `state["cfg"]["model"]`, as our `ModelConfig` and back.
 
-A config is a tree of plain containers, of OmegaConf's or a Namespace; values may be interpolations. `Section`
-reads one mapping of it. What changes a model's maths and is not ours is refused by name; what has no effect
-is collected in `Tree.ignored`, with the reason. Source: fairseq, models/data2vec2.py (Data2VecMultiConfig),
-models/modalities/{base,audio,images,text,modules}.py.
+The published models use a narrow path through the original's switches: a setting that leaves it and changes
+the maths is refused by name. One without effect is named in a warning of the logger `d2v`, as are keys that
+the original drops itself; settings that only concern optimisation, logging or initial values are skipped.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+import ast
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ..config.toml import CheckpointError
-from .pt_file import Inert
+from ..config.fronts import Front, ImageFront, LogMelFront, TextFront, WaveformFront
+from ..config.model import DecoderConfig, MaskConfig, ModelConfig, TargetConfig
+from ..config.run import WaveNorm
+from ..config.toml import CheckpointError, flatten, to_dict
+from .fairseq_names import CONV_LAYERS, FIELDS, KNOWN, MODALITIES, NORMS, PRETRAINING, REPEATED, SWITCHES
+from .fairseq_tree import Section, Tree
 
-_logger = logging.getLogger("d2v")
+_FRONTS: dict[str, type] = {"IMAGE": ImageFront, "AUDIO": WaveformFront, "TEXT": TextFront}
 
-MISSING = "???"
-"""OmegaConf's mark of a value that was never given"""
-
-MODALITIES = ("AUDIO", "IMAGE", "TEXT")
-"""in the order of the original's enum, which counts from 1"""
-
-KNOWN: dict[str, frozenset[str]] = {
-    section: frozenset(names.split())
-    for section, names in {
-        "": """_name loss_beta loss_scale depth start_drop_path_rate end_drop_path_rate num_heads norm_eps
-            norm_affine encoder_dropout post_mlp_drop attention_dropout activation_dropout dropout_input
-            layerdrop embed_dim mlp_ratio layer_norm_first average_top_k_layers end_of_block_targets
-            clone_batch layer_norm_target_layer batch_norm_target_layer instance_norm_target_layer
-            instance_norm_targets layer_norm_targets ema_decay ema_same_dtype log_norms ema_end_decay
-            ema_anneal_end_step ema_encoder_only max_update modalities shared_decoder min_target_var
-            min_pred_var supported_modality mae_init seed skip_ema cls_loss recon_loss d2v_loss
-            decoder_group""",
-        "modality": """type prenet_depth prenet_layerdrop prenet_dropout start_drop_path_rate
-            end_drop_path_rate num_extra_tokens init_extra_token_zero mask_noise_std mask_prob_min mask_prob
-            inverse_mask mask_prob_adjust keep_masked_pct mask_length add_masks remove_masks mask_dropout
-            encoder_zero_mask mask_channel_prob mask_channel_length ema_local_encoder local_grad_mult
-            use_alibi_encoder alibi_scale learned_alibi alibi_max_pos learned_alibi_scale
-            learned_alibi_scale_per_head learned_alibi_scale_per_layer num_alibi_heads model_depth
-            decoder""",
-        "AUDIO": """extractor_mode feature_encoder_spec conv_pos_width conv_pos_groups conv_pos_depth
-            conv_pos_pre_ln""",
-        "IMAGE": """input_size in_chans patch_size embed_dim alibi_dims alibi_distance fixed_positions
-            transformer_decoder enc_dec_transformer""",
-        "TEXT": """max_source_positions learned_pos dropout no_scale_embedding layernorm_embedding
-            no_token_positional_embeddings""",
-        "decoder": """decoder_dim decoder_groups decoder_kernel decoder_layers input_dropout
-            add_positions_masked add_positions_all decoder_residual projection_layers projection_ratio""",
-    }.items()
-}
-"""keys of the original's dataclasses; what is neither read nor checked concerns optimisation, logging or
-initial values"""
-
-SWITCHES: dict[str, dict[str, Any]] = {
-    "": {"layer_norm_first": False, "norm_affine": True},
-    "modality": {"learned_alibi": False, "learned_alibi_scale_per_layer": False},
-    "IMAGE": {"use_alibi_encoder": False, "fixed_positions": True},
-    "AUDIO": {"extractor_mode": "layer_norm", "conv_pos_pre_ln": False},
-    "TEXT": {
-        "use_alibi_encoder": False, "learned_pos": True, "no_scale_embedding": True,
-        "layernorm_embedding": True, "no_token_positional_embeddings": False,
-    },
-}  # fmt: skip
-"""the only accepted value of each switch, by section; what a file leaves out has its default, which is the
-accepted one except where `DEFAULTS` says otherwise"""
-
-PRETRAINING: dict[str, dict[str, Any]] = {
-    "": {
-        "end_of_block_targets": False, "dropout_input": 0, "start_drop_path_rate": 0,
-        "end_drop_path_rate": 0, "shared_decoder": None, "recon_loss": 0, "d2v_loss": 1,
-        "decoder_group": False,
-    },
-    "modality": {
-        "prenet_layerdrop": 0, "start_drop_path_rate": 0, "end_drop_path_rate": 0, "mask_prob_min": None,
-        "keep_masked_pct": 0, "add_masks": False, "remove_masks": False, "mask_dropout": 0,
-        "encoder_zero_mask": True, "mask_channel_prob": 0, "local_grad_mult": 1,
-    },
-    "IMAGE": {
-        "inverse_mask": True, "ema_local_encoder": True, "transformer_decoder": False,
-        "enc_dec_transformer": False,
-    },
-    "AUDIO": {"inverse_mask": False, "ema_local_encoder": False},
-    "TEXT": {"inverse_mask": False, "ema_local_encoder": False, "mask_length": 1},
-    "decoder": {"add_positions_masked": False, "add_positions_all": False},
-}  # fmt: skip
-"""as `SWITCHES`, of what only pretraining computes; fine-tuning overwrites some of it, by name"""
-
-DEFAULTS: dict[str, Any] = {
-    "inverse_mask": False, "ema_local_encoder": False, "mask_length": 5, "use_alibi_encoder": False,
-    "learned_alibi_scale": False, "learned_alibi_scale_per_head": False,
-}  # fmt: skip
-"""of switches whose accepted value is another one"""
+_WRITTEN = frozenset(("drop_path_rate", "checkpoint_activations"))
+"""keys that the original's fine-tuning adds to the model's section"""
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A whole config, and what of it was ignored."""
+def translate(
+    values: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str | Path,
+    *,
+    tuned: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> ModelConfig:
+    """`ModelConfig` of a whole config tree; `shapes` of the weights give modality and vocabulary.
 
-    values: Mapping[str, Any]
-    path: str | Path
-    """file that errors name"""
-    outer: Mapping[str, Any] | None = None
-    """config of a fine-tuned file around this one, where its interpolations may lead too"""
-    ignored: list[str] = field(default_factory=list)
-
-    def resolve(self, value: Any, place: tuple[str, ...] = (), budget: Iterator[object] | None = None) -> Any:
-        """Follow `${a.b.0}` from the root, or `${..a}` from `place`, the keys of its mapping, to a value."""
-        found = re.fullmatch(r"\$\{(\.*)([\w.\[\]]+)\}", value) if isinstance(value, str) else None
-        if not found:
-            return value
-        budget = iter(range(100)) if budget is None else budget
-        if next(budget, None) is None:
-            raise CheckpointError(f"{self.path}: {value} in its cfg leads in a circle")
-        dots, steps = found[1], tuple(re.findall(r"\w+", found[2]))
-        keys = (*place[: len(place) + 1 - len(dots)], *steps) if dots else steps
-        for root in (self.values, self.outer):
-            target: Any = root
-            for depth, key in enumerate(keys):
-                target = self.resolve(_child(target, key), keys[:depth], budget)
-            if target is not _NOTHING:
-                return target
-        raise CheckpointError(f"{self.path}: {value} in its cfg leads nowhere")
-
-    def ignore(self, what: str, why: str) -> None:
-        self.ignored.append(f"{what} ({why})")
-
-    def report(self) -> None:
-        """Say in one line what was ignored."""
-        if self.ignored:
-            _logger.warning("%s: ignored in its cfg: %s", self.path, ", ".join(self.ignored))
-
-
-_NOTHING = object()
-
-
-def _child(node: Any, key: str) -> Any:
-    if isinstance(node, Mapping):
-        return node.get(key, _NOTHING)
-    if isinstance(node, list) and key.isdigit() and int(key) < len(node):
-        return node[int(key)]
-    return _NOTHING
-
-
-class Section:
-    """One mapping of the config, read with checks; errors name the full key and the value.
-
-    optional: one that is absent or null is empty. CheckpointError where another one is.
+    tuned: the config of the fine-tuned file around it; then only what an evaluated encoder computes is
+    checked. Unless `quiet`, warns of what has no effect. Raises CheckpointError naming what changes maths.
     """
-
-    def __init__(self, tree: Tree, keys: tuple[str, ...], *, optional: bool = False) -> None:
-        self.tree, self.keys = tree, keys
-        values: Any = tree.values
-        for depth, key in enumerate(keys):
-            values = tree.resolve(values.get(key), keys[:depth]) if isinstance(values, Mapping) else None
-        if values is None and optional:
-            values = {}
-        if not isinstance(values, Mapping):
-            raise CheckpointError(f"{tree.path}: no section {'.'.join(keys)} in its cfg")
-        self.values = values
-
-    def raw(self, key: str, default: Any) -> Any:
-        """The value of `key` as it is."""
-        value = self.tree.resolve(self.values.get(key, default), self.keys)
-        return default if isinstance(value, str) and value == MISSING else value
-
-    def get(self, key: str, default: Any) -> Any:
-        """The value of `key`, in the type of `default` (numbers and strings are converted)."""
-        value = self.raw(key, default)
-        truth = isinstance(value, bool) and not isinstance(default, bool)
-        if value is None or default is None or (isinstance(value, type(default)) and not truth):
-            return value
-        try:
-            if isinstance(default, float) and not truth:
-                return float(value)
-            if isinstance(default, int) and not truth and int(value) == float(value):
-                return int(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-        raise self.error(key, value, f"a {type(default).__name__}")
-
-    def error(self, key: str, value: Any, contract: str) -> CheckpointError:
-        return CheckpointError(f"{self.tree.path}: {self._name(key)} is {value!r}, supported is {contract}")
-
-    def ignore(self, key: str, why: str) -> None:
-        value = self.values.get(key)
-        shown = "" if isinstance(value, Mapping) else f" = {value!r}"
-        self.tree.ignore(self._name(key) + shown, why)
-
-    def _name(self, key: str) -> str:
-        return ".".join((*self.keys, key))
-
-    def require(self, switches: Mapping[str, Any], idle: Mapping[str, str] | None = None) -> None:
-        """Refuse what differs from `switches`, but for the `idle` ones: key -> why it has no effect."""
-        for key, accepted in switches.items():
-            value = self.raw(key, DEFAULTS.get(key, accepted))
-            if value != accepted:
-                if key not in (idle or {}):
-                    raise self.error(key, value, f"only {accepted!r}")
-                assert idle is not None
-                self.ignore(key, idle[key])
-
-    def require_choice(self, key: str, names: tuple[str, ...], accepted: str, why: str = "") -> None:
-        """Refuse another member of an enum, be it a name, a value (from 1) or pickled; absent ones pass."""
-        value = self.raw(key, None)
-        name = value.args[0] if isinstance(value, Inert) and value.args else value
-        if isinstance(name, int) and 1 <= name <= len(names):
-            name = names[name - 1]
-        if name is not None and str(name).rsplit(".", 1)[-1].upper() != accepted:
-            raise self.error(key, value, accepted + why)
-
-    def ignore_unknown(self, known: Collection[str]) -> None:
-        """Note what the original's own code drops as well."""
-        for key in self.values:
-            if key not in known:
-                self.ignore(str(key), "unknown to the original")
+    tree, pretraining = Tree(values, path, tuned), tuned is None
+    model = Section(tree, ("model",), "")
+    modality = _modality(model, shapes)
+    section = Section(tree, ("model", "modalities", modality.lower()), "modality", modality)
+    absent = "decoder" not in section.values
+    decoder = Section(tree, (*section.keys, "decoder"), "decoder", optional=absent or not pretraining)
+    encoder_only = model.get("ema_encoder_only")
+    if pretraining and encoder_only != (modality == "TEXT"):
+        raise model.error("ema_encoder_only", encoder_only, f"only {modality == 'TEXT'} for {modality}")
+    sections = {"": model, "modality": section, modality: section, "decoder": decoder}
+    if modality == "AUDIO":
+        sections["task"] = task_of(tree)
+    try:
+        _check(tree, sections, modality, pretraining)
+        fields = {
+            ours: place.get(key)
+            for name, place in sections.items()
+            for key, (ours, _) in FIELDS[name].items()
+        }
+        fields |= {key: _norm(model, *switches, pretraining) for key, switches in NORMS.items()}
+        _complete_front(fields, modality, section, shapes, pretraining)
+        _complete_depths(fields, model, decoder if modality == "IMAGE" else None)
+        if not pretraining:  # fine-tuning writes its own masks over these: what would be none is left out
+            if not 0 < fields["mask.prob"] < 1:
+                fields["mask.prob"] = 0.7
+            fields["mask.length"] = max(1, fields["mask.length"])
+        config = _made(fields, _FRONTS[modality])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: its cfg makes no model: {error}") from error
+    if not quiet:
+        tree.report()
+    return config
 
 
-def plain(value: Any) -> Any:
-    """OmegaConf's containers and nodes, a Namespace or dataclass as plain containers; interpolations stay."""
-    if isinstance(value, Inert) and isinstance(value.state, dict):
-        if value.name.startswith("omegaconf."):
-            return plain(value.state["_content" if "_content" in value.state else "_val"])
-        return plain(value.state)
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
+def original_config(cfg: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The original's `cfg.model` for a `ModelConfig`: the inverse of `translate`.
+
+    shapes: of the weights. ValueError for what is lost on the way there and back.
+    """
+    front, modality = cfg.front, cfg.modality.upper()
+    if isinstance(front, LogMelFront):
+        raise ValueError("convert: the original has no log-mel front end")
+    if cfg.objective != "data2vec2":
+        raise ValueError(f"convert: the original is for data2vec2, got objective {cfg.objective}")
+
+    def written(*sections: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name in sections:
+            ours = {key: field for key, (field, _) in FIELDS[name].items()} | REPEATED.get(name, {})
+            values |= {key: attrgetter(field)(cfg) for key, field in ours.items()}
+            values |= SWITCHES.get(name, {}) | PRETRAINING.get(name, {})
+        return values
+
+    section = {**written("modality", modality), "decoder": written("decoder")}
+    if isinstance(front, WaveformFront):
+        section["feature_encoder_spec"] = str(list(front.conv_layers))
+    tree = {
+        "_name": "data2vec_multi",
+        "supported_modality": modality,
+        **written(""),
+        **{
+            switch.format(kind): attrgetter(key)(cfg) == kind
+            for key, (switch, kinds) in NORMS.items()
+            for kind in kinds
+        },
+        "modalities": {cfg.modality: section},
+    }
+    back = translate({"model": tree, **original_task(front)}, shapes, "convert", quiet=True)
+    # what the original does not have: the rows a CLS loss is scaled to, and the deviation of initial weights
+    wanted = flatten(to_dict(replace(cfg, cls_rows=None, init_std=back.init_std)))
+    found = flatten(to_dict(back))
+    if lost := sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)):
+        listed = ", ".join(f"{key} = {wanted.get(key)!r}" for key in lost)
+        raise ValueError(f"convert: the original cannot express {listed}")
+    return tree
+
+
+def task_of(tree: Tree) -> Section:
+    """What `cfg.task` says of how speech is read."""
+    return Section(tree, ("task",), "task", optional=True)
+
+
+def normalises(tree: Tree) -> bool:
+    """Whether each waveform gets unit variance, as of all published models."""
+    return bool(task_of(tree).get("normalize"))
+
+
+def original_task(front: Front, waves: WaveNorm | None = None) -> dict[str, Any]:
+    """The original's `cfg` of what `task_of` and `normalises` read: of speech alone."""
+    if not isinstance(front, WaveformFront):
+        return {}
+    read = {"sample_rate": front.sample_rate, "normalize": waves != "none"}
+    return {"task": {"_name": "audio_pretraining", **read}}
+
+
+def _made(fields: Mapping[str, Any], front: type) -> ModelConfig:
+    """A config of dotted keys. ValueError and TypeError as its classes raise them."""
+    parts: dict[str, dict[str, Any]] = {"": {}, "front": {}, "mask": {}, "decoder": {}, "target": {}}
+    for name, value in fields.items():
+        part, _, key = name.rpartition(".")
+        parts[part][key] = value
+    return ModelConfig(
+        front=front(**parts["front"]),
+        mask=MaskConfig(**parts["mask"]),
+        decoder=DecoderConfig(**parts["decoder"]),
+        target=TargetConfig(**parts["target"]),
+        **parts[""],
+    )
+
+
+def _modality(model: Section, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The one modality whose weights the file holds; what the config says of it must not disagree."""
+    held = sorted({key.split(".")[1] for key in shapes if key.startswith("modality_encoders.")})
+    path = model.tree.path
+    if len(held) != 1 or held[0] not in MODALITIES:
+        raise CheckpointError(f"{path}: holds weights of {held}, supported is one of {MODALITIES}")
+    section = Section(model.tree, ("model", "modalities", held[0].lower()))
+    for part, key in ((model, "supported_modality"), (section, "type")):
+        part.require_choice(key, MODALITIES, held[0], ", whose weights it holds")
+    return held[0]
+
+
+def _norm(model: Section, switch: str, kinds: tuple[str, ...], pretraining: bool) -> str | None:
+    keys = {switch.format(kind): kind for kind in kinds}
+    chosen = [kind for key, kind in keys.items() if model.get(key)]
+    if len(chosen) > 1 and pretraining:
+        raise model.error(" and ".join(keys), True, "at most one of them")
+    return chosen[0] if chosen else None
+
+
+def _complete_front(
+    fields: dict[str, Any],
+    modality: str,
+    section: Section,
+    shapes: Mapping[str, tuple[int, ...]],
+    pretraining: bool,
+) -> None:
+    """What is no number of the config's, and what stands in it twice."""
+    if modality == "TEXT":
+        tables = [
+            f"modality_encoders.TEXT.local_encoder.embed_{kind}.weight" for kind in ("tokens", "positions")
+        ]
+        if any(len(shapes.get(table, ())) != 2 for table in tables):
+            raise CheckpointError(f"{section.tree.path}: missing or malformed {' or '.join(tables)}")
+        fields["front.vocab_size"], positions = (shapes[table][0] for table in tables)
+        fields["front.max_positions"] = positions - (TextFront.pad_id + 1)
+        return
+    if modality == "IMAGE":
+        fields["front.width"] = fields["front.height"]
+    else:
+        fields["front.conv_layers"] = _conv_layers(section, fields["front.conv_layers"])
+    if modality == "IMAGE" or fields["front.alibi"]:
+        repeated = {key: fields[ours] for key, ours in REPEATED[modality].items()}
+        if not pretraining:
+            repeated.pop("learned_alibi_scale", None)
+        section.require(repeated)
+
+
+def _complete_depths(fields: dict[str, Any], model: Section, decoder_2d: Section | None) -> None:
+    """Layers that the original counts otherwise than its config says."""
+    depth, top_k = fields["depth"], fields["target.top_k"]
+    fields["target.top_k"] = averaged = len(range(depth)[-top_k:])
+    if averaged != top_k:
+        model.ignore("average_top_k_layers", f"depth is {depth}: {averaged} layers are averaged")
+    if decoder_2d is not None and fields["decoder.projection_layers"] != 1:
+        decoder_2d.ignore("projection_layers", "Decoder2d always has 1")
+        fields["decoder.projection_layers"] = 1
+
+
+def _check(tree: Tree, sections: Mapping[str, Section], modality: str, pretraining: bool) -> None:
+    """Refuse switches off the published path where they have an effect; note keys and sections without."""
+    model, section, decoder = sections[""], sections["modality"], sections["decoder"]
+    parts: tuple[tuple[Section, tuple[str, ...], dict[str, str]], ...] = (
+        (model, ("",), _idle_drop_path(model, "depth") | {"decoder_group": "a name of the optimizer's"}),
+        (section, ("modality", modality), _idle_settings(modality, section)),
+        (decoder, ("decoder",), {}),
+    )
+    for part, names, idle in parts:
+        for name in names:
+            part.require(SWITCHES.get(name, {}), idle)
+            part.require(PRETRAINING.get(name, {}) if pretraining else {}, idle)
+        written = frozenset() if pretraining or part is not model else _WRITTEN
+        part.ignore_unknown(written.union(*(KNOWN[name] for name in names)))
+    if modality == "AUDIO":
+        normalises(tree)
+    if pretraining and modality != "TEXT":
+        _check_loader(tree, model, section)
+    elif pretraining and not section.get("prenet_depth") and section.get("prenet_dropout"):
+        section.ignore("prenet_dropout", "prenet_depth is 0")  # kept, but read by nothing here either
+    for name, other in Section(tree, ("model", "modalities")).values.items():
+        if name not in ("_name", modality.lower()) and other is not None:
+            why = "another modality" if str(name).upper() in MODALITIES else "unknown to the original"
+            tree.ignore(f"model.modalities.{name}", why)
+
+
+def _idle_drop_path(section: Section, key: str) -> dict[str, str]:
+    """Rates grow linearly over the blocks: of none neither end counts, of one the first alone."""
+    depth = section.get(key)
+    ends = {0: ("start_drop_path_rate", "end_drop_path_rate"), 1: ("end_drop_path_rate",)}.get(depth, ())
+    return dict.fromkeys(ends, f"{key} is {depth}")
+
+
+def _idle_settings(modality: str, section: Section) -> dict[str, str]:
+    """Settings of a modality that nothing reads in a model like this, and why."""
+    idle = _idle_drop_path(section, "prenet_depth") | {"remove_masks": "the original never reads it"}
+    if not section.get("prenet_depth"):
+        idle["prenet_layerdrop"] = "prenet_depth is 0"
+    if not section.get("use_alibi_encoder"):
+        learned = ("learned_alibi", "learned_alibi_scale_per_layer")
+        idle |= dict.fromkeys(learned, "use_alibi_encoder is False")
+    least, most = section.raw("mask_prob_min"), section.get("mask_prob")
+    if isinstance(least, (int, float)) and not 0 <= least < most:
+        idle["mask_prob_min"] = "not between 0 and mask_prob"
+    if modality != "AUDIO":
+        masked = ("encoder_zero_mask", "mask_channel_prob", "add_masks")
+        idle |= dict.fromkeys(masked, "the encoder reads no masked tokens")
+    if modality == "IMAGE" and not section.raw("transformer_decoder"):
+        idle["enc_dec_transformer"] = "transformer_decoder is False"
+    if modality == "TEXT":
+        chosen = ("inverse_mask", "keep_masked_pct", "mask_dropout")
+        idle |= dict.fromkeys(chosen, "single tokens are not masked with it")
+        idle["ema_local_encoder"] = "the teacher has blocks only"
+    return idle
+
+
+def _check_loader(tree: Tree, model: Section, section: Section) -> None:
+    """Masks may come from the data loader: its settings must be the model's, as they are by default."""
+    loader = Section(tree, ("task", "precompute_mask_config"), optional=True)
+    names = ("mask_prob", "mask_prob_adjust", "mask_length", "inverse_mask")
+    switches = {key: section.get(key) for key in names} | {"clone_batch": model.get("clone_batch")}
+    switches |= {"mask_dropout": 0, "expand_adjacent": False, "non_overlapping": False}
+    loader.require({key: value for key, value in switches.items() if loader.raw(key) is not None})
+
+
+def _conv_layers(section: Section, spec: str) -> tuple[tuple[int, int, int], ...]:
+    """`"[(512, 10, 5)] + [(512, 3, 2)] * 4"` without eval: lists of triples, `+` and `* count` only."""
+
+    def layers(node: ast.expr) -> list[Any]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return layers(node.left) + layers(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            count = ast.literal_eval(node.right)
+            if not isinstance(count, int) or not 0 <= count <= 100:
+                raise ValueError("repeat")
+            return layers(node.left) * count
+        value = ast.literal_eval(node)
+        triples = isinstance(value, list) and all(
+            isinstance(layer, tuple) and len(layer) == 3 and all(type(n) is int and n > 0 for n in layer)
+            for layer in value
+        )
+        if not triples:
+            raise ValueError("triples")
+        return value
+
+    try:
+        return tuple(layers(ast.parse(spec, mode="eval").body))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise section.error("feature_encoder_spec", spec, f'like "{CONV_LAYERS}"') from error

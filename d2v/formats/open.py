@@ -26,8 +26,7 @@ from ..model.huggingface import Encoder, naming_release
 from ..model.tuned import FineTuned, build_tuned
 from ..train.checkpoint import check_fits, fill_model, find_checkpoint, find_run, load_checkpoint
 from ..train.process import pick_device
-from .fairseq import is_finetuned, load_original
-from .fairseq_tuned import load_original_tuned
+from .fairseq import is_finetuned, load_original, load_original_tuned
 from .folder import CONFIG, FORMAT, WEIGHTS, is_folder
 from .hf_export import PRETRAINING, joined, theirs
 from .hf_folder import is_ours

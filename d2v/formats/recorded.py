@@ -73,7 +73,7 @@ def recorded_waves(path: Path, front: Front) -> WaveNorm | None:
         with PtFile(path) as held:
             file, values = path, ours(held)
             if WAVES not in values:
-                return wave_norm(held.root, path)
+                return wave_norm(held)
     else:
         path = find_run(path)[0]
         if (path / SETTINGS).is_file():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2v.formats.fairseq import translate
+from d2v.formats.fairseq_config import translate
 from d2v.model import Data2Vec
 
 CASES = ("image_base", "audio_base", "audio_padded", "text_base")

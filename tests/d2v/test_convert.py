@@ -16,7 +16,8 @@ from d2v.config.fronts import WaveformFront
 from d2v.config.presets import PRESETS, preset
 from d2v.config.toml import CheckpointError
 from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
-from d2v.formats.convert import original_config, run_convert, save_folder, save_original
+from d2v.formats.convert import run_convert, save_folder, save_original
+from d2v.formats.fairseq_config import original_config
 from d2v.model import Data2Vec
 from d2v.model.tuned import FineTuned
 from d2v.train.pretrain import run

@@ -17,7 +17,8 @@ import d2v
 from d2v.config.toml import CheckpointError
 from d2v.config.tune import DropConfig, FineTuneConfig, HeadConfig, TuneConfig, tuned_model_config
 from d2v.formats.convert import run_convert
-from d2v.formats.fairseq import is_finetuned, translate
+from d2v.formats.fairseq import is_finetuned
+from d2v.formats.fairseq_config import translate
 from d2v.model import Data2Vec
 from d2v.model.blocks import Block
 from d2v.model.tuned import FineTuned

@@ -16,7 +16,8 @@ import torch
 
 from d2v.config.fronts import ImageFront, TextFront, WaveformFront
 from d2v.config.toml import CheckpointError
-from d2v.formats.fairseq import load_original, translate
+from d2v.formats.fairseq import load_original
+from d2v.formats.fairseq_config import translate
 
 CASES = ("image_base", "audio_base", "text_base")
 
@@ -282,6 +283,16 @@ def test_missing_teacher_model_or_config(goldens, tmp_path):
     state = golden_state(goldens, "image_base")
     state["model"]["modality_encoders.TEXT.x"] = torch.zeros(1)
     with pytest.raises(CheckpointError, match=r"holds weights of \['IMAGE', 'TEXT'\]"):
+        load_original(tiny(tmp_path, state))
+
+
+@pytest.mark.parametrize(
+    "broken", [{7: torch.zeros(1)}, {"_ema": torch.zeros(1)}, {"_ema": {7: torch.zeros(1)}}]
+)
+def test_weights_that_have_no_names_are_refused(goldens, tmp_path, broken):
+    state = golden_state(goldens, "image_base")
+    state["model"] |= broken
+    with pytest.raises(CheckpointError, match=r"tiny\.pt: its `model` must hold tensors by name"):
         load_original(tiny(tmp_path, state))
 
 

@@ -18,8 +18,8 @@ import torch
 import d2v
 from d2v.config.toml import CheckpointError
 from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
-from d2v.formats.fairseq import translate
-from d2v.formats.fairseq_config import KNOWN
+from d2v.formats.fairseq_config import translate
+from d2v.formats.fairseq_names import KNOWN
 from d2v.formats.recorded import recorded_waves
 from d2v.model import Data2Vec
 from d2v.model.tuned import FineTuned

@@ -1,8 +1,8 @@
 """Every value of every preset against the published config it stands for, as fairseq completes it.
 
 `complaints` reads a published config key by key and says what each of our values must be, without
-`d2v.formats.fairseq.translate`, which has a test of its own here. Nothing is left over on either side: a
-published key is compared or set aside with a reason, and so is each of ours.
+`d2v.formats.fairseq_config.translate`, which has a test of its own here. Nothing is left over on either side:
+a published key is compared or set aside with a reason, and so is each of ours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from d2v.config.presets import PRESETS, preset
 from d2v.config.run import Config
-from d2v.formats.fairseq import translate
+from d2v.formats.fairseq_config import translate
 
 PUBLISHED = {
     **{name: name for name in ("image_base", "image_large", "image_huge14", "audio_base", "audio_large",
