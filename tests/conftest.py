@@ -1,14 +1,19 @@
 """Fixtures every test file may use: seeds, golden files, poisoned allocations; GPU tests skip without one."""
 
+import importlib.util
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from .interpreter import quicken
+
 # Without a GPU the Triton kernels run in their interpreter, on CPU tensors; Triton reads this when imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        quicken()
 
 ROOT = Path(__file__).resolve().parents[1]
 
