@@ -118,7 +118,7 @@ class EvalOptions:
     lm: Annotated[str | None, arg(metavar="FILE")] = None
     """ctc: n-gram model of words for the beam search, ARPA or kenlm's binary; needs the package kenlm"""
     lm_weight: float = 2.0
-    """factor on its log probability"""
+    """factor on its log10 probability, as in fairseq"""
     word_bonus: float = -1.0
     """added for every word"""
     backend: Backends = None

@@ -97,7 +97,7 @@ class DataConfig:
     """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
     any. Few shapes are what train.compile and train.cuda_graph need"""
     block: int = 512
-    """text: tokens per block"""
+    """text: tokens per block, at least 4: those around a pair of texts"""
     tokenizer: str | None = None
     """text: a tokenizers .json, or a folder with GPT-2's vocab.json and merges.txt; none: trained
     on the data"""

@@ -5,11 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .fronts import TextFront, check, check_probability
+from .fronts import Modality, TextFront, check, check_probability
 from .model import ModelConfig
 from .run import DataConfig, OptimConfig, RunConfig
 
 Task = Literal["classify", "ctc", "sentence"]
+FITS: dict[Task, tuple[Modality, ...]] = {
+    "classify": ("image", "audio"),
+    "ctc": ("audio",),
+    "sentence": ("text",),
+}
+"""task -> modalities of the models that it is for"""
+
+
+def check_task(task: Task, modality: Modality) -> None:
+    """ValueError for a task that does not fit a model."""
+    if modality not in FITS[task]:
+        fits = ", ".join(name for name, some in FITS.items() if modality in some)
+        raise ValueError(
+            f"finetune: task {task} needs {' or '.join(FITS[task])}, got {modality}, for which {fits} is"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +161,9 @@ class FineTuneConfig:
     """ctc: a vocabulary.json or a fairseq dictionary; none: counted on the training transcripts"""
     glue: str | None = None
     """GLUE task whose files and metrics these are (cola, sst2, mrpc, stsb, qqp, mnli, qnli, rte)"""
+
+    def __post_init__(self) -> None:
+        check_task(self.head.task, self.model.modality)
 
 
 def tuned_model_config(cfg: ModelConfig, drop: DropConfig) -> ModelConfig:

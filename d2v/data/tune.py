@@ -24,7 +24,7 @@ from .speech.source import AudioSource
 from .speech.transcripts import SpokenPart, Vocabulary, read_spoken
 from .text.labelled import read_labelled
 from .text.sentences import SentencePart, SentenceSource, Specials, encode, targets_of
-from .text.tokenizer import check_tokenizer, check_vocabulary, load_tokenizer
+from .text.tokenizer import check_block, check_tokenizer, check_vocabulary, load_tokenizer
 from .types import DataError
 
 
@@ -135,6 +135,7 @@ def _sentences(
     else:
         check_vocabulary(tokenizer, str(tokenizer_file), front)
     block = min(cfg.data.block, front.max_positions)
+    check_block(block, front)
     tokens = {name: encode(some, tokenizer, block, specials) for name, some in found.items()}
     labels = {name: targets.encode(some, f"{path}, {name}") for name, some in found.items()}
     keep = np.arange(len(labels["train"]))

@@ -1,31 +1,36 @@
 """An n-gram language model of words for the beam search, through kenlm (`pip install kenlm`).
 
-A text's score is log P(letters) + weight log P(words) + bonus (words), natural logarithms, as in fairseq's
-wav2vec 2.0 evaluation (whose defaults are weight 2 and bonus -1). A word counts when it is complete: at the
-bar behind it, or at the end of the utterance, which is a sentence of the model.
+A text's score is ln P(letters) + weight log10 P(words) + bonus (words): kenlm's base-10 logarithm is taken as
+it comes, as fairseq's decoder takes it, for which published weights are meant (by default 2, bonus -1;
+examples/speech_recognition/new/decoders/flashlight_decoder.py; flashlight's KenLM::score). A word counts when
+it is complete: at the bar behind it, or at the end of the utterance, which is a sentence of the model.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.speech.letters import WORD
 
-LN10 = math.log(10.0)
-
 
 class LanguageModel:
-    """path: an ARPA file or kenlm's binary. letters: of the vocabulary that a search uses, by id.
+    """path: an ARPA file or kenlm's binary. letters: of the vocabulary that a search uses, by id. weight: on
+    log10 probabilities. words: some that are said, as the vocabulary spells them.
 
     Words are looked up in the case in which the model knows "the", if it is one alone. Raises ValueError
-    where kenlm is missing, the file is none of its models, or the vocabulary has no bar.
+    where kenlm is missing, the file is none of its models, the vocabulary has no bar, or the model knows none
+    of the words, or them in another case alone.
     """
 
     def __init__(
-        self, path: str | Path, letters: Sequence[str], weight: float = 2.0, bonus: float = -1.0
+        self,
+        path: str | Path,
+        letters: Sequence[str],
+        weight: float = 2.0,
+        bonus: float = -1.0,
+        words: Collection[str] = (),
     ) -> None:
         try:
             import kenlm
@@ -44,7 +49,24 @@ class LanguageModel:
         self.bar = self.letters.index(WORD)
         lower, upper = "the" in self._model, "THE" in self._model
         self._case: Callable[[str], str] = str if lower == upper else str.lower if lower else str.upper
+        self._check_words(path, words)
         self._known: dict[tuple[int, ...], tuple[float, Any]] = {}
+
+    def _check_words(self, path: str | Path, words: Collection[str]) -> None:
+        """Refuse a model to which all words are unknown; letters that are words tell its case, too."""
+        words = set(words)
+        tried = words or {letter for letter in self.letters if letter.isalpha()}
+        if any(self._case(word) in self._model for word in tried):
+            return
+        for name, case in (("lower", str.lower), ("upper", str.upper)):
+            if found := sorted(word for word in tried if case(word) in self._model):
+                raise ValueError(
+                    f"eval: --lm {path} knows words in {name} case alone, as {case(found[0])!r}, and is "
+                    f"looked up with {self._case(found[0])!r}: build it from text in the vocabulary's case"
+                )
+        if words:
+            raise ValueError(f"eval: --lm {path} knows none of the {len(words)} words that are said, such as "
+                             f"{min(words)!r}")  # fmt: skip
 
     def begin(self) -> None:
         """Forget the prefixes of the last utterance."""
@@ -63,7 +85,7 @@ class LanguageModel:
         if word := self._last_word(prefix):
             added, state = self._add(state, word)
             total += added
-        return total + self.weight * LN10 * self._model.BaseScore(state, "</s>", self._new_state())
+        return total + self.weight * self._model.BaseScore(state, "</s>", self._new_state())
 
     def _complete(self, prefix: tuple[int, ...]) -> tuple[float, Any]:
         """Score and state after the complete words; a prefix is known once what it grew from is."""
@@ -86,4 +108,4 @@ class LanguageModel:
     def _add(self, state: Any, word: str) -> tuple[float, Any]:
         following = self._new_state()
         score = self._model.BaseScore(state, self._case(word), following)
-        return self.weight * LN10 * score + self.bonus, following
+        return self.weight * score + self.bonus, following

@@ -15,7 +15,7 @@ from ..config.fronts import ImageFront
 from ..config.toml import SETTINGS
 from ..config.tune import FineTuneConfig
 from ..data.normalisation import Normalisation, normalised
-from ..data.speech.transcripts import Vocabulary
+from ..data.speech.transcripts import SpokenPart, Vocabulary
 from ..data.tune import Part, open_tune_data
 from ..data.types import DataError
 from ..formats.open import load_run
@@ -137,7 +137,11 @@ def run_eval(
         raise DataError(f"eval: {data} has other classes than {path} was trained on: {other}")
     if lm is not None and cfg.head.task != "ctc":
         raise ValueError(f"eval: --lm is for task ctc, {path} is for {cfg.head.task}")
-    words = None if lm is None else LanguageModel(lm, names, lm_weight, word_bonus)
+    words = None
+    if lm is not None:
+        parts = (part for part in found.parts.values() if isinstance(part, SpokenPart))
+        said = {word for part in parts for text in part.texts for word in text.split()}
+        words = LanguageModel(lm, names, lm_weight, word_bonus, said)
     with use_backends_of(cfg.train.backend, backend):
         if backend is not None:
             cfg = replace(cfg, train=replace(cfg.train, backend=backend))

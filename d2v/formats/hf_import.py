@@ -18,7 +18,7 @@ from ..config.fronts import Front, ImageFront, TextFront, WaveformFront
 from ..config.run import Config, DataConfig
 from ..data.normalisation import of_image_processor
 from ..data.speech.files import MIN_RATE
-from ..data.text.tokenizer import load_tokenizer
+from ..data.text.tokenizer import load_tokenizer, uncut
 from ..data.types import DataError, Labelled
 from ..model.huggingface import INPUTS, HuggingFaceEncoder, import_transformers
 from .hf_folder import check_picture, one_line, open_pretrained, read_preprocessor, sides
@@ -67,7 +67,7 @@ def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
     if begin is None or end is None or tokenizer.pad_token_id is None:
         raise DataError(f"hf:{folder}: its tokenizer has no tokens for begin, end and padding")
     specials = (begin, tokenizer.pad_token_id, end)
-    return open_tokenized(data, tokenizer.backend_tokenizer, cfg.data.block, specials)
+    return open_tokenized(data, uncut(tokenizer.backend_tokenizer), cfg.data.block, specials)
 
 
 def _read_segments(config: Any, folder: Path) -> None:

@@ -18,7 +18,7 @@ from d2vkern._nvtx import phase
 
 from ..config.fronts import WaveformFront
 from ..config.model import ModelConfig
-from ..config.tune import DropConfig, FineTuneConfig, HeadConfig
+from ..config.tune import DropConfig, FineTuneConfig, HeadConfig, check_task
 from .blocks import PRECISIONS, Block, layer_norm, linear
 from .encoder import Network, run_blocks
 from .feature_encoder import padding_of, token_lengths
@@ -96,9 +96,7 @@ class FineTuned(nn.Module):
         backbone: HuggingFaceBackbone | None = None,
     ) -> None:
         super().__init__()
-        fits = {"classify": ("image", "audio"), "ctc": ("audio",), "sentence": ("text",)}[head.task]
-        if cfg.modality not in fits:
-            raise ValueError(f"finetune: task {head.task} needs {' or '.join(fits)}, got {cfg.modality}")
+        check_task(head.task, cfg.modality)
         if head.outputs < 1:
             raise ValueError(f"finetune: head.outputs must be positive, got {head.outputs}")
         self.cfg, self.head_cfg = cfg, head

@@ -157,8 +157,10 @@ def test_nothing_to_read(tmp_path: Path):
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(DataError, match=r"tokens are less than one block; data.block is 16"):
         open_data(str(tmp_path), config())
-    with pytest.raises(ValueError, match=r"data.block must be in 2..64 \(front.max_positions\), got 65"):
+    with pytest.raises(ValueError, match=r"data.block must be in 4..64 \(front.max_positions\), got 65"):
         open_data(str(tmp_path), config(block=65))
+    with pytest.raises(ValueError, match=r"data.block must be in 4..64 \(front.max_positions\), got 3"):
+        open_labelled("text", config(block=3))
 
 
 def test_training_a_tokenizer_is_repeatable_and_byte_level():

@@ -14,8 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import d2v
+from d2v.config.fronts import Modality
+from d2v.config.recipes import default_recipe, recipe
 from d2v.config.toml import CheckpointError
-from d2v.config.tune import DropConfig, FineTuneConfig, HeadConfig, TuneConfig, tuned_model_config
+from d2v.config.tune import (
+    FITS,
+    DropConfig,
+    FineTuneConfig,
+    HeadConfig,
+    Task,
+    TuneConfig,
+    tuned_model_config,
+)
 from d2v.formats.convert import run_convert
 from d2v.formats.fairseq import is_finetuned
 from d2v.formats.fairseq_config import translate
@@ -227,10 +237,24 @@ def test_damaged_files_of_the_original_are_named(goldens: Path, tmp_path: Path) 
     assert isinstance(d2v.load(goldens / "ckpt_image_base.pt"), Data2Vec)
 
 
-def test_tasks_that_do_not_fit_are_refused() -> None:
+@pytest.mark.parametrize("modality", ["image", "audio", "text"])
+@pytest.mark.parametrize("task", ["classify", "ctc", "sentence"])
+def test_tasks_that_do_not_fit_are_refused(task: Task, modality: Modality) -> None:
+    """When the model is made, and before it when a run's settings are."""
+    cfg = make_model(modality).cfg
+    base = recipe(default_recipe(task, cfg))
+    if modality in FITS[task]:
+        assert base.on("it", cfg).head.task == task
+        return
+    message = f"finetune: task {task} needs {' or '.join(FITS[task])}, got {modality}, for which "
+    with pytest.raises(ValueError, match=message):
+        FineTuned(cfg, HeadConfig(task=task, outputs=3))
+    with pytest.raises(ValueError, match=message):
+        base.on("it", cfg)
+
+
+def test_heads_that_cannot_be_are_refused() -> None:
     cfg = make_model("image").cfg
-    with pytest.raises(ValueError, match="task ctc needs audio, got image"):
-        FineTuned(cfg, HeadConfig(task="ctc", outputs=3))
     with pytest.raises(ValueError, match="head.outputs must be positive, got 0"):
         FineTuned(cfg, HeadConfig(task="classify"))
     with pytest.raises(ValueError, match="freeze_front needs a waveform front end, got ImageFront"):

@@ -123,11 +123,19 @@ def test_probe_and_extract(name: str, data: str, tmp_path: Path, capsys: pytest.
     assert found.shape[1] == 16 and np.isfinite(found).all()
 
 
+def cut_and_pad(folder: Path) -> None:
+    """As `save_pretrained` leaves a tokenizer whose last call cut and padded."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=30)
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
 @pytest.mark.parametrize("name", ["BERT", "RoBERTa"])
 def test_texts_are_read_in_the_models_own_tokens(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saved(name, tmp_path / "model")
+    cut_and_pad(saved(name, tmp_path / "model"))
     texts = tmp_path / "texts"
     texts.mkdir()
     for part in ("train", "test"):
@@ -252,6 +260,7 @@ def test_pictures_and_sentences_are_learned(tmp_path: Path, capsys: pytest.Captu
 
 def test_pairs_reach_bert_as_its_own_tokenizer_makes_them(tmp_path: Path) -> None:
     folder = saved("BERT", tmp_path / "model")
+    cut_and_pad(folder)
     texts = tmp_path / "texts"
     texts.mkdir()
     for part in ("train", "test"):

@@ -117,7 +117,7 @@ def test_the_best_text_is_found(arpa: Path, weight: float, bonus: float) -> None
 
         def score(text: tuple[int, ...], shares: Counter[tuple[int, ...]] = texts) -> float:
             said = "".join(LETTERS[i] for i in text).replace("|", " ").split()
-            return math.log(shares[text]) + weight * math.log(10) * log10_of(said) + bonus * len(said)
+            return math.log(shares[text]) + weight * log10_of(said) + bonus * len(said)
 
         (found,) = beam_search(logits, None, 10_000, words)
         assert score(tuple(found)) == pytest.approx(max(map(score, texts)), rel=1e-6)
@@ -142,9 +142,38 @@ def test_words_are_looked_up_in_the_case_of_the_model(arpa: Path, known: str, sp
     arpa.write_text(re.sub(r"\bab\b", known, arpa.read_text()))
     words = LanguageModel(arpa, ("<s>", "|", *spelled), 1.0, 0.0)
     words.begin()
-    assert words.score((2, 3, 4, 1)) == pytest.approx(-0.2 * math.log(10))
+    assert words.score((2, 3, 4, 1)) == pytest.approx(-0.2)
     assert words.score((2, 3, 4)) == 0.0
-    assert words.score((2, 3, 4), ended=True) == pytest.approx((-0.2 - 0.1 - 0.9) * math.log(10))
+    assert words.score((2, 3, 4), ended=True) == pytest.approx(-0.2 - 0.1 - 0.9)
+
+
+def test_the_weight_is_on_log10_as_in_fairseq(arpa: Path) -> None:
+    """fairseq's decoder adds lm_weight times what kenlm's BaseScore returns."""
+    words = LanguageModel(arpa, LETTERS, weight=2.0, bonus=0.0)
+    words.begin()
+    assert words.score((2, 3, 1)) == pytest.approx(2 * -0.2)
+    assert words.score((2, 3), ended=True) == pytest.approx(2 * (-0.2 - 0.1 - 0.9))
+
+
+@pytest.mark.parametrize(
+    ("letters", "said", "message"),
+    [
+        ("AB", (), "knows words in lower case alone, as 'a', and is looked up with 'A'"),
+        ("AB", ("AB", "B"), "knows words in lower case alone, as 'ab', and is looked up with 'AB'"),
+        ("abc", ("c", "ca"), "knows none of the 2 words that are said, such as 'c'"),
+        ("ab", ("c", "b"), None),
+        ("cd", (), None),  # letters that are no words say nothing
+    ],
+)
+def test_models_of_other_words_are_refused(
+    arpa: Path, letters: str, said: tuple[str, ...], message: str | None
+) -> None:
+    if message is None:
+        LanguageModel(arpa, ("<s>", "|", *letters), words=said)
+        return
+    with pytest.raises(ValueError, match=message) as error:
+        LanguageModel(arpa, ("<s>", "|", *letters), words=said)
+    assert str(arpa) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_refused(
@@ -179,8 +208,14 @@ def test_eval_takes_a_model(arpa: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main([*tune, "--train.steps", "2", "--data.batch", "4"]) == 0
     assert "AB" not in json.loads((tmp_path / "t" / "labels.json").read_text())
     capsys.readouterr()
+    assert main(["eval", str(tmp_path / "t"), "--beam", "4", "--lm", str(arpa)]) == 2
+    assert "knows words in lower case alone, as 'a', and is looked up with 'A'" in capsys.readouterr().err
+    arpa.write_text(re.sub(r"\b(a|b|ab)\b", lambda word: word[0].upper(), arpa.read_text()))
     scores = []
     for options in ([], ["--lm", str(arpa), "--lm-weight", "5", "--word-bonus", "9"]):
         assert main(["eval", str(tmp_path / "t"), "--beam", "4", *options]) == 0
         scores.append(capsys.readouterr().out)
     assert scores[0] != scores[1] and "test/wer" in scores[1]
+    arpa.write_text(re.sub(r"\b(A|B|AB)\b", r"OTHER\1", arpa.read_text()))
+    assert main(["eval", str(tmp_path / "t"), "--beam", "4", "--lm", str(arpa)]) == 2
+    assert "knows none of the 3 words that are said, such as 'A'" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 import soundfile
 
+from ..lines import lines_of, not_utf8
 from ..types import DataError, Unreadable
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
@@ -193,9 +194,9 @@ def read_manifest(path: Path) -> tuple[Path, list[str], list[Header | str]]:
     manifest's folder.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_bytes())
     except UnicodeDecodeError as error:
-        raise DataError(f"data: {path} is not UTF-8: {error.reason} at byte {error.start}") from error
+        raise DataError(f"data: {path}: {not_utf8(error)}") from error
     root = path.parent / lines[0].strip() if lines else path
     if not root.is_dir():
         raise DataError(

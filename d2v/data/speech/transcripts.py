@@ -21,6 +21,7 @@ from torch import Tensor
 from ...config.atomic import write_json
 from ...config.run import Config
 from ..embedded import speech
+from ..lines import lines_of, not_utf8
 from ..loader import Loader
 from ..splits import divide, is_held_out, is_training
 from ..types import DataError, Report
@@ -57,11 +58,11 @@ class Vocabulary:
     def read(cls, path: Path) -> Vocabulary:
         """From `vocabulary.json`, or a fairseq dictionary (lines `LETTER COUNT`). Raises DataError."""
         try:
-            text = path.read_text(encoding="utf-8")
             if path.suffix == ".json":
-                letters = tuple(json.loads(text))
+                letters = tuple(json.loads(path.read_text(encoding="utf-8")))
             else:
-                letters = (*SPECIALS, *(line.rsplit(" ", 1)[0] for line in text.splitlines() if line))
+                entries = lines_of(path.read_bytes())
+                letters = (*SPECIALS, *(line.rsplit(" ", 1)[0] for line in entries if line))
         except (OSError, ValueError) as error:
             raise DataError(f"data: {path}: not a vocabulary: {error}") from None
         if letters[: len(SPECIALS)] != SPECIALS or len(set(letters)) != len(letters):
@@ -216,9 +217,9 @@ def _manifest_texts(manifest: Path, count: int) -> list[str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return lines_of(file.read_bytes())
     except UnicodeDecodeError as error:
-        raise DataError(f"data: {file} is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise DataError(f"data: {file}: {not_utf8(error)}") from None
 
 
 class SpokenPart:

@@ -31,7 +31,7 @@ from ..open import default_cache
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split
 from .corpus import Corpus, open_corpus
 from .labelled import read_labelled
-from .tokenizer import BOS, EOS, PAD, check_tokenizer, load_tokenizer, train_tokenizer
+from .tokenizer import BOS, EOS, PAD, check_block, check_tokenizer, load_tokenizer, train_tokenizer
 
 TOGETHER = 1 << 23
 """characters handed to the tokenizer at a time: it works on them in parallel"""
@@ -98,9 +98,7 @@ def _tokenizer(corpus: Corpus, cfg: Config, run_dir: Path | None, cache: Path) -
 def _front(cfg: Config) -> TextFront:
     front = cfg.model.front
     assert isinstance(front, TextFront)
-    if not 2 <= cfg.data.block <= front.max_positions:
-        raise ValueError(f"data: data.block must be in 2..{front.max_positions} (front.max_positions), "
-                         f"got {cfg.data.block}")  # fmt: skip
+    check_block(cfg.data.block, front)
     return front
 
 
@@ -216,6 +214,7 @@ class TextSplit(Split):
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels: see `read_labelled`; of the embedded text, the areas of
     the library."""
+    _front(cfg)
     parts, classes = _labelled_parts(path)
     tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, default_cache())
     splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))

@@ -13,11 +13,14 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from ...config.fronts import TextFront
+from ..lines import lines_of
 from ..types import DataError
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """ids 0 to 3, as in fairseq/data/dictionary.py"""
 BOS, PAD, EOS = range(3)
+SMALLEST_BLOCK = 4
+"""tokens: <s> a </s> </s> b </s> has as many beside its texts"""
 SMALLEST = len(SPECIALS) + 256
 """a byte-level vocabulary holds every byte"""
 
@@ -50,10 +53,10 @@ def _from_gpt2(folder: Path) -> Tokenizer:
     n + 4), as in the original's checkpoints; without it GPT-2's ids move up by 4."""
     try:
         ids: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = lines_of((folder / "merges.txt").read_bytes())
         pairs = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
         if (folder / "dict.txt").is_file():
-            entries = (folder / "dict.txt").read_text(encoding="utf-8").splitlines()
+            entries = lines_of((folder / "dict.txt").read_bytes())
             order = {line.rsplit(" ", 1)[0]: n for n, line in enumerate(entries, start=len(SPECIALS))}
             absent = [token for token, number in ids.items() if str(number) not in order]
             if absent:
@@ -84,9 +87,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception on a bad file
         raise DataError(f"data: {path}: not a readable tokenizer: {error}") from None
+    return uncut(tokenizer)
+
+
+def uncut(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer without truncation and padding, which `save_pretrained` of transformers writes into its
+    file as the last call had them."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def check_block(block: int, front: TextFront) -> None:
+    """ValueError for a data.block that the model cannot hold, or that the tokens around texts fill."""
+    if not SMALLEST_BLOCK <= block <= front.max_positions:
+        raise ValueError(f"data: data.block must be in {SMALLEST_BLOCK}..{front.max_positions} "
+                         f"(front.max_positions), got {block}")  # fmt: skip
 
 
 def check_vocabulary(tokenizer: Tokenizer, where: str, front: TextFront) -> None:
