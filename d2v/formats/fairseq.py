@@ -7,6 +7,7 @@ models/mae_image_classification.py, models/data2vec_text_classification.py, mode
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTe
     out: dict[str, LazyTensor] = {}
     for key, value in flat(weights).items():
         if not isinstance(value, LazyTensor):
-            raise CheckpointError(f"{path}: {key} must be a tensor, got {value!r}")
+            raise CheckpointError(f"{path}: {key} must be a tensor, got {reprlib.repr(value)}")
         if key.endswith(".alibi_scale") and len(value.size) == 4:
             value = LazyTensor(value.storage, value.offset, (1, *value.size), (0, *value.stride))
         out[key] = value
@@ -127,7 +128,7 @@ def _config_tree(file: PtFile) -> dict[str, Any]:
     root = file.root
     try:
         tree = plain(root.get("cfg") or {"model": root.get("args")})
-    except (RecursionError, KeyError, TypeError) as error:
+    except (RecursionError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file.path}: its cfg is damaged: {error!r}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
         raise CheckpointError(f"{file.path}: no `model` section in its cfg: the architecture is unknown")

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..config.toml import CheckpointError
 from .fairseq_names import defaults
-from .pt_file import Inert
+from .pt_file import LARGEST, Inert
 
 _logger = logging.getLogger("d2v")
 
@@ -151,13 +151,23 @@ class Section:
 
 
 def plain(value: Any) -> Any:
-    """OmegaConf's containers and nodes, a Namespace or dataclass as plain containers; interpolations stay."""
-    if isinstance(value, Inert) and isinstance(value.state, dict):
-        if value.name.startswith("omegaconf."):
-            return plain(value.state["_content" if "_content" in value.state else "_val"])
-        return plain(value.state)
-    if isinstance(value, dict):
-        return {plain(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return value
+    """OmegaConf's containers and nodes, a Namespace or dataclass as plain containers; interpolations stay.
+
+    ValueError for more than `LARGEST` values: what holds a part twice, and that one another, has no end.
+    """
+    left = iter(range(LARGEST))
+
+    def made(value: Any) -> Any:
+        if next(left, None) is None:
+            raise ValueError(f"more than {LARGEST:,} values")
+        if isinstance(value, Inert) and isinstance(value.state, dict):
+            if value.name.startswith("omegaconf."):
+                return made(value.state["_content" if "_content" in value.state else "_val"])
+            return made(value.state)
+        if isinstance(value, dict):
+            return {made(key): made(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [made(item) for item in value]
+        return value
+
+    return made(value)

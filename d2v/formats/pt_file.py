@@ -14,8 +14,10 @@ import io
 import math
 import pickle
 import re
+import reprlib
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -53,6 +55,10 @@ _INERT_PATTERN = re.compile(r"(omegaconf|typing|numpy|fairseq|fairseq_cli|exampl
 """packages all of whose names do: a structured config mentions its dataclasses, enums and annotations, the
 state of a task its dictionaries, meters numpy's scalars (`common.user_dir` imports examples/data2vec as
 data2vec too)"""
+
+
+LARGEST = 100_000
+"""values of a tuple, and of a config: with everything in it, counted as often as it is held"""
 
 
 class Inert:
@@ -133,6 +139,21 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, file: IO[bytes], owner: PtFile) -> None:
         super().__init__(file, encoding="utf-8")
         self.owner = owner
+        self._sizes: dict[int, int] = {}
+
+    def _tuple(self, load: Callable[[_Unpickler], None]) -> None:
+        """A tuple of tuples, each held twice, is short in a file but never done hashing as a key."""
+        load(self)
+        made = self.stack[-1]  # type: ignore[attr-defined]
+        parts = (self._sizes.get(id(item), 1) for item in made if isinstance(item, tuple))
+        self._sizes[id(made)] = size = len(made) + sum(parts)
+        if size > LARGEST:
+            raise CheckpointError(f"{self.owner.path}: a tuple in it has more than {LARGEST:,} values")
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        code[0]: lambda self, load=pickle._Unpickler.dispatch[code[0]]: self._tuple(load)
+        for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3)
+    }
 
     def _refuse(self, name: str) -> CheckpointError:
         return CheckpointError(
@@ -172,7 +193,7 @@ class _Unpickler(pickle._Unpickler):
         kind, dtype, key, _location, numel, *view = pid
         known = kind == "storage" and isinstance(dtype, torch.dtype) and isinstance(key, str)
         if not known or not isinstance(numel, int) or numel < 0 or any(view):
-            raise CheckpointError(f"{self.owner.path}: unknown storage {pid!r}")
+            raise CheckpointError(f"{self.owner.path}: unknown storage {reprlib.repr(pid)}")
         storage = Storage(key, dtype, numel)
         if self.owner.storages.setdefault(key, storage) != storage:
             raise CheckpointError(f"{self.owner.path}: storage {key} has two types or sizes")
@@ -182,7 +203,8 @@ class _Unpickler(pickle._Unpickler):
         """Stands for torch._utils._rebuild_tensor_v2; hooks and requires_grad are dropped."""
         numbers = [offset, *size, *stride]
         if not isinstance(storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
-            raise CheckpointError(f"{self.owner.path}: tensor over {storage!r} with {numbers} is malformed")
+            wrong = f"{reprlib.repr(storage)} with {reprlib.repr(numbers)}"
+            raise CheckpointError(f"{self.owner.path}: tensor over {wrong} is malformed")
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         count = math.prod(size)
         if count > storage.numel or (count and last >= storage.numel):
@@ -245,6 +267,8 @@ class PtFile:
         if len(pickles) != 1:
             raise CheckpointError(f"{self.path}: not a file of torch.save: {len(pickles)} entries data.pkl")
         self._prefix = pickles[0].removesuffix("data.pkl")
+        if self._zip.getinfo(pickles[0]).compress_type != zipfile.ZIP_STORED:
+            raise CheckpointError(f"{self.path}: {pickles[0]} is compressed, which torch.save never does")
         order = f"{self._prefix}byteorder"
         if order in names and self._zip.read(order) != b"little":
             raise CheckpointError(f"{self.path}: written on a big-endian machine")

@@ -112,6 +112,45 @@ def test_forged_streams_do_no_harm(tmp_path, stream):
     assert set(dir(collections.OrderedDict)) == before
 
 
+def _doubled(levels: int = 60) -> list[object]:
+    """Short in a file and in memory, for each list holds the one before it twice."""
+    made: list[object] = []
+    for _ in range(levels):
+        made = [made, made]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("root", "words"),
+    [
+        ({"cfg": {"model": {"x": _doubled()}}, "model": {"modality_encoders.AUDIO.x": torch.zeros(1)}},
+         "its cfg is damaged: ValueError.'more than 100,000 values'"),
+        ({"model": {"x": _doubled()}}, "x must be a tensor, got "),
+        ({"x": _Calls(torch._utils._rebuild_tensor_v2, _doubled(), 0, (1,), (1,))},
+         "tensor over .* is malformed"),
+    ],
+)  # fmt: skip
+def test_what_is_held_twice_does_not_explode(tmp_path, root, words):
+    with pytest.raises(CheckpointError, match=rf"tiny\.pt: {words}"):
+        load_original(tiny(tmp_path, root))
+
+
+def test_keys_that_are_never_done_hashing_are_refused(tmp_path):
+    doubled = b"".join(bytes((*b"q", level, *b"h", level, *b"\x86")) for level in range(60))
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as file:
+        file.writestr("x/data.pkl", b"\x80\x02})" + doubled + b"K\x01s.")
+    with pytest.raises(CheckpointError, match=r"x\.pt: a tuple in it has more than 100,000 values"):
+        load_original(tmp_path / "x.pt")
+
+
+def test_a_compressed_pickle_is_not_unpacked(tmp_path):
+    """It could be of any size."""
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", b"\x80\x02" + b"N0" * 10_000 + b"N.")
+    with pytest.raises(CheckpointError, match=r"x\.pt: x/data\.pkl is compressed"):
+        load_original(tmp_path / "x.pt")
+
+
 def _rewrite(source: Path, target: Path, change) -> Path:
     """Copy a zip, entry by entry through `change(name, bytes) -> bytes | None`."""
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
