@@ -49,6 +49,8 @@ def _print_report(report: Report) -> int:
     print(f"{report.path}: {report.total:,} samples, {len(report.unreadable):,} unreadable")
     for reason, count in report.skipped.items():
         print(f"  skipped {count:,}: {reason}")
+    for note in report.notes:
+        print(f"  {note}")
     for name, value in report.facts.items():
         print(f"  {name}: {value}")
     for name, reason in report.unreadable.items():

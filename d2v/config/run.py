@@ -12,6 +12,8 @@ from .fronts import ImageFront, TextFront, check, check_sizes
 from .model import ModelConfig
 
 WaveNorm = Literal["fairseq", "transformers", "none"]
+MOST_PIXELS = 178_956_970
+"""in a picture that Pillow opens"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class DataConfig:
     mean: tuple[float, ...] | None = None
     """image: per channel; none: ImageNet's for 3 channels, measured on the data otherwise"""
     std: tuple[float, ...] | None = None
+    max_pixels: int = 80_000_000
+    """image: files whose header says more are unreadable, and not decoded (320 MB)"""
     max_seconds: float = 15.6
     """audio: longer utterances are cropped at random"""
     min_seconds: float = 0.5
@@ -103,7 +107,9 @@ class DataConfig:
     on the data"""
 
     def __post_init__(self) -> None:
-        check_sizes(self, "data", batch=100_000_000, prefetch=10_000, block=10_000_000)
+        check_sizes(
+            self, "data", batch=100_000_000, prefetch=10_000, block=10_000_000, max_pixels=MOST_PIXELS
+        )
         check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
         norms = get_args(WaveNorm)
         check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)

@@ -9,7 +9,7 @@ from .toml import flatten, to_dict
 from .tune import FineTuneConfig
 
 OF_MODALITY = {
-    "image": ("crop_scale", "flip", "mean", "std"),
+    "image": ("crop_scale", "flip", "mean", "std", "max_pixels"),
     "audio": ("max_seconds", "min_seconds", "pad", "wave_norm", "bucket_seconds"),
     "text": ("block", "tokenizer"),
 }

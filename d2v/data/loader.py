@@ -54,6 +54,8 @@ class Source(ABC):
         self.meta: dict[str, Any] = {}
         self.normalisation: Normalisation | None = None
         """of pictures"""
+        self.heard: dict[str, str] = {}
+        """what `read` did to samples that a user should hear of -> the first such sample's name"""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -109,6 +111,8 @@ class _Loaded(NamedTuple):
     """None when no sample could be read"""
     unreadable: list[tuple[str, str]]
     """(name, reason)"""
+    heard: dict[str, str]
+    """see `Source`"""
     error: DataError | None = None
     """carried to the main process, where it is raised without a worker's traceback"""
 
@@ -123,7 +127,7 @@ class _Reader(Dataset):
         try:
             return self._load(job)
         except DataError as error:
-            return _Loaded(job, None, [], error)
+            return _Loaded(job, None, [], {}, error)
 
     def _load(self, job: _Job) -> _Loaded:
         source, items, ids, unreadable = self.source, [], [], []
@@ -139,7 +143,7 @@ class _Reader(Dataset):
                 if job.epoch is not None:
                     candidate = source.substitute(index, job.epoch, attempt)
         batch = source.collate(items, np.array(ids, dtype=np.int64), job.epoch) if items else None
-        return _Loaded(job, batch, unreadable)
+        return _Loaded(job, batch, unreadable, dict(source.heard))
 
 
 class _Jobs:
@@ -173,6 +177,7 @@ class Loader(Pipeline):
         self.workers = min(cfg.workers, os.cpu_count() or 1)
         self.prefetch = cfg.prefetch
         self.report = report or Report(source.path, len(source))
+        self._note(source.heard)
         self.meta = source.meta
         self.normalisation = source.normalisation
         self.position = Position()
@@ -259,7 +264,12 @@ class Loader(Pipeline):
                 raise loaded.error
             for name, reason in loaded.unreadable:
                 self.report.add_unreadable(name, reason)
+            self._note(loaded.heard)
             yield loaded
+
+    def _note(self, heard: dict[str, str]) -> None:
+        for what, name in heard.items():
+            self.report.add_note(what, name)
 
 
 @contextmanager

@@ -95,6 +95,11 @@ class Report:
     notes: list[str] = field(default_factory=list)
     """what was done to samples that a user should hear of once"""
 
+    def add_note(self, what: str, name: str) -> None:
+        """Note what was done to samples, once, and the first of them."""
+        if not any(note.startswith(f"{what}: ") for note in self.notes):
+            self.notes.append(f"{what}: the first is {name}")
+
     def add_unreadable(self, name: str, reason: str) -> None:
         """Count one unreadable sample; more than 1% of the data set raises `DataError` with the list."""
         self.unreadable[name] = reason

@@ -135,7 +135,7 @@ class Run(ABC, Generic[P]):
     ) -> None:
         """place: where the run stands: the start, or what `checkpoint` says, which `learner` has loaded."""
         self.cfg, self.out, self.device, self.pipeline, self.place = cfg, out, device, pipeline, place
-        self._learner, self._do_step, self._named = learner, step, 0
+        self._learner, self._do_step, self._named, self._noted = learner, step, 0, 0
         self._saved = None if checkpoint is None or place.unscored else checkpoint.step
         if self.too_bad:
             place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
@@ -183,7 +183,7 @@ class Run(ABC, Generic[P]):
         began, train, place = time.perf_counter(), self.cfg.train, self.place
         unheard = profiler.check(place.step, train.steps)
         with StopRequest() as request, self.progress() as progress, profiler:
-            for line in (*self.opening(), *self.pipeline.report.notes):
+            for line in self.opening():
                 progress.say(line)
             self._name_unreadable(progress)
             if unheard is not None:
@@ -282,7 +282,11 @@ class Run(ABC, Generic[P]):
             raise
 
     def _name_unreadable(self, progress: Progress) -> None:
-        """Say once which samples cannot be read; data.json lists them all."""
+        """Say once which samples cannot be read, of which data.json lists all, and what is done to others."""
+        notes = self.pipeline.report.notes
+        for line in notes[self._noted :]:
+            progress.say(line)
+        self._noted = len(notes)
         unreadable = self.pipeline.report.unreadable
         for name in list(unreadable)[self._named : MOST_NAMED]:
             progress.say(f"warning: {name} cannot be read, it is left out: {unreadable[name]}")

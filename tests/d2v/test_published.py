@@ -57,7 +57,7 @@ OURS = {
     "optim.stages": "of another schedule",
     "optim.end_scale": "of another schedule",
     "optim.power": "of another schedule",
-    "data.workers": "speed", "data.prefetch": "speed",
+    "data.workers": "speed", "data.prefetch": "speed", "data.max_pixels": "safety",
     "data.tokenizer": "a path", "data.bucket_seconds": "0: as there, any length",
     "train.backend": "speed", "train.device": "speed", "train.compile": "speed", "train.cuda_graph": "speed",
     "train.micro_batch": "memory",

@@ -34,7 +34,7 @@ class AugmentedImages(Source):
                 "finetune: augment.rand_ops must be 0 for float pictures, whose range is unknown"
             )
         self.source, self.augment = source, augment
-        self.meta, self.normalisation = source.meta, source.normalisation
+        self.meta, self.normalisation, self.heard = source.meta, source.normalisation, source.heard
 
     def __len__(self) -> int:
         return len(self.source)

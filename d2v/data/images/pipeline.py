@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from ...config.run import Config
 from ..embedded import digits
 from ..loader import Loader
 from ..splits import divide, named_parts
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
-from .source import BROKEN, ImageSource
+from .source import ImageSource
 from .store import ArrayStore, Store, Subset, open_store, read_npz
 
 RAW_SIDE = 32
@@ -127,25 +126,28 @@ def check_data(path: str, cfg: Config) -> Report:
     store: Store = _digits("train") if path == "digits" else open_store(Path(path))
     source = ImageSource(path, store, cfg)
 
-    def look(index: int) -> str | DataError | Unreadable:
+    def look(index: int) -> tuple[str, list[str]] | str:
+        """The size and what is done to the picture, or why it cannot be read."""
         try:
-            picture = store.load(index)
-            size = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
-            source.read(index, None)
+            return source.look(index)
         except (DataError, Unreadable) as error:
-            return error
-        except BROKEN as error:
-            return Unreadable(str(error))
-        return f"{size[0]}x{size[1]}"
+            return str(error)
 
     report = Report(path, len(store))
     sizes: Counter[str] = Counter()
+    treated: dict[str, list[int]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for index, found in enumerate(pool.map(look, range(len(store)))):
             if isinstance(found, str):
-                sizes[found] += 1
-            else:
-                report.unreadable[store.name(index)] = str(found)
+                report.unreadable[store.name(index)] = found
+                continue
+            sizes[found[0]] += 1
+            for what in found[1]:
+                treated.setdefault(what, []).append(index)
+    report.notes += [
+        f"{len(some):,} of {len(store):,} pictures are {what}: the first is {store.name(some[0])}"
+        for what, some in treated.items()
+    ]
     report.facts = {"sizes (width x height)": dict(sizes.most_common(20)), "channels": source.front.channels}
     if store.labels is None:
         report.facts["labels"] = f"none: {store.unlabelled}"

@@ -6,7 +6,7 @@ training size; a smaller cut stays as it is and is padded to the training size b
 what leaves a worker is uint8, of one size, and never larger than needed. The device then does the rest
 for the whole batch: enlarge the cuts that were small (bicubic), flip, normalise. Cut, antialiased
 shrinking and bicubic enlargement together are torchvision's RandomResizedCrop with bicubic interpolation.
-EXIF rotation is not applied, as in the original.
+What is a picture's content before that (which way up, its colours, transparency) says `eval_picture.upright`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ...config.run import Config, DataConfig
 from ..loader import AUGMENT, Source, generator
 from ..normalisation import IMAGENET, Normalisation, checked, given
 from ..types import Batch, DataError, Unreadable
-from .eval_picture import Box, WrongChannels, as_mode, cut_array, eval_picture
+from .eval_picture import Box, WrongChannels, cut_array, eval_picture, orientation, reason, upright
 from .store import Store, Subset
 
 MEASURED = 1_000
@@ -32,8 +32,13 @@ MEASURED = 1_000
 RATIO = (3 / 4, 4 / 3)
 """width over height of a crop box, as in torchvision"""
 
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""what Pillow raises on a damaged file"""
+BROKEN = (OSError, ValueError, MemoryError)
+"""one file's problem; of all that Pillow raises `store.opened` and `eval_picture.upright` make ValueErrors"""
+
+_DRAFTED = ("JPEG", "MPO")
+
+Item = tuple[np.ndarray, int, int, bool]
+"""pixels [H,W,C], of which the first (h, w) are content, h, w, and whether to flip"""
 
 
 def crop_box(rng: np.random.Generator, height: int, width: int, scale: tuple[float, float]) -> Box:
@@ -64,6 +69,7 @@ class ImageSource(Source):
         self.store = store
         self.front = cfg.model.front
         self.scale, self.flip = cfg.data.crop_scale, cfg.data.flip
+        self.max_pixels = cfg.data.max_pixels
 
     def prepare(self, cfg: DataConfig) -> ImageSource:
         """Refuse a wrong channel count before anything runs, and settle how pictures are normalised."""
@@ -89,51 +95,84 @@ class ImageSource(Source):
     def name(self, index: int) -> str:
         return self.store.name(index)
 
-    def read(self, index: int, epoch: int | None) -> tuple[np.ndarray, int, int, bool]:
-        """Pixels [H,W,C], of which the first (h, w) are content, h, w, and whether to flip."""
+    def read(self, index: int, epoch: int | None) -> Item:
+        item, _, done = self._read(index, epoch)
+        for what in done:
+            self.heard.setdefault(f"pictures {what}", self.name(index))
+        return item
+
+    def look(self, index: int) -> tuple[str, list[str]]:
+        """Width x height as stored, and what is done to the picture, in words. Raises as `read`."""
+        _, size, done = self._read(index, None)
+        return size, done
+
+    def _read(self, index: int, epoch: int | None) -> tuple[Item, str, list[str]]:
+        done: list[str] = []
         try:
-            picture = self.store.load(index)
-            front = self.front
-            if epoch is None:
-                whole = eval_picture(picture, front.height, front.width, front.channels)
-                return whole, front.height, front.width, False
-            height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
-            rng = generator(self.seed, AUGMENT, epoch, index)
-            box = crop_box(rng, height, width, self.scale)
-            flip = self.flip and bool(rng.integers(2))
-            return *self._cut(picture, box), flip
+            picture = self._load(index)
+            width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+            return self._cut(picture, index, epoch, done), f"{width}x{height}", done
         except WrongChannels as error:
             raise DataError(
                 f"data: {self.name(index)} has {error.got} channels, front.channels is {error.wanted}"
             ) from None
         except BROKEN as error:
-            raise Unreadable(str(error) or type(error).__name__) from None
+            raise Unreadable(reason(error)) from None
 
-    def _cut(self, picture: Image.Image | np.ndarray, box: Box) -> tuple[np.ndarray, int, int]:
-        """The box, shrunk where larger than the training size, padded where smaller; its height and width."""
+    def _load(self, index: int) -> Image.Image | np.ndarray:
+        """As `Store.load`, not yet decoded. ValueError where that would be too large, by its header."""
+        picture = self.store.load(index)
+        if isinstance(picture, Image.Image) and math.prod(picture.size) > self.max_pixels:
+            width, height = picture.size
+            raise ValueError(
+                f"{width:,} x {height:,} pixels are more than data.max_pixels, {self.max_pixels:,}"
+            )
+        return picture
+
+    def _cut(self, picture: Image.Image | np.ndarray, index: int, epoch: int | None, done: list[str]) -> Item:
+        """done: what was done to the picture, as in `eval_picture.upright`."""
         front = self.front
+        if epoch is None:
+            whole = eval_picture(picture, front.height, front.width, front.channels, done)
+            return whole, front.height, front.width, False
+        turned = False
+        if isinstance(picture, np.ndarray):
+            height, width = picture.shape[:2]
+        elif picture.format in _DRAFTED:
+            turned = orientation(picture) > 4
+            height, width = picture.size if turned else picture.size[::-1]
+        else:
+            picture = upright(picture, front.channels, done)
+            height, width = picture.size[::-1]
+        rng = generator(self.seed, AUGMENT, epoch, index)
+        box = crop_box(rng, height, width, self.scale)
+        flip = self.flip and bool(rng.integers(2))
         h, w = min(box[3] - box[1], front.height), min(box[2] - box[0], front.width)
         if isinstance(picture, np.ndarray):
-            pixels = cut_array(picture, box, h, w, front.channels)
-        else:
-            # a JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the work where that is still large enough
-            full = picture.size
-            picture.draft(None, (-(-full[0] * w // (box[2] - box[0])), -(-full[1] * h // (box[3] - box[1]))))
-            sx, sy = picture.size[0] / full[0], picture.size[1] / full[1]
-            scaled = (box[0] * sx, box[1] * sy, box[2] * sx, box[3] * sy)
-            cut = as_mode(picture, front.channels).resize((w, h), Image.Resampling.BICUBIC, box=scaled)
-            pixels = np.asarray(cut).reshape(h, w, front.channels)
-        if (h, w) != (front.height, front.width):
-            canvas = np.empty((front.height, front.width, front.channels), dtype=pixels.dtype)
-            canvas[:h, :w] = pixels
-            canvas[:h, w:] = pixels[:, -1:]
-            canvas[h:] = canvas[h - 1]
-            pixels = canvas
-        return pixels, h, w
+            return *self._padded(cut_array(picture, box, h, w, front.channels, done)), flip
+        scale = 1.0
+        if picture.format in _DRAFTED:
+            # decoded at 1/2, 1/4 or 1/8 for a fraction of the work where that is still large enough
+            enough = -(-width * w // (box[2] - box[0])), -(-height * h // (box[3] - box[1]))
+            drafted = picture.draft(None, enough[::-1] if turned else enough)
+            scale = 1.0 if drafted is None else drafted[1][2] / (height if turned else width)
+            picture = upright(picture, front.channels, done)
+        scaled = (box[0] * scale, box[1] * scale, box[2] * scale, box[3] * scale)
+        cut = picture.resize((w, h), Image.Resampling.BICUBIC, box=scaled)
+        return *self._padded(np.asarray(cut).reshape(h, w, front.channels)), flip
 
-    def collate(
-        self, items: list[tuple[np.ndarray, int, int, bool]], ids: np.ndarray, epoch: int | None
-    ) -> Batch:
+    def _padded(self, pixels: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """A cut [h,w,C] at the training size, its edge repeated; h and w."""
+        front, (h, w) = self.front, pixels.shape[:2]
+        if (h, w) == (front.height, front.width):
+            return pixels, h, w
+        canvas = np.empty((front.height, front.width, front.channels), dtype=pixels.dtype)
+        canvas[:h, :w] = pixels
+        canvas[:h, w:] = pixels[:, -1:]
+        canvas[h:] = canvas[h - 1]
+        return canvas, h, w
+
+    def collate(self, items: list[Item], ids: np.ndarray, epoch: int | None) -> Batch:
         """source [B,C,H,W] as stored (uint8 or float); extra: content size [B,2] (h, w) and flip [B]."""
         pixels = torch.from_numpy(np.stack([item[0] for item in items])).permute(0, 3, 1, 2).contiguous()
         if epoch is None:

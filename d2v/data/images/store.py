@@ -7,8 +7,11 @@ touched) or as an array, and knows names and labels. What is done with the pixel
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
 import tarfile
+import warnings
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,12 +19,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, UnidentifiedImageError
 
 from ..loader import number_classes
 from ..types import DataError
+from .eval_picture import Damaged, reason
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff"))
+
+MOST_BYTES = 1 << 30
+"""in a file of one picture"""
+DEFLATED = 1_032
+"""the most bytes that one byte of a .npz can hold"""
+_FROM_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+def opened(path: str | int, offset: int = 0, size: int | None = None) -> Image.Image:
+    """The picture in a file, or in `size` bytes from `offset` of it, of which only the header is read.
+
+    path: its name, or an open file's descriptor. What Pillow warns of (odd metadata, sizes) is not said.
+    Raises OSError, Damaged.
+    """
+    descriptor = os.open(path, os.O_RDONLY) if isinstance(path, str) else path
+    try:
+        size = os.fstat(descriptor).st_size if size is None else size
+        if size > MOST_BYTES:
+            raise Damaged(f"{size:,} bytes are too many for a picture, more than {MOST_BYTES:,}")
+        data = os.pread(descriptor, size, offset)
+    finally:
+        if isinstance(path, str):
+            os.close(descriptor)
+    if not data:
+        raise Damaged("the file is empty")
+    if _FROM_PILLOW not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_FROM_PILLOW[3].pattern)
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise Damaged("not a picture in a format that Pillow reads") from None
+    except Exception as error:  # see `eval_picture.upright`
+        raise Damaged(reason(error)) from None
 
 
 class Store(ABC):
@@ -71,8 +109,7 @@ class FolderStore(Store):
         return str(self.root / self.files[index])
 
     def load(self, index: int) -> Image.Image:
-        with open(self.name(index), "rb") as file:
-            return Image.open(io.BytesIO(file.read()))
+        return opened(self.name(index))
 
 
 class TarStore(Store):
@@ -118,11 +155,11 @@ class TarStore(Store):
         shard, _, offset, size = self.members[index]
         if shard not in self._open:
             self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return Image.open(io.BytesIO(os.pread(self._open[shard], size, offset)))
+        return opened(self._open[shard], offset, size)
 
 
 class ArrayStore(Store):
-    """Pictures of one size in memory: images [n,h,w] or [n,h,w,C], uint8 or float."""
+    """Pictures of one size in memory that processes share: images [n,h,w] or [n,h,w,C], uint8 or float."""
 
     def __init__(self, where: str, images: np.ndarray, labels: np.ndarray | None = None) -> None:
         """where: what to call the array to a user."""
@@ -136,9 +173,22 @@ class ArrayStore(Store):
             raise DataError(f"data: {where}: labels must have shape ({len(images)},), got {labels.shape}")
         self.where = where
         self.floating = images.dtype != np.uint8
-        self.images = images.astype(np.float32, copy=False) if self.floating else images
+        with np.errstate(over="ignore"):  # what becomes inf is unreadable, picture by picture
+            self.images = images.astype(np.float32, copy=False) if self.floating else images
+        self._shared: torch.Tensor | None = None
         if labels is not None:
             self.classes, self.labels = number_classes([str(label) for label in labels.tolist()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A tensor in shared memory goes to each process as a handle, where an array would be copied."""
+        if self._shared is None:
+            self._shared = torch.from_numpy(np.require(self.images, requirements=["C", "W"])).share_memory_()
+            self.images = self._shared.numpy()
+        return {**self.__dict__, "images": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.images = state["_shared"].numpy()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -157,26 +207,44 @@ def read_npz(path: Path, prefix: str = "") -> ArrayStore | None:
     Without any name ending in "images", the only array of at least 3 dimensions is taken.
     """
     try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+            shapes = {name: _shape(archive, name, path) for name in names}
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            names = list(arrays)
             wanted = prefix + "images"
-            if wanted not in names and not prefix and not any(n.endswith("images") for n in names):
-                large = [n for n in names if arrays[n].ndim >= 3]
+            if wanted not in shapes and not prefix and not any(n.endswith("images") for n in shapes):
+                large = [name for name, shape in shapes.items() if len(shape) >= 3]
                 if len(large) != 1:
                     raise DataError(
-                        f"data: {path}: needs an array called images, has {', '.join(names) or 'nothing'}"
+                        f"data: {path}: needs an array called images, has {', '.join(shapes) or 'nothing'}"
                     )
                 wanted = large[0]
-            if wanted not in names:
+            if wanted not in shapes:
                 return None
-            labels = arrays[prefix + "labels"] if prefix + "labels" in names else None
+            labels = arrays[prefix + "labels"] if prefix + "labels" in shapes else None
             store = ArrayStore(f"{path}:{wanted}", arrays[wanted], labels)
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"data: {path}: not a readable .npz: {error}") from None
+    except Exception as error:  # of zipfile, zlib, struct and NumPy's parser, on whatever the file is
+        raise DataError(f"data: {path}: not a readable .npz: {reason(error)}") from None
     store.unlabelled = f"{path} has no array called {prefix}labels"
     return store
+
+
+def _shape(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[int, ...]:
+    """Of an array that is as large as its header says; else ValueError, before any of it is allocated."""
+    info = archive.getinfo(name if name in archive.namelist() else f"{name}.npy")
+    if info.compress_size > path.stat().st_size or info.file_size > DEFLATED * max(1, info.compress_size):
+        raise ValueError(f"{name} is not as large as the archive says")
+    with archive.open(info) as file:
+        version = np.lib.format.read_magic(file)
+        form = np.lib.format
+        read = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
+        shape, _, dtype = read(file)
+        held = info.file_size - file.tell()
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != held:
+        raise ValueError(f"{name} has {held:,} bytes, not those of shape {shape}")
+    return shape
 
 
 class Subset(Store):

@@ -1,8 +1,8 @@
 """Pictures for data2vec 2.0 encoders in Hugging Face transformers, exactly as `d2v eval` reads them.
 
 The shorter side becomes 256/224 of the model's, bicubic with antialiasing, and the centre is cut out, both in
-one resampling; a picture that has the model's size already is taken whole. Grey, palette and CMYK become RGB,
-alpha is dropped. EXIF rotation is not applied.
+one resampling; a picture that has the model's size already is taken whole. Before that it is turned upright
+by its EXIF orientation, put on white where it is transparent, and made RGB, or grey for one channel.
 """
 
 import numpy as np
@@ -34,7 +34,8 @@ class Data2Vec2ImageProcessor(BaseImageProcessor):
 
         images: one or several Pillow images, arrays or tensors [h,w], [h,w,C] or [C,h,w], uint8 or float;
         floats are not rescaled. input_data_format: "channels_first" or "channels_last", where the shape does
-        not tell. Raises ValueError for a picture whose colours do not fit the model's channels.
+        not tell. Raises ValueError for a picture with another number of channels that is not to be converted,
+        and for one with NaN or inf.
         """
         several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
         values = [self._values(image, input_data_format) for image in (images if several else [images])]
@@ -42,24 +43,13 @@ class Data2Vec2ImageProcessor(BaseImageProcessor):
 
     def _values(self, image, layout):
         channels = len(self.image_mean)
-        if isinstance(image, Image.Image):
-            picture = grey_again(image) if channels == 1 else image
-        else:
-            picture = channels_last(image, channels, layout)
+        picture = image if isinstance(image, Image.Image) else channels_last(image, channels, layout)
         pixels = eval_picture(picture, self.size["height"], self.size["width"], channels)
         x = torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()
         if pixels.dtype == np.uint8:
             x = x / 255
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.image_mean, self.image_std))
         return ((x - mean) / std).numpy()
-
-
-def grey_again(image):
-    """What a pipeline of transformers made RGB of grey; any other picture as it is."""
-    if image.mode != "RGB":
-        return image
-    red, green, blue = image.split()
-    return red if red.tobytes() == green.tobytes() == blue.tobytes() else image
 
 
 def channels_last(image, channels, layout):
@@ -75,6 +65,8 @@ def channels_last(image, channels, layout):
     if pixels.ndim != 3:
         raise ValueError(f"images must be [h,w], [h,w,C] or [C,h,w], got shape {pixels.shape}")
     if layout is None:
-        fits = [pixels.shape[0] == channels, pixels.shape[2] == channels]
+        ends = pixels.shape[0], pixels.shape[2]
+        known = (1, 3) if channels in (1, 3) and channels not in ends else (channels,)
+        fits = [end in known for end in ends]
         layout = "channels_first" if fits[0] and (first or not fits[1]) else "channels_last"
     return pixels.transpose(1, 2, 0) if str(getattr(layout, "value", layout)) == "channels_first" else pixels
