@@ -12,7 +12,7 @@ from tyro.conf import arg
 from ..config.run import DataConfig, OptimConfig
 from ..config.tune import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
 from ..config.unread import refuse_unread, unread_in_finetuning
-from .parse import Backends, Model, UsageError, join_backends, leading, parse, shared, value_of
+from .parse import Backends, Model, UsageError, join_backends, leading, parse, refuse_idle, shared, value_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +92,12 @@ def finetune(arguments: Sequence[str]) -> int:
     cfg = dataclasses.replace(
         chosen.on(name, opened[1].model), data_limit=given.data_limit, vocabulary=given.vocabulary
     )
-    refuse_unread("finetune", cfg, base_cfg, unread_in_finetuning(cfg))
-
     from ..evaluate.scores import evaluate as score
+    from ..model import Pretraining
+
+    unread = unread_in_finetuning(cfg, ours=isinstance(opened[0], Pretraining))
+    refuse_unread("finetune", cfg, base_cfg, unread)
+
     from ..train.finetune import run_finetune
 
     result = run_finetune(
@@ -128,6 +131,8 @@ class EvalOptions:
 def evaluate(arguments: Sequence[str]) -> int:
     """See `EvalOptions`."""
     given = parse(EvalOptions, join_backends(arguments, "--backend"), "eval")
+    if given.lm is None:
+        refuse_idle("eval", given, dict.fromkeys(("lm_weight", "word_bonus"), "without --lm"))
 
     from ..evaluate.scores import run_eval
 

@@ -75,6 +75,14 @@ def shared(source: Any, target: Any) -> dict[str, Any]:
     return {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name in names}
 
 
+def refuse_idle(command: str, given: Any, unread: dict[str, str]) -> None:
+    """UsageError for an option that is given and not read. unread: its field -> why."""
+    defaults = {f.name: f.default for f in dataclasses.fields(given)}
+    for name, reason in unread.items():
+        if getattr(given, name) != defaults[name]:
+            raise UsageError(f"d2v {command}: --{name.replace('_', '-')} has no effect {reason}")
+
+
 def value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """The value of `flag`, which decides the defaults that the others are parsed with."""
     for place, argument in enumerate(arguments):

@@ -12,7 +12,7 @@ from tyro.conf import arg
 from ..config.model import Objective
 from ..config.run import Config, DataConfig, OptimConfig, ProbeConfig, TrainConfig
 from ..config.unread import refuse_unread, unread_in_race
-from .parse import UsageError, join_backends, leading_preset, parse, shared
+from .parse import UsageError, join_backends, leading_preset, parse, refuse_idle, shared
 
 RIVALS: dict[str, tuple[Objective, ...]] = {
     "image": ("data2vec2", "data2vec1", "mae"),
@@ -63,6 +63,8 @@ def read(arguments: Sequence[str]) -> tuple[RaceOptions, Config]:
         raise UsageError(f"d2v race: {'--data PATH' if given.path is None else '--out DIR'} is missing")
     cfg = dataclasses.replace(base, **shared(given, base))
     refuse_unread("race", cfg, base, unread_in_race(cfg))
+    if len(set(given.lr_scales)) == 1:
+        refuse_idle("race", given, {"search_minutes": "with one of --lr-scales: nothing is searched"})
     return given, cfg
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..config.presets import PRESETS, preset
-from .parse import DataPath, Model, parse
+from .parse import DataPath, Model, parse, refuse_idle
 
 if TYPE_CHECKING:
     from ..data.types import Report
@@ -35,6 +35,8 @@ class CheckOptions:
 def check(arguments: Sequence[str]) -> int:
     """See `CheckOptions`."""
     given = parse(CheckOptions, arguments, "check")
+    if given.preset is not None:
+        refuse_idle("check", given, {"modality": "with --preset"})
     embedded = {"digits": "image_tiny", "speech": "audio_tiny", "text": "text_tiny"}
     from ..data.open import check_data, guess_modality
 

@@ -12,9 +12,19 @@ from tyro.conf import arg
 from ..config.model import ModelConfig, Objective
 from ..config.objectives import for_objective
 from ..config.run import Config, DataConfig, EMAConfig, OptimConfig, ProbeConfig, TrainConfig
-from ..config.unread import refuse_unread, unread_in_pretraining
+from ..config.unread import refuse_unread, unread_in_pretraining, unread_in_profile
 from ..train.capture import parse_steps
-from .parse import Backends, UsageError, join_backends, leading, leading_preset, parse, shared, value_of
+from .parse import (
+    Backends,
+    UsageError,
+    join_backends,
+    leading,
+    leading_preset,
+    parse,
+    refuse_idle,
+    shared,
+    value_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +84,8 @@ def train(arguments: Sequence[str]) -> int:
     if given.path is None or out is None:
         raise UsageError(f"d2v train: {'--data PATH' if given.path is None else '--out RUN'} is missing")
     refuse_unread("train", cfg, base, unread_in_pretraining(cfg))
+    if given.profile is None:
+        refuse_idle("train", given, {"profile_steps": "without --profile"})
     captured = parse_steps(given.profile_steps) if given.profile else None
 
     from ..evaluate.online_probe import OnlineProbe
@@ -131,7 +143,12 @@ def profile(arguments: Sequence[str]) -> int:
     command, base, rest = leading_preset("profile", arguments)
     defaults = ProfileOptions(**shared(base, ProfileOptions))
     given = parse(ProfileOptions, join_backends(rest, "--backend"), command, defaults)
-    cfg = _with_modes(given, dataclasses.replace(base, **shared(given, base)))
+    cfg = dataclasses.replace(base, **shared(given, base))
+    asked = {"data.batch": given.batch, "train.precision": given.precision, "train.backend": given.backend}
+    short = tuple(name for name, value in asked.items() if value is not None)
+    unread = unread_in_profile(cfg, on_data=given.path is not None, short=short)
+    refuse_unread("profile", cfg, base, unread)
+    cfg = _with_modes(given, cfg)
     if given.precision is not None:
         cfg = dataclasses.replace(cfg, train=dataclasses.replace(cfg.train, precision=given.precision))
 

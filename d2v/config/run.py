@@ -212,7 +212,7 @@ class Config:
             return front.channels, front.height, front.width
         if isinstance(front, TextFront):
             return (self.data.block,)
-        return (round(self.data.max_seconds * front.sample_rate),)
+        return (int(self.data.max_seconds * front.sample_rate),)
 
     @property
     def sample_units(self) -> float:

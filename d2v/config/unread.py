@@ -1,12 +1,19 @@
-"""Settings that a command does not read: what sets one of them is refused instead of having no effect."""
+"""Settings that a command does not read: what sets one of them is refused instead of having no effect.
+
+Each `unread_in_...` gives the setting, or the section with a dot at its end, and why it is not read.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
-from .run import Config
+from .fronts import Modality, TextFront
+from .model import ModelConfig
+from .run import Config, DataConfig, OptimConfig
 from .toml import flatten, to_dict
-from .tune import FineTuneConfig
+from .tune import AugmentConfig, DropConfig, FineTuneConfig
 
 OF_MODALITY = {
     "image": ("crop_scale", "flip", "mean", "std", "max_pixels"),
@@ -14,61 +21,133 @@ OF_MODALITY = {
     "text": ("block", "tokenizer"),
 }
 """fields of `data` that one modality alone reads"""
+OF_SCHEDULE = {
+    "cosine": ("warmup", "min_lr"),
+    "tri_stage": ("stages", "end_scale"),
+    "polynomial": ("warmup", "min_lr", "power"),
+    "constant": ("warmup",),
+}
+"""fields of `optim` that a schedule reads; no other one reads what stands in none of them"""
 NAMES = {"image": "pictures", "audio": "speech", "text": "text"}
-RACE = (
+OF_RUNS = (
     "train.save_every", "train.keep", "train.log_every", "train.max_bad_steps", "train.min_rank",
-    "train.min_variance", "train.alarm_after", "probe.every", "probe.layers",
+    "train.min_variance", "train.alarm_after",
 )  # fmt: skip
-"""a race writes no checkpoints and no metrics, and probes all blocks as often as --evaluations says"""
+"""what saves, says and watches: a race and a profile do without"""
+Unread = dict[str, str]
 
 
-def _data(modality: str) -> dict[str, str]:
-    return {
-        f"data.{field}": f"{NAMES[modality]}: {NAMES[other]} alone read it"
-        for other, fields in OF_MODALITY.items()
-        if other != modality
-        for field in fields
-    }
-
-
-def unread_in_pretraining(cfg: Config) -> dict[str, str]:
-    """Setting, or section with a dot at its end -> for what it is not read."""
-    found, objective = _data(cfg.model.modality), cfg.model.objective
-    if objective != "data2vec2":
-        found["model.decoder."] = f"objective {objective}"
-    if objective != "mae":
-        found["model.mae."] = f"objective {objective}"
-    if objective in ("mae", "mlm"):
-        found |= dict.fromkeys(("ema.", "model.target."), f"objective {objective}, which has no teacher")
+def unread_in_pretraining(cfg: Config) -> Unread:
+    """Of `d2v train`."""
+    found = _model(cfg.model) | _data(cfg.data, cfg.model.modality) | _schedule(cfg.optim)
     if not cfg.probe.every:
-        found |= dict.fromkeys(("probe.data", "probe.rows", "probe.layers"), "--probe.every 0")
+        found |= _each("probe.", ("data", "rows", "layers"), "with --probe.every 0")
     return found
 
 
-def unread_in_race(cfg: Config) -> dict[str, str]:
-    """As `unread_in_pretraining`."""
-    return {**_data(cfg.model.modality), **dict.fromkeys(RACE, "a race")}
+def unread_in_race(cfg: Config) -> Unread:
+    """Of `d2v race`, which has its own seeds, writes no checkpoints and no metrics, and probes all blocks as
+    often as --evaluations says."""
+    found = _data(cfg.data, cfg.model.modality) | _schedule(cfg.optim)
+    return found | dict.fromkeys((*OF_RUNS, "train.seed", "probe.every", "probe.layers"), "in a race")
 
 
-def unread_in_finetuning(cfg: FineTuneConfig) -> dict[str, str]:
-    """As `unread_in_pretraining`."""
-    task, modality = cfg.head.task, cfg.model.modality
-    found = {**_data(modality), "data.tokenizer": "fine-tuning, which takes the encoder's"}
-    if task != "ctc":
-        found |= {"span.": f"task {task}", "vocabulary": f"task {task}"}
+def unread_in_profile(cfg: Config, *, on_data: bool, short: tuple[str, ...] = ()) -> Unread:
+    """Of `d2v profile`. on_data: whether --data is given. short: settings that have their own flag, given."""
+    found = _model(cfg.model) | _schedule(cfg.optim) | dict.fromkeys(OF_RUNS, "in a profile")
+    if on_data:
+        found |= _data(cfg.data, cfg.model.modality)
     else:
-        found["data.pad"] = "task ctc, which always pads"
+        sizes = {"batch", {"image": "batch", "audio": "max_seconds", "text": "block"}[cfg.model.modality]}
+        found |= _each("data.", _names(DataConfig) - sizes, "without --data")
+    return found | {name: f"with --{name.partition('.')[2]}" for name in short}
+
+
+def unread_in_finetuning(cfg: FineTuneConfig, *, ours: bool = True) -> Unread:
+    """Of `d2v finetune`. ours: whether the encoder is one of ours, not of transformers."""
+    task, modality = cfg.head.task, cfg.model.modality
+    found = _data(cfg.data, modality) | _schedule(cfg.optim)
+    found["data.tokenizer"] = "for fine-tuning, which takes the encoder's"
+    if task != "ctc":
+        found |= dict.fromkeys(("span.", "vocabulary"), f"for task {task}")
+    else:
+        found["data.pad"] = "for task ctc, which always pads"
+        found |= {f"span.{name}_length": f"with --span.{name}-prob 0"
+                  for name in ("time", "channel") if not getattr(cfg.span, f"{name}_prob")}  # fmt: skip
     if task != "sentence":
-        found["glue"] = f"task {task}"
-    if modality != "image":
-        fields = [name for name in to_dict(cfg.augment) if name != "label_smoothing"]
-        found |= dict.fromkeys((f"augment.{name}" for name in fields), NAMES[modality])
-    if task == "ctc" or cfg.head.regression:
-        found["augment.label_smoothing"] = f"task {task}" if task == "ctc" else "numbers as labels"
+        found |= dict.fromkeys(("glue", "drop.head"), f"for task {task}")
+    if not ours:
+        reason = "for a model of transformers, whose dropouts are its own"
+        found |= _each("drop.", _names(DropConfig) - {"head"}, reason)
+    return found | _augment(cfg.augment, task, modality, numbers=cfg.head.regression)
+
+
+def _names(section: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(section)}
+
+
+def _each(section: str, names: Iterable[str], reason: str) -> Unread:
+    return dict.fromkeys((f"{section}{name}" for name in names), reason)
+
+
+def _data(data: DataConfig, modality: Modality) -> Unread:
+    found: Unread = {}
+    for other, fields in OF_MODALITY.items():
+        if other != modality:
+            found |= _each("data.", fields, f"for {NAMES[modality]}: {NAMES[other]} alone read it")
+    if not data.workers:
+        found["data.prefetch"] = "with --data.workers 0"
     return found
 
 
-def refuse_unread(command: str, given: Any, base: Any, unread: dict[str, str]) -> None:
+def _schedule(optim: OptimConfig) -> Unread:
+    known = {name for fields in OF_SCHEDULE.values() for name in fields}
+    unread = known - set(OF_SCHEDULE[optim.schedule])
+    return _each("optim.", unread, f"with --optim.schedule {optim.schedule}")
+
+
+def _model(cfg: ModelConfig) -> Unread:
+    found: Unread = {}
+    objective, front = cfg.objective, cfg.front
+    if objective != "data2vec2":
+        found["model.decoder."] = f"for objective {objective}"
+    elif cfg.decoder.projection_layers == 1:
+        found["model.decoder.projection_ratio"] = "with --model.decoder.projection-layers 1"
+    if objective != "mae":
+        found["model.mae."] = f"for objective {objective}"
+    if objective in ("mae", "mlm"):
+        fields = ("ema.", "model.target.", "model.ema_encoder_only", "model.loss_beta", "model.loss_scale")
+        found |= dict.fromkeys(fields, f"for objective {objective}, which has no teacher")
+    if cfg.mask_kind == "random":
+        found |= _each("model.mask.", ("length", "adjust"), "for random masks")
+    if not cfg.cls_loss:
+        found["model.cls_rows"] = "with --model.cls-loss 0"
+    if isinstance(front, TextFront):
+        if objective not in ("data2vec1", "mlm"):
+            found["model.front.mask_id"] = f"for objective {objective}"
+        if not cfg.prenet_depth:
+            found["model.prenet_dropout"] = "for text with --model.prenet-depth 0"
+    return found
+
+
+def _augment(augment: AugmentConfig, task: str, modality: Modality, *, numbers: bool) -> Unread:
+    found: Unread = {}
+    if modality != "image":
+        found |= _each("augment.", _names(AugmentConfig) - {"label_smoothing"}, f"for {NAMES[modality]}")
+        if task == "ctc" or numbers:
+            found["augment.label_smoothing"] = f"for {'task ctc' if task == 'ctc' else 'numbers as labels'}"
+        return found
+    if not augment.rand_ops:
+        found["augment.rand_magnitude"] = "with --augment.rand-ops 0"
+    if not (augment.mixup or augment.cutmix):
+        fields = ("mix_probability", "mix_switch", "mix_batch")
+        found |= _each("augment.", fields, "without --augment.mixup and --augment.cutmix")
+    elif not (augment.mixup and augment.cutmix):
+        found["augment.mix_switch"] = "without both of --augment.mixup and --augment.cutmix"
+    return found
+
+
+def refuse_unread(command: str, given: Any, base: Any, unread: Unread) -> None:
     """ValueError for a setting of `given` that is another than that of `base` and is not read."""
     now, before = flatten(to_dict(given)), flatten(to_dict(base))
     for key in sorted(now.keys() | before.keys()):
@@ -77,4 +156,4 @@ def refuse_unread(command: str, given: Any, base: Any, unread: dict[str, str]) -
         for name, reason in unread.items():
             if key == name or (name.endswith(".") and key.startswith(name)):
                 flag = key.replace("_", "-")
-                raise ValueError(f"d2v {command}: --{flag} has no effect for {reason}")
+                raise ValueError(f"d2v {command}: --{flag} has no effect {reason}")

@@ -127,6 +127,9 @@ def run_eval(
     if not (run / SETTINGS).is_file():
         raise ValueError(f"eval: {path}: a run of `d2v finetune` is needed, with its settings and labels")
     model, cfg, own = load_run(path, step=step)
+    if cfg.head.task != "ctc" and (beam or lm is not None):
+        flag = "--beam" if lm is None else "--lm"
+        raise ValueError(f"eval: {flag} is for task ctc, {path} is for {cfg.head.task}")
     model.to_device(device, cfg.train.precision)
     if data is not None and isinstance(cfg.model.front, ImageFront) and cfg.data.mean is None:
         cfg = normalised(cfg, _measured_again(run, own, cfg, device))
@@ -135,8 +138,6 @@ def run_eval(
     if found.names != names:
         other = next(iter(sorted(set(found.names) ^ set(names))), "their order")
         raise DataError(f"eval: {data} has other classes than {path} was trained on: {other}")
-    if lm is not None and cfg.head.task != "ctc":
-        raise ValueError(f"eval: --lm is for task ctc, {path} is for {cfg.head.task}")
     words = None
     if lm is not None:
         parts = (part for part in found.parts.values() if isinstance(part, SpokenPart))

@@ -238,6 +238,11 @@ def test_pictures_and_sentences_are_learned(tmp_path: Path, capsys: pytest.Captu
     saved("ViT", tmp_path / "vit")
     options = ["--train.steps", "2", "--train.evaluate-every", "2", "--data.batch", "8"]
     tune = ["finetune", f"hf:{tmp_path / 'vit'}", "--task", "classify", "--data", stripes(tmp_path)]
+    assert main([*tune, *options, "--out", str(tmp_path / "a"), "--drop.path", "0.3"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith(
+        "--drop.path has no effect for a model of transformers, whose dropouts are its own\n"
+    )
     assert main([*tune, *options, "--out", str(tmp_path / "a")]) == 0
     assert main(["eval", str(tmp_path / "a")]) == 0
     assert "test/top1" in capsys.readouterr().out
