@@ -31,9 +31,10 @@ from ..model.tuned import Backbone, FineTuned
 from . import process
 from .capture import Capture
 from .checkpoint import BEST, LABELS, Checkpoint, fill_model, latest_checkpoint, load_checkpoint
+from .data_record import check_same_data
 from .finetune_step import Tuner
 from .learner import Outcome
-from .loop import Ended, Place, Run, begin, check_same_data, device_of
+from .loop import Ended, Place, Run, begin, device_of
 from .micro_batch import UNITS
 from .progress import Progress, duration, read_metrics
 

@@ -5,7 +5,6 @@ What differs is what a `Run` is given (trainer, data, config) and the few method
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -27,17 +26,13 @@ from ..data.types import Batch, DataError, Pipeline, Position
 from . import process
 from .capture import Capture
 from .checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from .data_record import DATA, SaidOfData
 from .environment import write_environment
 from .learner import Learner, Outcome
 from .micro_batch import amount
 from .plot import plot_run
 from .process import StopRequest, pick_device, tune_allocator
 from .progress import Progress, read_metrics, truncate_metrics
-
-MOST_NAMED = 20
-"""unreadable samples named while running"""
-DATA = "data.json"
-"""file of a run: what the data set holds, what was left out and why, and what was measured on it"""
 
 
 class RunError(RuntimeError):
@@ -135,13 +130,13 @@ class Run(ABC, Generic[P]):
     ) -> None:
         """place: where the run stands: the start, or what `checkpoint` says, which `learner` has loaded."""
         self.cfg, self.out, self.device, self.pipeline, self.place = cfg, out, device, pipeline, place
-        self._learner, self._do_step, self._named, self._noted = learner, step, 0, 0
+        self._learner, self._do_step, self._said = learner, step, SaidOfData(pipeline.report)
         self._saved = None if checkpoint is None or place.unscored else checkpoint.step
         if self.too_bad:
             place.bad_in_a_row = 0  # stopped for that reason: the user wants another try
         learner.bad[0], learner.bad[1] = place.skipped, place.bad_in_a_row
         write_environment(out)
-        self._record_data()
+        write_json(out / DATA, self.about_data(), indent=1, default=str)
         truncate_metrics(out, place.step, scored=not place.unscored)
 
     @property
@@ -185,7 +180,7 @@ class Run(ABC, Generic[P]):
         with StopRequest() as request, self.progress() as progress, profiler:
             for line in self.opening():
                 progress.say(line)
-            self._name_unreadable(progress)
+            self._said.catch_up(progress)
             if unheard is not None:
                 progress.say(f"warning: {unheard}")
             profiler.reach(place.step)
@@ -205,7 +200,7 @@ class Run(ABC, Generic[P]):
                 if stop is not None and stop(place.step):
                     break
             self._save(progress)
-            self._record_data()
+            write_json(self.out / DATA, self.about_data(), indent=1, default=str)
             finished = place.step >= train.steps
             if self.too_bad:
                 progress.say(
@@ -239,7 +234,7 @@ class Run(ABC, Generic[P]):
             self._save(progress)
             left = f"what was trained is saved: {self._resume_line()}"
             raise RunError(f"step {self.place.step + 1}: {error}\n{left}") from error
-        self._name_unreadable(progress)
+        self._said.catch_up(progress)
         return batches
 
     def _step(self, batches: list[Batch], progress: Progress) -> None:
@@ -281,22 +276,6 @@ class Run(ABC, Generic[P]):
             progress.say(f"what was trained is saved: {self._resume_line()}")
             raise
 
-    def _name_unreadable(self, progress: Progress) -> None:
-        """Say once which samples cannot be read, of which data.json lists all, and what is done to others."""
-        notes = self.pipeline.report.notes
-        for line in notes[self._noted :]:
-            progress.say(line)
-        self._noted = len(notes)
-        unreadable = self.pipeline.report.unreadable
-        for name in list(unreadable)[self._named : MOST_NAMED]:
-            progress.say(f"warning: {name} cannot be read, it is left out: {unreadable[name]}")
-        if self._named <= MOST_NAMED < len(unreadable):
-            progress.say(f"warning: further unreadable samples are listed in {DATA} only")
-        self._named = len(unreadable)
-
-    def _record_data(self) -> None:
-        write_json(self.out / DATA, self.about_data(), indent=1, default=str)
-
     def _save(self, progress: Progress) -> None:
         """A checkpoint of this step, unless there is one."""
         progress.settle()
@@ -326,28 +305,3 @@ class Run(ABC, Generic[P]):
         if latest_checkpoint(self.out) is None:
             return "nothing was saved yet"
         return f"continue with `d2v {self.command} --resume {self.out}`"
-
-
-def check_same_data(out: Path, path: str, found: dict[str, Any]) -> None:
-    """A data set may have moved since the run in `out` began, but its samples are known by their numbers.
-
-    found: what data.json would hold of it now; a run without the file, or the entry, is not checked.
-    """
-    if not (out / DATA).exists():
-        return
-    before = json.loads((out / DATA).read_text(encoding="utf-8"))
-    for name, now in found.items():
-        if (then := before.get(name, now)) != now:
-            raise ValueError(
-                f"train: {path} holds {_said(name, now, then)}, {out} was begun with "
-                f"{_said(name, then, now)}: it can only be resumed on the same data"
-            )
-
-
-def _said(name: str, value: Any, other: Any) -> str:
-    if isinstance(value, list):
-        differing = [x for x, y in zip(value, other, strict=False) if x != y]
-        return f"{name} {differing[0]!r}" if differing else f"{len(value)} {name}"
-    if isinstance(value, dict):
-        return f"the {name} {', '.join(f'{key} {count}' for key, count in value.items()) or 'none'}"
-    return f"{value} samples"

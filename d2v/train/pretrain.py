@@ -21,9 +21,10 @@ from ..data.open import open_data
 from ..model import Pretraining
 from .capture import Capture
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from .data_record import check_same_data
 from .health import Alarm, AlarmLog
 from .learner import Outcome
-from .loop import Ended, Place, Run, begin, check_same_data, device_of
+from .loop import Ended, Place, Run, begin, device_of
 from .micro_batch import UNITS, equation, micro_batch
 from .pretrain_step import Trainer
 from .progress import Progress, read_metrics
