@@ -1,4 +1,7 @@
-"""Front ends of data2vec 2.0 encoders for Hugging Face transformers: features of pictures, waves, tokens."""
+"""Front ends of data2vec 2.0 encoders for Hugging Face transformers: features of pictures, waves and tokens,
+and where they stand."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,25 @@ class PatchEmbed(nn.Module):
         if tuple(pixel_values.shape[2:]) != self.size:
             raise ValueError(f"pixel_values must be {self.size} pixels, got {tuple(pixel_values.shape[2:])}")
         return self.proj(pixel_values.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class FixedPositions(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.grid = [side // config.patch_size for side in config.image_size]
+        table = torch.zeros(1, self.grid[0] * self.grid[1], config.hidden_size)
+        self.positions = nn.Parameter(table, requires_grad=False)
+
+    def fill(self):
+        self.positions.data.copy_(sincos_positions(self.positions.shape[2], *self.grid))
+
+
+def sincos_positions(width, rows, columns):
+    """[T, width]: sine and cosine of a token's column, then of its row (MAE's pos_embed.py)."""
+    place = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (rows, columns)))
+    omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = [place[:, axis : axis + 1] * omega for axis in (1, 0)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
 
 
 class WaveformEncoder(nn.Module):
@@ -75,6 +97,17 @@ class LogMelSpectra(nn.Module):
         variance = (centred.square() * weight).sum(1, keepdim=True) / count
         mel = centred * (variance + self.eps).rsqrt() * weight
         return mel.reshape(len(wave), -1, self.width)
+
+
+def alibi_slopes(heads):
+    """A geometric sequence, interleaved where `heads` is no power of two (Press et al., 2022)."""
+
+    def powers(n):
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start ** (i + 1) for i in range(n)]
+
+    closest = 2 ** math.floor(math.log2(heads))
+    return powers(closest) + (powers(2 * closest)[0::2][: heads - closest] if closest != heads else [])
 
 
 class TextEmbedding(nn.Module):

@@ -6,8 +6,6 @@ for what is real and end in padding. Of pictures the first token is CLS. Paramet
 names. Inference and fine-tuning with dropout 0, in any dtype, with gradient checkpointing; no pretraining.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,7 +19,14 @@ from transformers.modeling_outputs import (
 )
 
 from .configuration_data2vec2 import Data2Vec2Config
-from .fronts_data2vec2 import LogMelSpectra, PatchEmbed, TextEmbedding, WaveformEncoder
+from .fronts_data2vec2 import (
+    FixedPositions,
+    LogMelSpectra,
+    PatchEmbed,
+    TextEmbedding,
+    WaveformEncoder,
+    alibi_slopes,
+)
 
 INPUTS = {"image": "pixel_values", "audio": "input_values", "text": "input_ids"}
 
@@ -74,30 +79,13 @@ class ContextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if norm else None
 
 
-class FixedPositions(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.grid = [side // config.patch_size for side in config.image_size]
-        table = torch.zeros(1, self.grid[0] * self.grid[1], config.hidden_size)
-        self.positions = nn.Parameter(table, requires_grad=False)
-
-
-def sincos_positions(width, rows, columns):
-    """[T, width]: sine and cosine of a token's column, then of its row (MAE's pos_embed.py)."""
-    place = torch.cartesian_prod(*(torch.arange(n, dtype=torch.float64) for n in (rows, columns)))
-    omega = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    angles = [place[:, axis : axis + 1] * omega for axis in (1, 0)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)
-
-
 class ModalityEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
         width = config.hidden_size
-        self.extra_tokens = (
-            nn.Parameter(torch.zeros(1, config.extra_tokens, width)) if config.extra_tokens else None
-        )
+        extra = config.extra_tokens
+        self.extra_tokens = nn.Parameter(torch.zeros(1, extra, width)) if extra else None
         self.context_encoder = ContextEncoder(config)
         if config.modality == "image":
             self.local_encoder = PatchEmbed(config)
@@ -107,12 +95,11 @@ class ModalityEncoder(nn.Module):
         else:
             spectra = config.log_mel is not None
             self.local_encoder = LogMelSpectra(config) if spectra else WaveformEncoder(config)
-            features = self.local_encoder.width
-            self.project_features = nn.Sequential(
-                nn.Identity(), nn.LayerNorm(features), nn.Linear(features, width)
-            )
+            read = self.local_encoder.width
+            self.project_features = nn.Sequential(nn.Identity(), nn.LayerNorm(read), nn.Linear(read, width))
+            kernel, groups = config.position_kernel, config.position_groups
             convolutions = [
-                nn.Sequential(nn.Conv1d(width, width, config.position_kernel, groups=config.position_groups))
+                nn.Sequential(nn.Conv1d(width, width, kernel, groups=groups))
                 for _ in range(config.position_layers)
             ]
             self.relative_positional_encoder = nn.Sequential(nn.Identity(), *convolutions)
@@ -171,24 +158,12 @@ class ModalityEncoder(nn.Module):
         return bias
 
 
-def alibi_slopes(heads):
-    """A geometric sequence, interleaved where `heads` is no power of two (Press et al., 2022)."""
-
-    def powers(n):
-        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
-        return [start ** (i + 1) for i in range(n)]
-
-    closest = 2 ** math.floor(math.log2(heads))
-    return powers(closest) + (powers(2 * closest)[0::2][: heads - closest] if closest != heads else [])
-
-
 class Data2Vec2PreTrainedModel(PreTrainedModel):
     config_class = Data2Vec2Config
     base_model_prefix = "data2vec2"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = (
-        False  # losses are means over a batch, which Trainer divides by its accumulation steps
-    )
+    accepts_loss_kwargs = False
+    """losses are means over a batch, which Trainer divides by its accumulation steps"""
     _supports_sdpa = True
     _no_split_modules = ["Block"]
 
@@ -199,7 +174,7 @@ class Data2Vec2PreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, FixedPositions):
-            module.positions.data.copy_(sincos_positions(module.positions.shape[2], *module.grid))
+            module.fill()
         elif isinstance(module, ModalityEncoder):
             if module.extra_tokens is not None:
                 nn.init.normal_(module.extra_tokens)
@@ -304,7 +279,9 @@ class Data2Vec2ForImageClassification(_Classifier):
         return self._run(pixel_values, None, labels, output_hidden_states, return_dict)
 
 
-class Data2Vec2ForAudioClassification(_Classifier):
+class _OfSpeech:
+    """What a head reads that hears."""
+
     def forward(
         self,
         input_values=None,
@@ -315,6 +292,10 @@ class Data2Vec2ForAudioClassification(_Classifier):
         **kwargs,
     ):
         return self._run(input_values, attention_mask, labels, output_hidden_states, return_dict)
+
+
+class Data2Vec2ForAudioClassification(_OfSpeech, _Classifier):
+    """As pictures are classified, without the padding."""
 
 
 class Data2Vec2ForSequenceClassification(_Head):
@@ -341,7 +322,7 @@ class Data2Vec2ForSequenceClassification(_Head):
         return self._run(input_ids, attention_mask, labels, output_hidden_states, return_dict)
 
 
-class Data2Vec2ForCTC(_Head):
+class Data2Vec2ForCTC(_OfSpeech, _Head):
     """A linear layer over frames; padded frames are blank (id 0). labels: [B,L], negative where none is."""
 
     output_class = CausalLMOutput
@@ -364,14 +345,3 @@ class Data2Vec2ForCTC(_Head):
         frames = frames if real is None else real.sum(1)
         log_probs, wanted = F.log_softmax(logits, 2).transpose(0, 1), labels >= 0
         return F.ctc_loss(log_probs, labels[wanted], frames, wanted.sum(1), blank=0, zero_infinity=True)
-
-    def forward(
-        self,
-        input_values=None,
-        attention_mask=None,
-        labels=None,
-        output_hidden_states=None,
-        return_dict=None,
-        **kwargs,
-    ):
-        return self._run(input_values, attention_mask, labels, output_hidden_states, return_dict)
