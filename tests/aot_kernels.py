@@ -1,23 +1,30 @@
-"""Kernels with known faults: each gate of benchmarks/aot.py must catch its own. ``python aot_kernels.py OUT``
+"""What tests/test_aot.py has done in a process without Triton's interpreter: kernels are compiled, never run.
 
-A process of its own without Triton's interpreter, in which kernels are compiled and never run. Used by
-test_aot.py.
+Among them kernels with known faults: each gate of benchmarks/aot.py must catch its own.
 """
 
-import json
-import sys
+import contextlib
+import importlib
+import io
+import pkgutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
-from benchmarks.aot_build import build_of, compile_all
+import d2vkern.kernels
+from benchmarks import aot, aot_record
+from benchmarks.aot_budgets import BUDGETS
+from benchmarks.aot_build import TARGETS, Build, build_of, compile_all
 from benchmarks.aot_gate import Budget, problems
 from benchmarks.aot_read import Resources
 from benchmarks.aot_record import arguments, vector_bytes
+from d2vkern.kernels import _launch, _tuning
 from d2vkern.kernels._launch import Launch
 
 
@@ -99,8 +106,8 @@ def launches() -> dict[str, Launch]:
     }
 
 
-def main(out: str) -> None:
-    """Compile all for sm_90 and write per launch: resources, narrow accesses, problems under two budgets."""
+def faults() -> dict[str, Any]:
+    """All compiled for sm_90: per launch resources, narrow accesses, problems under two budgets."""
     budgets = {"loose": Budget(registers=255), "tight": Budget(registers=16, products="HGMMA")}
     found = {}
     all_launches = launches()
@@ -113,13 +120,85 @@ def main(out: str) -> None:
             for key, value in arguments(launch).items()
             if isinstance(value, torch.Tensor)
         }
-        row = {key: problems(result, "sm_90", budget, vectors) for key, budget in budgets.items()}
+        row: dict[str, Any] = {
+            key: problems(result, "sm_90", budget, vectors) for key, budget in budgets.items()
+        }
         row["undeclared"] = problems(result, "sm_90", None, vectors)
         row["resources"] = asdict(result) if isinstance(result, Resources) else {"error": result}
         row["source"], row["signature"] = built[name].source, dict(built[name].signature)
         found[name] = row
-    Path(out).write_text(json.dumps(found))
+    return found
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def gate(*options: str, out: Path | None = None) -> tuple[int, str]:
+    """Exit code and output of the command, which compiles in this process and leaves csrc/ out."""
+    json = [] if out is None else ["--json", str(out)]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = aot.main([*options, "--no-nvcc", "--processes", "1", *json])
+    return code, printed.getvalue()
+
+
+def by_turns(builds: Iterable[Build]) -> list[Build]:
+    """Of each kernel's sample: all of sm_90 and one precision elsewhere where it has products, which is where
+    targets differ; else one precision of sm_90, and the others, or the same, on one target each in turn."""
+    sampled: dict[str, dict[str, dict[str, Build]]] = {}
+    for build in aot_sample(builds):
+        kinds = sampled.setdefault(build.kernel, {})
+        kinds.setdefault("/".join(kind for _, kind in build.signature), {})[build.target] = build
+    others = [target for target in TARGETS if target != "sm_90"]
+    chosen = []
+    for turn, (kernel, kinds) in enumerate(sampled.items()):
+        first, *further = kinds.values()
+        if BUDGETS[kernel].products:
+            chosen += [*first.values(), *(kind["sm_90"] for kind in further)]
+        else:
+            chosen.append(first["sm_90"])
+            chosen += [kind[others[(turn + i) % len(others)]] for i, kind in enumerate(further or [first])]
+    return chosen
+
+
+aot_sample = aot.sample
+
+
+def gate_by_turns(out: Path) -> tuple[int, str]:
+    """The gate over base presets in both precisions, of every kernel what `by_turns` chooses."""
+    with mock.patch.object(aot, "sample", by_turns):
+        return gate("--sample", "--presets", "image_base", "audio_base", "text_base", out=out)
+
+
+def gate_of_an_answer(answer: Resources | str, *options: str) -> tuple[int, str]:
+    """The gate over what a compiler that always answers the same gives."""
+    with mock.patch.object(aot, "compile_all", lambda builds, processes: dict.fromkeys(builds, answer)):
+        narrow = ["--ops", "ema", "--presets", "image_tiny", "--targets", "sm_90", "--sample"]
+        return gate(*narrow, *options)
+
+
+def targets_of_tuned(gpu: str) -> tuple[list[str], int]:
+    """For which targets what was measured on that GPU is compiled, and for how many what was not."""
+    stem, case = next(aot_record.cases_of(["ema"], ["image_tiny"], ["bf16"]))
+    with mock.patch.object(_tuning, "read_table", lambda: {gpu: {}}):
+        tuned = aot_record.record_tuned(stem, case)
+    users = aot.users_of({"preset": aot_record.record(stem, case)}, list(TARGETS))
+    return [build.target for build in aot.users_of({"candidate": tuned}, list(TARGETS))], len(users)
+
+
+def kernels() -> dict[str, Any]:
+    """All of ours that have budgets."""
+    found = {}
+    for module in pkgutil.iter_modules(d2vkern.kernels.__path__, "d2vkern.kernels."):
+        for name, kernel in vars(importlib.import_module(module.name)).items():
+            if name in BUDGETS and hasattr(kernel, "cache_key"):
+                found[name] = kernel
+    return found
+
+
+def multiplying() -> tuple[set[str], set[str]]:
+    """Names of our kernels, and of those that `launch` takes to have products."""
+    found = kernels()
+    return set(found), {name for name in found if _launch.multiplies(found[name])}
+
+
+def stages(name: str, capability: tuple[int, int]) -> int:
+    """Of three, how many the kernel gets beside a Triton whose pipelines lack a fence."""
+    with mock.patch.object(_launch, "_hazard", lambda: "a hazard"):
+        return _launch.most_stages(kernels()[name], 3, capability)
