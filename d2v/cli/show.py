@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +32,10 @@ class CheckOptions:
     """whose front end reads the data (channels, sample rate, tokenizer)"""
     modality: Literal["image", "audio", "text"] | None = None
     """in place of a preset: the published base preset of this modality; none: what most files are"""
+    verbose: bool = False
+    """name every file that is not used, not three of each kind"""
+    json: bool = False
+    """print what was found as one JSON object"""
 
 
 def check(arguments: Sequence[str]) -> int:
@@ -42,22 +48,28 @@ def check(arguments: Sequence[str]) -> int:
 
     name = given.preset or (None if given.modality else embedded.get(given.data))
     cfg = preset(name or f"{given.modality or guess_modality(given.data)}_base")
-    return _print_report(check_data(given.data, cfg))
+    report = check_data(given.data, cfg)
+    if given.json:
+        print(json.dumps(dataclasses.asdict(report), indent=1))
+    else:
+        _print_report(report, given.verbose)
+    return int(bool(report.refused))
 
 
-def _print_report(report: Report) -> int:
-    from ..data.types import MAX_UNREADABLE
+def _print_report(report: Report, verbose: bool) -> None:
+    from ..data.types import EXAMPLES
 
-    print(f"{report.path}: {report.total:,} samples, {len(report.unreadable):,} unreadable")
-    for reason, count in report.skipped.items():
-        print(f"  skipped {count:,}: {reason}")
-    for note in report.notes:
-        print(f"  {note}")
+    skipped, unreadable = sum(map(len, report.skipped.values())), len(report.unreadable)
+    print(
+        f"{report.path}: {report.total:,} samples, {report.total - skipped - unreadable:,} usable, "
+        f"{unreadable:,} unreadable, {skipped:,} skipped"
+    )
     for name, value in report.facts.items():
         print(f"  {name}: {value}")
-    for name, reason in report.unreadable.items():
-        print(f"  unreadable {name}: {reason}")
-    return int(report.total == 0 or len(report.unreadable) > MAX_UNREADABLE * report.total)
+    for line in (*report.notes, *report.lines(sys.maxsize if verbose else EXAMPLES)):
+        print(f"  {line}")
+    if report.refused:
+        print(f"training would stop: {report.refused}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,9 @@ class DataConfig:
     """loader processes; 0 loads in the main one"""
     prefetch: int = 2
     """batches each worker holds ready"""
+    max_unreadable: float = 0.01
+    """share of the samples that may be unreadable, each replaced by another; more stop the run. Up to 10 may
+    be, or half of a smaller data set; 0: none"""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """image: share of the area kept by the random resized crop"""
     flip: bool = True
@@ -114,6 +117,7 @@ class DataConfig:
         norms = get_args(WaveNorm)
         check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)
         check(0 <= self.workers <= 10_000, "data.workers", "in 0 .. 10,000", self.workers)
+        check(0 <= self.max_unreadable <= 1, "data.max_unreadable", "in [0, 1]", self.max_unreadable)
         low, high = self.crop_scale
         check(0 < low <= high <= 1, "data.crop_scale", "0 < low <= high <= 1", self.crop_scale)
         check(

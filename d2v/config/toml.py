@@ -146,7 +146,8 @@ def read_config(run_dir: str | Path) -> tuple[Config, str]:
 
 
 _NEUTRAL = frozenset({
-    "preset", "data.workers", "data.prefetch", "train.device", "train.save_every", "train.keep",
+    "preset", "data.workers", "data.prefetch", "data.max_unreadable", "train.device", "train.save_every",
+    "train.keep",
     "train.log_every", "train.max_bad_steps", "train.min_rank", "train.min_variance", "train.alarm_after",
     "probe.every", "probe.data", "probe.rows", "probe.layers",
 })  # fmt: skip

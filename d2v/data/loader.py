@@ -38,7 +38,8 @@ def generator(seed: int, use: int, *key: int) -> np.random.Generator:
 
 def number_classes(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     """Class names in order (whole numbers as numbers) and the number [n] int64 of each name's class."""
-    classes = sorted(set(names), key=int if all(name.isdecimal() for name in names) else None)
+    numbers = all(name.isdecimal() for name in names)
+    classes = sorted(set(names), key=lambda name: (int(name) if numbers else 0, name))
     number = {name: i for i, name in enumerate(classes)}
     return classes, np.array([number[name] for name in names], dtype=np.int64)
 
@@ -176,14 +177,14 @@ class Loader(Pipeline):
         self.device = device
         self.workers = min(cfg.workers, os.cpu_count() or 1)
         self.prefetch = cfg.prefetch
-        self.report = report or Report(source.path, len(source))
+        self.report = report or Report(source.path, len(source), max_unreadable=cfg.max_unreadable)
         self._note(source.heard)
         self.meta = source.meta
         self.normalisation = source.normalisation
         self.position = Position()
 
     def micro_batches(self, start: Position, micro: int) -> Iterator[list[Batch]]:
-        """See `Pipeline.micro_batches`. DataError: too few samples, more than 1% unreadable."""
+        """See `Pipeline.micro_batches`. DataError: too few samples, too many unreadable."""
         if micro < 1:
             raise ValueError(f"data: micro must be at least 1, got {micro}")
         step: list[Batch] = []
@@ -211,6 +212,10 @@ class Loader(Pipeline):
             if loaded.batch is not None:
                 names = [self.source.name(i) for i in loaded.batch.ids.tolist()]
                 yield names, self.source.finish(loaded.batch.to(self.device))
+
+    def check_batch(self) -> None:
+        """DataError when there are less samples than one step takes."""
+        self._steps(0)
 
     def _steps(self, epoch: int) -> list[np.ndarray]:
         if getattr(self, "_epoch", None) != epoch:

@@ -8,6 +8,7 @@ depend on the modality (order, workers, resuming, bad files) is in `loader`.
 from __future__ import annotations
 
 import importlib
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -17,6 +18,7 @@ import torch
 from ..config.fronts import Modality
 from ..config.run import Config
 from .types import DataError, Labelled, Pipeline, Report
+from .walk import suffix_of, walk
 
 ROOMS = {"image": "images", "audio": "speech", "text": "text"}
 """modality -> its room"""
@@ -46,8 +48,9 @@ def open_data(
 ) -> Pipeline:
     """The batches of a folder, file, tar or embedded data set ("digits", "speech", "text").
 
-    purpose: "eval" takes the held-out part of an embedded data set. Whether samples are augmented depends
-        on how they are read: `micro_batches` augments, `in_order` does not.
+    purpose: "train" takes the training part where the data set has parts, "eval" all of it (of an embedded
+        one the held-out part). Whether samples are augmented depends on how they are read: `micro_batches`
+        augments, `in_order` does not.
     run_dir: where files that belong to the run are kept (a trained tokenizer).
     Derived files (token blocks) are kept in `default_cache()`.
     Raises DataError.
@@ -67,19 +70,26 @@ def open_labelled(path: str, cfg: Config, *, run_dir: str | Path | None = None) 
 
 
 def check_data(path: str, cfg: Config) -> Report:
-    """Read everything once: counts, sizes, histograms and every unreadable file with its reason."""
-    return _module(path, cfg).check_data(path, cfg)
+    """Read everything once that training would read: counts, sizes, histograms, every file that is not used
+    with its reason, and in `refused` why training would stop."""
+    report, module = Report.of(path, cfg.data), _module(path, cfg)
+    try:
+        module.check_data(path, cfg, report)
+    except DataError as error:
+        report.refused = str(error)
+    return report
 
 
 def guess_modality(path: str) -> Modality:
     """The modality that most files under `path` belong to, by their suffixes.
 
     A text beside a picture or sound of its name is its label or transcript and does not count; of as many
-    files pictures come first, then sounds.
+    files pictures come first, then sounds. A .tsv is a manifest of sounds when its first line is a folder,
+    else a table of texts.
     Raises DataError when `path` does not exist or holds no file of any modality.
     """
     from .images.store import EXTENSIONS as IMAGE
-    from .speech.files import SUFFIXES
+    from .speech.files import SUFFIXES, is_manifest
     from .text.corpus import EXTENSIONS as TEXT
 
     root = Path(path)
@@ -87,19 +97,20 @@ def guess_modality(path: str) -> Modality:
         raise DataError(f"data: {path} does not exist")
     kinds: dict[Modality, set[str]] = {
         "image": {*IMAGE, ".npz", ".tar"},
-        "audio": {*SUFFIXES, ".tsv"},
-        "text": set(TEXT),
+        "audio": {*SUFFIXES},
+        "text": {*TEXT, ".tsv"},
     }
-    files = [root] if root.is_file() else root.rglob("*")
-    found: dict[Modality, list[Path]] = {kind: [] for kind in kinds}
-    for file in files:
-        for kind, known in kinds.items():
-            if file.suffix.lower() in known and not file.name.startswith("."):
-                found[kind].append(file)
-    seen = {file.with_suffix("") for kind in ("image", "audio") for file in found[kind]}
-    found["text"] = [file for file in found["text"] if file.with_suffix("") not in seen]
+    found: dict[Modality, list[str]] = {kind: [] for kind in kinds}
+    files = walk(root, set().union(*kinds.values()))
+    for file in files.files:
+        kind = next(kind for kind, known in kinds.items() if suffix_of(file) in known)
+        manifest = suffix_of(file) == ".tsv" and is_manifest(files.root / file)
+        found["audio" if manifest else kind].append(file)
+    seen = {os.path.splitext(file)[0] for kind in ("image", "audio") for file in found[kind]}
+    found["text"] = [file for file in found["text"] if os.path.splitext(file)[0] not in seen]
     if not any(found.values()):
-        raise DataError(f"data: {path} holds no image, audio or text file")
+        known = "; ".join(f"{kind}: {' '.join(sorted(suffixes))}" for kind, suffixes in kinds.items())
+        raise DataError(f"data: {path} holds no image, audio or text file; what is read: {known}")
     return max(found, key=lambda kind: len(found[kind]))
 
 

@@ -1,34 +1,126 @@
-"""How a labelled data set is divided: by the names of its parts, else a fifth of every class is held out."""
+"""How a data set is divided: by the names of its parts, else a fifth of every class is held out."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TypeVar
+import os
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal, TypeVar
 
 import numpy as np
 
-TRAIN = ("train", "training")
-HELD_OUT = ("dev", "valid", "validation", "val", "eval", "test", "heldout", "holdout")
-"""names of parts, in the order in which one is taken where several are there; their case does not matter"""
+from .types import DataError, Report
 
-N = TypeVar("N", bound=str)
+Kind = Literal["train", "valid", "test"]
+
+NAMES: dict[Kind, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "valid": ("dev", "devel", "development", "valid", "validation", "val", "eval", "evaluation"),
+    "test": ("test", "testing", "heldout", "holdout"),
+}
+"""of parts, in any case, in the order in which they are scored. A name may go on after it with anything but a
+letter, or with set or data, as in train-clean-100, val2017, testset, train-00000-of-00004"""
+_NAME = re.compile(
+    "(" + "|".join(name for names in NAMES.values() for name in names) + ")(set|data)?(?![^\\W\\d_]).*",
+    re.DOTALL,
+)
+_NUMBERED = re.compile(r"[-_.]?\d+(-of-\d+)?$")
+"""what tells the files of one part from one another: val-000, dev-00000-of-00002"""
+
+WHOLE = "all"
+"""name of the one part of what is not divided"""
+NO_PART = "in no part"
+"""why files beside named parts are left out"""
+T = TypeVar("T")
 
 
-def named_parts(names: Iterable[N]) -> tuple[N, N] | None:
-    """Of folders or files those of the training part and of the part that is held out; None without both."""
-    by_name = {name.lower(): name for name in sorted(names, reverse=True)}
-    train, held = ([by_name[name] for name in known if name in by_name] for known in (TRAIN, HELD_OUT))
-    return (train[0], held[0]) if train and held else None
+def kind_of(name: str) -> Kind | None:
+    """Of which part files of a name are, as of a folder, shard, table or manifest; None for others."""
+    found = _NAME.fullmatch(name.lower())
+    return None if found is None else next(kind for kind, names in NAMES.items() if found[1] in names)
 
 
-def is_training(name: str) -> bool:
-    """Whether a name begins with that of the training part, as train-clean-100 does."""
-    return name.lower().startswith(TRAIN)
+def parts_of(files: Sequence[str], path: str, *, stems: bool = False) -> dict[str, np.ndarray]:
+    """The numbers of the files of each part [k], ascending int64: "train", then what is held out.
+
+    files: relative to the data set's folder; a part is known by the first folder, or with `stems` (of shards,
+    tables and manifests) by the file's own name where that names one. Held-out parts, those for validation
+    first, have their names in lower case, without numbers of files. Of what is not divided there is one part,
+    `WHOLE`; files beside named parts are in none of them.
+    DataError where a part for training lies beside folders that are neither parts nor held out.
+    """
+    named: dict[str, list[int]] = {}
+    others: dict[str, list[int]] = {}
+    for number, file in enumerate(files):
+        folder, below, rest = file.replace(os.sep, "/").partition("/")
+        stem = (rest or folder).rpartition("/")[2].partition(".")[0]
+        name = next((name for name in ([folder] if below else []) + [stem] * stems if kind_of(name)), None)
+        where, key = (others, folder if below else "") if name is None else (named, name)
+        where.setdefault(key, []).append(number)
+    train = [name for name in named if kind_of(name) == "train"]
+    held = [name for name in named if name not in train]
+    if others and bool(train) != bool(held):
+        if train and any(others):
+            raise DataError(
+                f"data: {path}: {train[0]} lies beside {next(filter(None, others))}: is it a part, or a "
+                "class? Name what is held out dev or test, or choose one of the folders"
+            )
+        named, train, held = {}, [], []
+    if not named:
+        return {WHOLE: np.arange(len(files))}
+    order = list(NAMES)
+    parts: dict[str, list[int]] = {"train": []} if train else {}
+    for name in (
+        *sorted(train),
+        *sorted(held, key=lambda name: (order.index(kind_of(name) or "test"), name)),
+    ):
+        part = "train" if name in train else _NUMBERED.sub("", name.lower())
+        parts.setdefault(part, []).extend(named[name])
+    return {part: np.sort(np.array(numbers, np.int64)) for part, numbers in parts.items()}
 
 
-def is_held_out(name: str) -> bool:
-    """Whether a name begins with that of a part that is held out, as dev-other does."""
-    return name.lower().startswith(HELD_OUT)
+def in_no_part(files: Sequence[str], parts: Mapping[str, np.ndarray]) -> list[str]:
+    """The files [n] that none of the parts has, as `parts_of` divides them."""
+    chosen = set(np.concatenate([*parts.values()]).tolist())
+    return [file for number, file in enumerate(files) if number not in chosen]
+
+
+def for_training(parts: Mapping[str, T], report: Report) -> T:
+    """The part that pretraining reads, said in the report; DataError where everything is held out."""
+    to_divide(parts, report.path)
+    name = "train" if "train" in parts else WHOLE
+    if others := [part for part in parts if part != name]:
+        report.notes.append(f"of {report.path} the part {name} is read, {', '.join(others)} left out")
+    return parts[name]
+
+
+def to_divide(parts: Mapping[str, T], path: str) -> T | None:
+    """What has to be divided by `divide`, as nothing is held out; None where there are parts already.
+
+    DataError where everything is held out.
+    """
+    if "train" not in parts and WHOLE not in parts:
+        raise DataError(f"data: {path}: holds {', '.join(parts)} and no part for training")
+    return next(iter(parts.values())) if len(parts) == 1 else None
+
+
+def training_classes(classes: Mapping[str, Sequence[str]], path: str) -> list[str]:
+    """The classes of "train", which number those of all parts.
+
+    classes: of each part, in order. DataError for less than two classes, where nothing is held out, and for a
+    class that is held out alone.
+    """
+    if len(classes) < 2:
+        raise DataError(f"data: {path}: every class has one sample alone, so none is left for testing")
+    known = list(classes["train"])
+    if len(known) < 2:
+        raise DataError(f"labels missing: {path}: at least 2 classes are needed, got {known}")
+    for part, names in classes.items():
+        if unknown := sorted(set(names) - set(known)):
+            raise DataError(
+                f"data: {path}: class {unknown[0]!r} of part {part} is not among the training classes"
+            )
+    return known
 
 
 def divide(classes: Sequence[Hashable]) -> dict[str, np.ndarray]:

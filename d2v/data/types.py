@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.run import DataConfig
 from .normalisation import Normalisation
 
-MAX_UNREADABLE = 0.01
-"""share of a data set that may be unreadable before a run stops"""
+FEW_UNREADABLE = 10
+"""samples that may be unreadable however small a data set is"""
+EXAMPLES = 3
+"""names given for each kind of fault"""
 
 
 class DataError(ValueError):
@@ -85,15 +89,37 @@ class Report:
 
     path: str
     total: int
-    """samples (images, utterances, text files), readable or not"""
+    """samples (images, utterances, text files) of the part that is read, readable or not"""
     unreadable: dict[str, str] = field(default_factory=dict)
     """name -> reason"""
-    skipped: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
     """reason -> samples left out on purpose, such as utterances that are too short"""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """reason -> files that are no samples, such as those with a suffix that is not read"""
     facts: dict[str, Any] = field(default_factory=dict)
     """JSON-able findings: sizes, sample rates, histograms, classes"""
     notes: list[str] = field(default_factory=list)
     """what was done to samples that a user should hear of once"""
+    max_unreadable: float = DataConfig.max_unreadable
+    """share of the samples that may be unreadable"""
+
+    refused: str = ""
+    """why training would refuse the data set, found by `check_data`; empty where it would not"""
+
+    @classmethod
+    def of(cls, path: str, cfg: DataConfig) -> Report:
+        """Of a data set that is about to be opened."""
+        return cls(path, 0, max_unreadable=cfg.max_unreadable)
+
+    def skip(self, reason: str, names: Sequence[str]) -> None:
+        """Name samples that are left out on purpose."""
+        if names:
+            self.skipped.setdefault(reason, []).extend(names)
+
+    def leave_out(self, reason: str, names: Sequence[str]) -> None:
+        """Name files that are no samples."""
+        if names:
+            self.left_out.setdefault(reason, []).extend(names)
 
     def add_note(self, what: str, name: str) -> None:
         """Note what was done to samples, once, and the first of them."""
@@ -101,18 +127,47 @@ class Report:
             self.notes.append(f"{what}: the first is {name}")
 
     def add_unreadable(self, name: str, reason: str) -> None:
-        """Count one unreadable sample; more than 1% of the data set raises `DataError` with the list."""
+        """Count one unreadable sample; too many raise `DataError` with the list."""
         self.unreadable[name] = reason
         self.stop_if_too_many()
 
+    @property
+    def allowed(self) -> int:
+        """How many samples may be unreadable: the share, but at least 10 unless those are more than half."""
+        share = int(self.max_unreadable * self.total)
+        return max(share, min(FEW_UNREADABLE, self.total // 2)) if self.max_unreadable else 0
+
     def stop_if_too_many(self) -> None:
-        """Raise `DataError` listing what is unreadable when that is more than 1% of the data set."""
-        if len(self.unreadable) > MAX_UNREADABLE * self.total:
-            listed = "\n".join(f"  {name}: {reason}" for name, reason in self.unreadable.items())
+        """Raise `DataError` listing what is unreadable when that is too much of the data set."""
+        if len(self.unreadable) > self.allowed:
+            listed = "\n".join(f"  {line}" for line in by_kind(self.unreadable))
             raise DataError(
-                f"data: {self.path}: {len(self.unreadable)} of {self.total} samples unreadable, "
-                f"more than {MAX_UNREADABLE:.0%}:\n{listed}"
+                f"data: {self.path}: {len(self.unreadable):,} of {self.total:,} samples unreadable, more "
+                f"than {self.allowed:,} (data.max_unreadable is {self.max_unreadable:g}):\n{listed}"
             )
+
+    def lines(self, most: int = EXAMPLES) -> list[str]:
+        """A line for each kind of file that is not used, with how many there are and `most` examples."""
+        return [
+            *(f"unreadable {line}" for line in by_kind(self.unreadable, most)),
+            *(f"skipped {_kind(reason, names, most)}" for reason, names in self.skipped.items()),
+            *(f"left out {_kind(reason, names, most)}" for reason, names in self.left_out.items()),
+        ]
+
+
+def by_kind(reasons: Mapping[str, str], most: int = EXAMPLES) -> list[str]:
+    """A line for all names whose reasons differ in nothing but numbers: count, first reason, `most` names."""
+    kinds: dict[str, tuple[str, list[str]]] = {}
+    for name, reason in reasons.items():
+        kinds.setdefault(re.sub(r"\d[\d.,]*", "#", reason), (reason, []))[1].append(name)
+    return [_kind(reason, names, most) for reason, names in kinds.values()]
+
+
+def _kind(reason: str, names: Sequence[str], most: int) -> str:
+    if len(names) == 1:
+        return f"{names[0]}: {reason}"
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{len(names):,}: {reason}: {', '.join(names[:most])}{more}"
 
 
 class Pipeline(ABC):

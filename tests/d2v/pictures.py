@@ -15,9 +15,9 @@ from PIL import Image
 from d2v.config.fronts import ImageFront
 from d2v.config.presets import preset
 from d2v.config.run import Config, DataConfig
+from d2v.data.images.parts import open_stores
 from d2v.data.images.source import ImageSource
-from d2v.data.images.store import open_store
-from d2v.data.types import Batch, Pipeline, Position
+from d2v.data.types import Batch, Pipeline, Position, Report
 
 START = Position()
 
@@ -62,7 +62,7 @@ def tiff(data: bytes, width: int, height: int, **tags: int) -> bytes:
 def source_of(path: Path, **settings) -> ImageSource:
     """The pictures at a path, read by `config(**settings)`."""
     cfg = config(**settings)
-    return ImageSource(str(path), open_store(path), cfg)
+    return ImageSource(str(path), open_stores(path, Report(str(path), 0), divided=False)["all"], cfg)
 
 
 def first(pipeline: Pipeline, steps: int = 1, micro: int = 4, start: Position = START) -> list[Batch]:

@@ -1,6 +1,7 @@
 """The command line: refusals come before anything runs, in words, with the exit codes that cli/main.py
 names."""
 
+import json
 import subprocess
 import sys
 
@@ -285,5 +286,10 @@ def test_check_knows_the_modality_by_the_files(capsys, tmp_path, monkeypatch):
         for number in range(3):
             (tmp_path / modality / f"more{number}.txt").write_text("texts of their own")
         assert guess_modality(modality) == "text"
-    assert main(["check", "--data", "a"]) == 0
-    assert "a: 1 samples, 0 unreadable" in capsys.readouterr().out
+    assert main(["check", "--data", "a"]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("a: 1 samples, 1 usable, 0 unreadable, 0 skipped\n")
+    assert "training would stop: data: a: " in said and "less than one block; data.block is 512" in said
+    assert main(["check", "--data", "a", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["total"] == 1 and report["refused"] in said and report["left_out"] == {}

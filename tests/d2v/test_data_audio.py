@@ -292,10 +292,12 @@ def test_bad_files_are_listed_with_their_reason(
     make(tmp_path / name)
     report = check_data(str(tmp_path), config(batch=4))
     assert report.total == 5 and list(report.unreadable) == [name]
-    assert reason in report.unreadable[name]
-    with pytest.raises(DataError, match=r"1 of 5 samples unreadable, more than 1%") as error:
-        epoch(open_data(str(tmp_path), config(batch=4)))
+    assert reason in report.unreadable[name] and not report.refused
+    strict = config(batch=4, max_unreadable=0.0)
+    with pytest.raises(DataError, match=r"1 of 5 samples unreadable, more than 0 \(data.max_") as error:
+        epoch(open_data(str(tmp_path), strict))
     assert f"{name}: " in str(error.value) and reason in str(error.value)
+    assert check_data(str(tmp_path), strict).refused == str(error.value)
 
 
 @pytest.mark.parametrize("broken", ["header", "body"])
@@ -319,8 +321,7 @@ def test_short_utterances_are_skipped_and_counted(tmp_path: Path) -> None:
         write(tmp_path / f"good{i}.wav", tone(3.0))
     write(tmp_path / "short.wav", tone(0.2))
     pipeline = open_data(str(tmp_path), config(batch=4, min_seconds=0.5))
-    assert pipeline.report.skipped == {"shorter than data.min_seconds (0.5 s)": 1}
-    assert pipeline.report.facts["too_short"] == ["short.wav"]
+    assert pipeline.report.skipped == {"shorter than data.min_seconds (0.5 s)": ["short.wav"]}
     assert len(pipeline.source) == 3
     with pytest.raises(DataError, match=r"none of 1 utterances .* longest, short.wav, lasts 0.2 s"):
         open_data(str(tmp_path / "short.wav"), config(min_seconds=0.5))
@@ -343,8 +344,16 @@ def test_folders_without_audio(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"empty: no audio files \(wav, flac"):
         open_data(str(tmp_path / "empty"), config())
     (tmp_path / "train.tsv").write_text(".\n")
-    with pytest.raises(DataError, match=r"no audio files .*give that: .*train.tsv"):
+    with pytest.raises(DataError, match=r"train.tsv: no audio files"):
         open_data(str(tmp_path), config())
+    write(tmp_path / "a.wav", tone(2))
+    write(tmp_path / "b.wav", tone(2))
+    for part, name in (("train", "a"), ("valid", "b")):
+        (tmp_path / "lists").mkdir(exist_ok=True)
+        (tmp_path / "lists" / f"{part}.tsv").write_text(f"..\n{name}.wav\t32000\n")
+    pipeline = open_data(str(tmp_path / "lists"), config(batch=2))
+    assert [Path(pipeline.source.name(i)).name for i in range(len(pipeline.source))] == ["a.wav"]
+    assert any("the part train is read, valid left out" in note for note in pipeline.report.notes)
 
 
 def test_hidden_files_are_left_out(tmp_path: Path) -> None:
@@ -376,8 +385,9 @@ def test_check_reports_what_is_there(tmp_path: Path) -> None:
     assert report.facts["channels"] == {"1": 4, "2": 1}
     assert report.facts["formats"] == {"WAV PCM_16": 5}
     assert report.facts["hours"] == pytest.approx(75.8 / 3600, abs=1e-4)
-    assert report.facts["length_histogram"] == {"0-0.5 s": 1, "1-2 s": 2, "2-4 s": 1, "over 60 s": 1}
-    assert report.facts["too_short"] == ["0.wav"]
+    assert report.facts["length_histogram"] == {"1-2 s": 2, "2-4 s": 1, "over 60 s": 1}
+    assert report.skipped == {"shorter than data.min_seconds (0.5 s)": ["0.wav"]}
+    assert report.facts["usable"] == 4
     assert report.unreadable == {} and report.notes == ["1 files have several channels, which are averaged"]
 
 
@@ -410,7 +420,7 @@ def test_train_and_test_folders(tmp_path: Path) -> None:
     assert [len(s) for s in labelled.splits.values()] == [5, 2]
     assert labelled.splits["test"].raw()[1].tolist() == [1, 1]
     labelled_folder(tmp_path / "test", {"c": 1})
-    with pytest.raises(DataError, match="test class 'c' is not among the training classes"):
+    with pytest.raises(DataError, match="class 'c' of part test is not among the training classes"):
         open_labelled(str(tmp_path), config())
 
 
@@ -422,10 +432,8 @@ def test_labels_missing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"labels missing: .*got a file"):
         open_labelled(str(tmp_path / "flat" / "0.wav"), config())
     labelled_folder(tmp_path / "one", {"only": 6})
-    with pytest.raises(
-        DataError, match=r"labels missing: .*at least 2 class folders are needed, got \['only'\]"
-    ):
+    with pytest.raises(DataError, match=r"labels missing: .*at least 2 classes are needed, got \['only'\]"):
         open_labelled(str(tmp_path / "one"), config())
     labelled_folder(tmp_path / "few", {"a": 1, "b": 1})
-    with pytest.raises(DataError, match="labels missing: .*every class has one file alone"):
+    with pytest.raises(DataError, match="every class has one sample alone, so none is left for testing"):
         open_labelled(str(tmp_path / "few"), config())

@@ -227,7 +227,7 @@ def test_empty_folder_and_unknown_path(tmp_path: Path):
         open_data(str(write(tmp_path / "a.txt", b"x")), config())
 
 
-def test_truncated_jpeg_is_counted_skipped_and_listed(tmp_path: Path):
+def test_truncated_jpeg_is_counted_skipped_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     good = encoded(pixels(40, 40, 3), "JPEG")
     for i in range(200):
         write(tmp_path / f"{i:03}.jpg", good)
@@ -243,9 +243,14 @@ def test_truncated_jpeg_is_counted_skipped_and_listed(tmp_path: Path):
 
     for i in (30, 31):
         write(tmp_path / f"{i:03}.jpg", b"\xff\xd8 nothing")
-    with pytest.raises(DataError, match=r"3 of 200 samples unreadable, more than 1%:") as error:
-        first(open_data(str(tmp_path), config(batch=20)), 10)
-    assert all(f"{i:03}.jpg" in str(error.value) for i in (17, 30, 31))
+    first(open_data(str(tmp_path), config(batch=20)), 10)  # up to ten may be
+    for max_unreadable, most in ((0.01, 2), (0.0, 0)):
+        monkeypatch.setattr("d2v.data.types.FEW_UNREADABLE", most)
+        strict = config(batch=20, max_unreadable=max_unreadable)
+        with pytest.raises(DataError, match=rf"of 200 samples unreadable, more than {most} "):
+            first(open_data(str(tmp_path), strict), 10)
+        assert check_data(str(tmp_path), strict).refused.startswith(f"data: {tmp_path}: 3 of 200 samples")
+        assert all(f"{i:03}.jpg" in check_data(str(tmp_path), strict).refused for i in (17, 30, 31))
 
 
 def test_wrong_channel_count_names_file_and_both_numbers(tmp_path: Path):
@@ -321,9 +326,9 @@ def test_train_and_val_folders(tmp_path: Path):
             write(tmp_path / part / name / "0.png", encoded(pixels(16, 16, 3)))
     labelled = open_labelled(str(tmp_path), config())
     assert labelled.classes == ["a", "b", "c"]
-    assert next(labelled.splits["test"].batches(9))[2].tolist() == [0, 2]
+    assert next(labelled.splits["val"].batches(9))[2].tolist() == [0, 2]
     write(tmp_path / "val" / "z" / "0.png", encoded(pixels(16, 16, 3)))
-    with pytest.raises(DataError, match="test class 'z' is not among the training classes"):
+    with pytest.raises(DataError, match="class 'z' of part val is not among the training classes"):
         open_labelled(str(tmp_path), config())
 
 

@@ -22,7 +22,7 @@ from d2v.config.fronts import ImageFront, TextFront
 from d2v.config.run import Config, WaveNorm
 from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
 from d2v.data.images.source import ImageSource
-from d2v.data.images.store import ArrayStore, FolderStore
+from d2v.data.images.store import EXTENSIONS, ArrayStore, FolderStore
 from d2v.data.normalisation import Normalisation
 from d2v.data.open import open_data
 from d2v.data.speech.letters import SPECIALS
@@ -31,6 +31,7 @@ from d2v.data.text.labelled import Sentence
 from d2v.data.text.sentences import Specials, encode
 from d2v.data.text.tokenizer import check_tokenizer, load_tokenizer, train_tokenizer
 from d2v.data.types import DataError
+from d2v.data.walk import walk
 from d2v.evaluate.ctc import greedy
 from d2v.formats.convert import run_convert, save_original
 from d2v.formats.hf_export import write_folder
@@ -112,7 +113,7 @@ def test_pictures_are_read_as_in_evaluation(shape: tuple[int, int, int], tmp_pat
             name = f"{mode.replace(';', '')}-{width}x{height}.{suffix}"
             options = {"exif": ORIENTED} if suffix == "jpg" else {}
             drawn(mode, width, height).save(tmp_path / "pictures" / name, **options)
-    store = FolderStore(tmp_path / "pictures")
+    store = FolderStore(tmp_path / "pictures", walk(tmp_path / "pictures", EXTENSIONS).files)
     source = ImageSource("pictures", store, cfg).prepare(cfg.data)
     processor = transformers.AutoImageProcessor.from_pretrained(
         picture_folder(cfg, tmp_path / "hf"), trust_remote_code=True

@@ -117,7 +117,7 @@ def test_fine_tuning_names_what_it_cannot_read_and_records_its_data(
         pictures: ({"test": 4}, ["dark", "light"]),
         utterances: ({"dev": 2}, ["<s>", "<pad>", "</s>", "<unk>", "A", "B", "|"]),
         sounds: ({"test": 4}, ["high", "low"]),
-        texts: ({"test": 2}, ["even", "odd"]),
+        texts: ({"dev": 2}, ["even", "odd"]),
     }[make]
     assert record["parts"] == parts and record["labels"] == labels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,9 +13,10 @@ import soundfile
 from PIL import Image
 
 from d2v.config.presets import preset
-from d2v.data.open import open_labelled
+from d2v.data.loader import number_classes
+from d2v.data.open import check_data, open_data, open_labelled
 from d2v.data.speech.transcripts import read_spoken
-from d2v.data.splits import HELD_OUT, TRAIN, divide, named_parts
+from d2v.data.splits import NAMES, divide, kind_of, parts_of
 from d2v.data.text.labelled import read_labelled
 from d2v.data.types import DataError
 from tests.d2v.tiny_runs import tiny
@@ -32,10 +34,42 @@ def test_a_fifth_of_every_class_is_held_out_and_a_class_of_one_is_for_training()
     assert list(divide([0])["test"]) == [] and list(divide([])["train"]) == []
 
 
-def test_parts_are_known_by_their_names_in_any_case():
-    assert named_parts(["test", "Train", "DEV"]) == ("Train", "DEV")
-    assert named_parts(["training", "holdout"]) == ("training", "holdout")
-    assert named_parts(["train", "other"]) is named_parts(["test", "val"]) is named_parts([]) is None
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *((name, kind) for kind, names in NAMES.items() for name in names),
+        *((name, "train") for name in ("Train", "TRAINING", "train-clean-100", "train2017", "trainset")),
+        *((name, "valid") for name in ("val2017", "dev-other", "VALID_unseen", "devset", "eval.1")),
+        *((name, "test") for name in ("test-00000-of-00002", "test_a", "Test 2", "testdata")),
+        *((name, None) for name in ("trains", "valley", "developer", "testimony", "evaluate", "cat")),
+    ],
+)
+def test_parts_are_known_by_their_names(name: str, kind: str | None) -> None:
+    assert kind_of(name) == kind
+
+
+def parted(*files: str, stems: bool = False) -> dict[str, list[int]]:
+    return {part: numbers.tolist() for part, numbers in parts_of(files, "here", stems=stems).items()}
+
+
+def test_files_are_divided_by_folders_and_by_their_own_names() -> None:
+    assert parted("val/a/1", "Train/a/2", "TEST/a/3", "more/4") == {"train": [1], "val": [0], "test": [2]}
+    shards = ("test.tar", "train-000.tar", "train-001.tar", "val-000.tar", "val-001.tar")
+    assert parted(*shards, stems=True) == {"train": [1, 2], "val": [3, 4], "test": [0]}
+    assert parted("en/train.x", "fr/train.x", "en/dev.x", stems=True) == {"train": [0, 1], "dev": [2]}
+    both = ("train-clean/1", "train-other/2", "test-other/3", "dev-clean/4", "test-clean/5")
+    assert parted(*both) == {"train": [0, 1], "dev-clean": [3], "test-clean": [4], "test-other": [2]}
+    assert parted("train/1", "train/2") == {"train": [0, 1]}
+    assert parted("cat/1", "test/2", "dev/3") == {"all": [0, 1, 2]}, "classes may have such names"
+    assert parted("train.jpg", "val.jpg") == parted("1", "2") == {"all": [0, 1]}
+    assert parted("train/1", "2") == {"all": [0, 1]}
+    with pytest.raises(DataError, match="train lies beside cat: is it a part, or a class"):
+        parted("train/1", "cat/2")
+
+
+def test_classes_of_numbers_have_one_order() -> None:
+    names = ["1", "10", "01", "2", "001", "1"]
+    assert all(number_classes(some)[0] == ["001", "01", "1", "2", "10"] for some in (names, names[::-1]))
 
 
 def make_pictures(folder: Path, name: str) -> None:
@@ -54,27 +88,34 @@ def make_speech(folder: Path, name: str) -> None:
 MAKE = {"image": make_pictures, "audio": make_speech}
 
 
-@pytest.mark.parametrize("train", TRAIN)
-@pytest.mark.parametrize("held", HELD_OUT)
 @pytest.mark.parametrize("modality", ["image", "audio", "text"])
-def test_every_modality_knows_every_name(modality: str, held: str, train: str, tmp_path: Path) -> None:
-    if modality == "text":
-        for part, count in ((train.upper(), 6), (held, 2)):
-            lines = [json.dumps({"text": f"some words {i}", "label": i % 2}) for i in range(count)]
+def test_every_modality_has_the_same_parts(modality: str, tmp_path: Path) -> None:
+    """For probes and fine-tuning alike; pretraining takes the training part alone and says so."""
+    counts = {"TRAIN": 3, "Validation": 1, "test": 2}
+    for part, count in counts.items():
+        if modality == "text":
+            lines = [json.dumps({"text": f"{part} words {i} " * 9, "label": i % 2}) for i in range(2 * count)]
             (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
-        parts, _ = read_labelled(str(tmp_path))
-        assert {part: len(found) for part, found in parts.items()} == {"train": 6, "test": 2}
-        return
-    for part, count in ((train.upper(), 3), (held, 1)):
+            continue
         for name in ("x", "y"):
             for i in range(count):
                 MAKE[modality](tmp_path / part / name, f"{i}")
-    found = open_labelled(str(tmp_path), tiny(modality))
-    assert {part: len(split) for part, split in found.splits.items()} == {"train": 6, "test": 2}
-    assert list(found.classes) == ["x", "y"]
+    parts = {"train": 6, "validation": 2, "test": 4}
+    cfg = tiny(modality)
+    found = open_labelled(str(tmp_path), cfg, run_dir=tmp_path / "run")
+    assert {part: len(split) for part, split in found.splits.items()} == parts
+    assert list(found.classes) == (["0", "1"] if modality == "text" else ["x", "y"])
     if modality == "audio":
-        spoken = read_spoken(str(tmp_path), tiny("audio"), 16_000)
-        assert {part: len(some.texts) for part, some in spoken.items()} == {"train": 6, held: 2}
+        spoken = read_spoken(str(tmp_path), cfg, 16_000)
+        assert {part: len(some.texts) for part, some in spoken.items()} == parts
+    if modality == "text":
+        assert {part: len(some) for part, some in read_labelled(str(tmp_path))[0].items()} == parts
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=1))
+    note = f"of {tmp_path} the part train is read, validation, test left out"
+    for report in (open_data(str(tmp_path), cfg).report, check_data(str(tmp_path), cfg)):
+        assert report.total == 6 and note in report.notes
+    everything = open_data(str(tmp_path), cfg, purpose="eval").report
+    assert everything.total == 12 and note not in everything.notes
 
 
 @pytest.mark.parametrize("modality", ["image", "audio", "text"])

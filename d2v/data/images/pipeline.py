@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from ...config.run import Config
 from ..embedded import digits
 from ..loader import Loader
-from ..splits import divide, named_parts
+from ..splits import WHOLE, divide, for_training, to_divide, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
+from .parts import open_stores
 from .source import ImageSource
-from .store import ArrayStore, Store, Subset, open_store, read_npz
+from .store import ArrayStore, Store, Subset
 
 RAW_SIDE = 32
 """largest side of the pixels that serve as baseline"""
@@ -30,6 +31,18 @@ def _digits(split: str) -> ArrayStore:
     return store
 
 
+def _open(path: str, cfg: Config, purpose: str, report: Report) -> ImageSource:
+    """The pictures for training, or all of them; what is not read is named in the report."""
+    if path == "digits":
+        store: Store = _digits("train" if purpose == "train" else "test")
+    elif purpose == "train":
+        store = for_training(open_stores(Path(path), report), report)
+    else:
+        store = open_stores(Path(path), report, divided=False)[WHOLE]
+    report.total = len(store)
+    return ImageSource(path, store, cfg)
+
+
 def open_data(
     path: str,
     cfg: Config,
@@ -39,18 +52,16 @@ def open_data(
     run_dir: Path | None,
 ) -> Pipeline:
     """See `d2v.data.open.open_data`; nothing is kept in `run_dir`."""
-    if path == "digits":
-        store: Store = _digits("train" if purpose == "train" else "test")
-    else:
-        store = open_store(Path(path))
-    return Loader(ImageSource(path, store, cfg).prepare(cfg.data), cfg.data, device)
+    report = Report.of(path, cfg.data)
+    return Loader(_open(path, cfg, purpose, report).prepare(cfg.data), cfg.data, device, report)
 
 
 class ImageSplit(Split):
     """Labelled pictures; unreadable ones are left out of both iterators."""
 
-    def __init__(self, source: ImageSource, cfg: Config) -> None:
-        self.loader = Loader(source, cfg.data, torch.device("cpu"))
+    def __init__(self, source: ImageSource, cfg: Config, report: Report | None = None) -> None:
+        """report: continued from opening the data set."""
+        self.loader = Loader(source, cfg.data, torch.device("cpu"), report)
         self.source, self.cfg = source, cfg
         assert source.store.labels is not None
         self.labels = source.store.labels
@@ -84,47 +95,46 @@ class ImageSplit(Split):
         return np.concatenate(features), np.concatenate(labels)
 
 
-def _parts(path: str) -> dict[str, Store]:
-    """Train and test pictures: as they are divided on disk, else by `divide`."""
+def _parts(path: str, report: Report) -> dict[str, Store]:
+    """Train and held-out pictures: as they are divided on disk, else by `divide`."""
     if path == "digits":
         return {"train": _digits("probe"), "test": _digits("test")}
-    root = Path(path)
-    if root.suffix == ".npz" and (test := read_npz(root, "test_")) is not None:
-        return {"train": open_store(root), "test": test}
-    named = (
-        named_parts(folder.name for folder in root.iterdir() if folder.is_dir()) if root.is_dir() else None
-    )
-    if named is not None:
-        return {part: open_store(root / name) for part, name in zip(("train", "test"), named, strict=True)}
-    whole = open_store(root)
+    stores = open_stores(Path(path), report)
+    whole = to_divide(stores, path)
+    if whole is None:
+        return stores
     classes = np.zeros(len(whole)) if whole.labels is None else whole.labels
-    return {part: Subset(whole, numbers) for part, numbers in divide(classes.tolist()).items()}
+    return {part: Subset(whole, some) for part, some in divide(classes.tolist()).items() if len(some)}
 
 
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels come from class folders, `labels` of a .npz, or .cls in a
-    tar; the parts from the names of folders, from `test_images` of a .npz, or by `divide`."""
-    parts = _parts(path)
+    tar; the parts from the names of folders and shards, from `test_images` of a .npz, or by `divide`."""
+    report = Report.of(path, cfg.data)
+    parts = _parts(path, report)
     for store in parts.values():
         if store.labels is None:
             raise DataError(f"labels missing: {path}: {store.unlabelled}")
-    train, test = parts["train"], parts["test"]
-    if unknown := sorted(set(test.classes) - set(train.classes)):
-        raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
-    number = np.array([list(train.classes).index(name) for name in test.classes], dtype=np.int64)
-    test.labels, test.classes = number[test.labels], train.classes
+    classes = training_classes({name: store.classes for name, store in parts.items()}, path)
+    for store in parts.values():
+        number = np.array([classes.index(name) for name in store.classes], dtype=np.int64)
+        store.labels, store.classes = number[store.labels], classes
     sources = {name: ImageSource(path, store, cfg) for name, store in parts.items()}
-    # both parts are normalised alike, with what was found on the training part
-    train_source = sources["train"].prepare(cfg.data)
-    sources["test"].normalisation = train_source.normalisation
-    splits = {name: ImageSplit(source, cfg) for name, source in sources.items()}
-    return Labelled(splits, train.classes, "sample", train_source.meta)
+    # all parts are normalised alike, with what was found on the training part
+    train = sources["train"].prepare(cfg.data)
+    for source in sources.values():
+        source.normalisation = train.normalisation
+    report.total = len(train)
+    splits = {
+        name: ImageSplit(source, cfg, report if source is train else None) for name, source in sources.items()
+    }
+    return Labelled(splits, classes, "sample", train.meta)
 
 
-def check_data(path: str, cfg: Config) -> Report:
-    """Decode every picture: sizes, classes, and each unreadable file with its reason."""
-    store: Store = _digits("train") if path == "digits" else open_store(Path(path))
-    source = ImageSource(path, store, cfg)
+def check_data(path: str, cfg: Config, report: Report) -> None:
+    """See `d2v.data.open.check_data`: sizes and classes of the pictures."""
+    source = _open(path, cfg, "train", report)
+    store = source.store
 
     def look(index: int) -> tuple[str, list[str]] | str:
         """The size and what is done to the picture, or why it cannot be read."""
@@ -133,7 +143,6 @@ def check_data(path: str, cfg: Config) -> Report:
         except (DataError, Unreadable) as error:
             return str(error)
 
-    report = Report(path, len(store))
     sizes: Counter[str] = Counter()
     treated: dict[str, list[int]] = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -148,10 +157,11 @@ def check_data(path: str, cfg: Config) -> Report:
         f"{len(some):,} of {len(store):,} pictures are {what}: the first is {store.name(some[0])}"
         for what, some in treated.items()
     ]
-    report.facts = {"sizes (width x height)": dict(sizes.most_common(20)), "channels": source.front.channels}
+    report.facts |= {"sizes (width x height)": dict(sizes.most_common(20)), "channels": source.front.channels}
     if store.labels is None:
         report.facts["labels"] = f"none: {store.unlabelled}"
     else:
         counts = np.bincount(store.labels, minlength=len(store.classes)).tolist()
         report.facts["classes"] = dict(zip(store.classes, counts, strict=True))
-    return report
+    report.stop_if_too_many()
+    Loader(source.prepare(cfg.data), cfg.data, torch.device("cpu")).check_batch()

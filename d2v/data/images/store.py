@@ -10,7 +10,6 @@ import io
 import math
 import os
 import re
-import tarfile
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -50,6 +49,11 @@ def opened(path: str | int, offset: int = 0, size: int | None = None) -> Image.I
     finally:
         if isinstance(path, str):
             os.close(descriptor)
+    return decoded(data)
+
+
+def decoded(data: bytes) -> Image.Image:
+    """The picture in the bytes of a file, see `opened`."""
     if not data:
         raise Damaged("the file is empty")
     if _FROM_PILLOW not in warnings.filters:
@@ -86,19 +90,14 @@ class Store(ABC):
 
 
 class FolderStore(Store):
-    """Files at any depth below a folder, in sorted order; the first folder below it is the class."""
+    """Files at any depth below a folder, in sorted order; a folder above a file is its class."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.files = sorted(
-            os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, files in os.walk(root, followlinks=True)
-            for file in files
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
-        )
+    def __init__(self, root: Path, files: Sequence[str], level: int = 0) -> None:
+        """files: relative to root. level: of the folders of classes, 0 directly below root"""
+        self.root, self.files = root, list(files)
         parts = [Path(file).parts for file in self.files]
-        if parts and all(len(p) > 1 for p in parts):
-            self.classes, self.labels = number_classes([p[0] for p in parts])
+        if parts and all(len(p) > level + 1 for p in parts):
+            self.classes, self.labels = number_classes([p[level] for p in parts])
         else:
             self.unlabelled = "pictures lie directly in the folder, not in one subfolder per class"
 
@@ -110,52 +109,6 @@ class FolderStore(Store):
 
     def load(self, index: int) -> Image.Image:
         return opened(self.name(index))
-
-
-class TarStore(Store):
-    """Uncompressed tar shards as webdataset writes them: key.jpg, and key.cls with the class."""
-
-    def __init__(self, root: Path) -> None:
-        self.shards = [root] if root.is_file() else sorted(root.glob("*.tar"))
-        self.members: list[tuple[int, str, int, int]] = []
-        """shard, name, offset and size in bytes"""
-        keys, classes = [], {}
-        for number, shard in enumerate(self.shards):
-            try:
-                with tarfile.open(shard, "r:") as tar:
-                    for member in tar:
-                        folder, file = os.path.split(member.name)
-                        key, _, extension = file.partition(".")
-                        place = (number, folder, key)
-                        if member.isfile() and f".{extension}".lower() in EXTENSIONS:
-                            self.members.append((number, member.name, member.offset_data, member.size))
-                            keys.append(place)
-                        elif member.isfile() and extension == "cls":
-                            classes[place] = tar.extractfile(member).read().decode().strip()  # type: ignore[union-attr]
-            except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-                raise DataError(f"data: {shard}: not a whole, uncompressed tar file: {error}") from None
-        unlabelled = [i for i, key in enumerate(keys) if key not in classes]
-        if unlabelled:
-            self.unlabelled = f"{self.name(unlabelled[0])} has no .cls beside it"
-        else:
-            self.classes, self.labels = number_classes([classes[key] for key in keys])
-        self._open: dict[int, int] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # each process has its own file descriptors
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def name(self, index: int) -> str:
-        shard, name, *_ = self.members[index]
-        return f"{self.shards[shard]}:{name}"
-
-    def load(self, index: int) -> Image.Image:
-        shard, _, offset, size = self.members[index]
-        if shard not in self._open:
-            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
-        return opened(self._open[shard], offset, size)
 
 
 class ArrayStore(Store):
@@ -263,23 +216,3 @@ class Subset(Store):
 
     def load(self, index: int) -> Image.Image | np.ndarray:
         return self.store.load(int(self.indices[index]))
-
-
-def open_store(path: Path) -> Store:
-    """The pictures at a path; DataError when there are none."""
-    store: Store | None
-    if path.is_dir():
-        store = TarStore(path) if any(path.glob("*.tar")) else FolderStore(path)
-    elif path.suffix == ".npz":
-        store = read_npz(path)
-    elif path.suffix == ".tar":
-        store = TarStore(path)
-    else:
-        raise DataError(
-            f"data: {path}: images come from a folder, .npz or .tar, got {path.suffix or 'no extension'!r}"
-        )
-    if store is None or not len(store):
-        raise DataError(
-            f"data: {path}: no pictures in it; known: {', '.join(sorted(EXTENSIONS))}, .tar, .npz"
-        )
-    return store

@@ -20,7 +20,9 @@ import numpy as np
 import soundfile
 
 from ..lines import lines_of, not_utf8
-from ..types import DataError, Unreadable
+from ..splits import NO_PART, WHOLE, in_no_part, parts_of
+from ..types import DataError, Report, Unreadable
+from ..walk import suffix_of, walk
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 MIN_RATE = 4_000
@@ -147,35 +149,80 @@ class FileUtterances(Utterances):
         return FileUtterances(self.root, names, [self.headers[i] for i in keep], self.rate)
 
 
-def list_files(path: Path) -> tuple[Path, list[str]]:
-    """The audio files under a folder at any depth, or one file: (root, names relative to it), sorted."""
-    if path.is_file():
-        return path.parent, [path.name]
-    names = sorted(
-        str((Path(folder) / file).relative_to(path))
-        for folder, _, files in os.walk(path, followlinks=True)
-        for file in files
-        if file.lower().endswith(SUFFIXES) and not file.startswith(".")
-    )
-    if not names:
-        manifests = sorted(path.glob("*.tsv"))
-        hint = f"; it holds a manifest, give that: {manifests[0]}" if manifests else ""
-        raise DataError(f"data: {path}: no audio files ({', '.join(s[1:] for s in SUFFIXES)}){hint}")
-    return path, names
+@dataclass
+class Listing:
+    """The audio files of a data set, and how they are divided."""
+
+    root: Path
+    names: list[str]
+    """relative to root, in order of their parts' files"""
+    parts: dict[str, np.ndarray]
+    """the numbers of the files of each part, as `splits.parts_of` has them"""
+    headers: list[Header | str] | None = None
+    """of manifests, which hold the lengths"""
+
+    def select(self, keep: np.ndarray) -> Listing:
+        """The files numbered `keep` [k], all of them one part."""
+        names = [self.names[i] for i in keep.tolist()]
+        headers = None if self.headers is None else [self.headers[i] for i in keep.tolist()]
+        return Listing(self.root, names, {WHOLE: np.arange(len(keep))}, headers)
+
+    def read_headers(self) -> list[Header | str]:
+        """Of each file its header, or the reason why it has none."""
+        if self.headers is None:
+            self.headers = in_threads(lambda name: header_or_reason(self.root / name), self.names)
+        return self.headers
+
+
+def list_audio(path: Path, report: Report) -> Listing:
+    """The audio files under a folder at any depth, of fairseq's manifests in it, or of one file or manifest.
+
+    What is not read is named in `report`. DataError when there are none.
+    """
+    if is_manifest(path):
+        root, names, headers = read_manifest(path)
+        return Listing(root, names, {WHOLE: np.arange(len(names))}, headers)
+    found = walk(path, SUFFIXES)
+    report.left_out |= found.left_out
+    if found.files:
+        parts = parts_of(found.files, str(path))
+        report.leave_out(NO_PART, in_no_part(found.files, parts))
+        return Listing(found.root, found.files, parts)
+    manifests = [path / name for name in walk(path, (".tsv",), ()).files if is_manifest(path / name)]
+    if not manifests:
+        left = "".join(f"; {line}" for line in report.lines())
+        raise DataError(f"data: {path}: no audio files ({', '.join(s[1:] for s in SUFFIXES)}){left}")
+    return of_manifests(path, manifests)
+
+
+def of_manifests(path: Path, manifests: list[Path]) -> Listing:
+    """The files that the manifests in a folder name, divided by the names of the manifests."""
+    names: list[str] = []
+    headers: list[Header | str] = []
+    numbers: dict[str, np.ndarray] = {}
+    by_name = parts_of([str(file.relative_to(path)) for file in manifests], str(path), stems=True)
+    for part, some in by_name.items():
+        first = len(names)
+        for manifest in some.tolist():
+            root, files, found = read_manifest(manifests[manifest])
+            names += [str((root / file).absolute()) for file in files]
+            headers += found
+        numbers[part] = np.arange(first, len(names))
+    return Listing(Path("/"), names, numbers, headers)
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is the original's manifest: a .tsv whose first line is the folder of the audio files."""
+    if suffix_of(path.name) != ".tsv" or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"\t" not in file.readline(1 << 16)
 
 
 def mixed_channels(headers: Iterable[Header]) -> list[str]:
     """A note for a report where files have several channels."""
     several = sum(header.channels > 1 for header in headers)
     return [f"{several:,} files have several channels, which are averaged"] if several else []
-
-
-def index_files(path: Path) -> tuple[Path, list[str], list[Header | str]]:
-    """Every file of a folder or manifest with its header, or the reason why it has none."""
-    if path.suffix == ".tsv":
-        return read_manifest(path)
-    root, names = list_files(path)
-    return root, names, in_threads(lambda name: header_or_reason(root / name), names)
 
 
 def header_or_reason(path: Path) -> Header | str:

@@ -6,6 +6,7 @@ The model gets waveforms for either front end; log-mel spectra are its own busin
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,10 +20,10 @@ from ...config.fronts import LogMelFront, WaveformFront
 from ...config.run import Config, DataConfig
 from ...model.logmel import log_mel
 from ..embedded import speech
-from ..loader import Loader
-from ..splits import divide, named_parts
+from ..loader import Loader, number_classes
+from ..splits import WHOLE, divide, for_training, to_divide, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
-from .files import FileUtterances, Header, Utterances, in_threads, index_files, mixed_channels
+from .files import FileUtterances, Header, Listing, Utterances, in_threads, list_audio, mixed_channels
 from .source import AudioSource, SpeechUtterances, normalise_wave
 
 BINS = (0.0, 0.5, 1, 2, 4, 8, 12, 16, 20, 30, 60, math.inf)
@@ -33,9 +34,8 @@ def find_usable(utterances: Utterances, cfg: Config, report: Report) -> np.ndarr
     """[k] int64: the utterances that are long enough; the others are counted in `report`."""
     front = _front(cfg)
     long_enough = utterances.lengths >= cfg.data.min_seconds * front.sample_rate
-    if short := int((~long_enough).sum()):
-        report.skipped[f"shorter than data.min_seconds ({cfg.data.min_seconds} s)"] = short
-        report.facts["too_short"] = [utterances.names[i] for i in np.flatnonzero(~long_enough)]
+    short = [utterances.names[i] for i in np.flatnonzero(~long_enough)]
+    report.skip(f"shorter than data.min_seconds ({cfg.data.min_seconds} s)", short)
     for i in np.flatnonzero(long_enough & (utterances.lengths < front.receptive_field)):
         report.unreadable[utterances.names[i]] = (
             f"{utterances.lengths[i]} samples are shorter than the receptive field of {front.receptive_field}"
@@ -56,20 +56,12 @@ def _front(cfg: Config) -> WaveformFront | LogMelFront:
     return front
 
 
-def _index(path: str, cfg: Config, split: speech.SplitName | None) -> tuple[Utterances, Report]:
-    """What can be told without decoding: the utterances with good headers, the others in the report.
-
-    split: part of the embedded set; None: all of it.
-    """
-    rate = _front(cfg).sample_rate
-    if path == "speech":
-        numbers = [i for i, u in enumerate(speech.utterances()) if split in (None, u.split)]
-        utterances = SpeechUtterances(np.array(numbers, dtype=np.int64), rate)
-        return utterances, Report(path, len(utterances))
-    root, names, found = index_files(Path(path))
-    report = Report(path, len(names))
+def read_index(listing: Listing, rate: int, report: Report) -> FileUtterances:
+    """What can be told without decoding: the utterances with good headers, the others in the report."""
+    found = listing.read_headers()
+    report.total += len(found)
     good: list[tuple[str, Header]] = []
-    for name, header in zip(names, found, strict=True):
+    for name, header in zip(listing.names, found, strict=True):
         if reason := header if isinstance(header, str) else header.problem():
             report.unreadable[name] = reason
         elif isinstance(header, Header):
@@ -80,25 +72,45 @@ def _index(path: str, cfg: Config, split: speech.SplitName | None) -> tuple[Utte
         report.facts[fact] = {str(value): count for value, count in sorted(counts.items())}
     report.notes += mixed_channels(headers)
     report.facts["resampled"] = sum(header.rate != rate for _, header in good)
-    return FileUtterances(root, [name for name, _ in good], [header for _, header in good], rate), report
+    names, headers = [name for name, _ in good], [header for _, header in good]
+    return FileUtterances(listing.root, names, headers, rate)
 
 
-def _open(path: str, cfg: Config, split: speech.SplitName) -> tuple[Utterances, Report]:
-    """The usable utterances of an embedded split, folder, file or manifest; the rest in the report."""
+def _embedded(cfg: Config, split: speech.SplitName, report: Report) -> SpeechUtterances:
+    numbers = [i for i, u in enumerate(speech.utterances()) if u.split == split]
+    report.total = len(numbers)
+    return SpeechUtterances(np.array(numbers, dtype=np.int64), _front(cfg).sample_rate)
+
+
+def _usable(utterances: Utterances, cfg: Config, report: Report) -> Utterances:
+    """Those that are long enough; the rest in the report. DataError when there are none."""
     rate = _front(cfg).sample_rate
-    utterances, report = _index(path, cfg, split)
     usable = find_usable(utterances, cfg, report)
     report.stop_if_too_many()
     if not len(usable):
-        reasons = "; ".join(f"{count} {reason}" for reason, count in report.skipped.items())
-        longest = utterances.names[int(utterances.lengths.argmax())]
-        raise DataError(
-            f"data: {path}: none of {report.total} utterances can be used: {reasons}; "
-            f"the longest, {longest}, lasts {utterances.lengths.max() / rate:g} s"
-        )
+        raise DataError(_none_usable(utterances, rate, report))
     utterances = utterances.select(usable)
+    report.facts["usable"] = len(utterances)
     report.facts["hours"] = round(float(utterances.lengths.sum()) / rate / 3600, 4)
-    return utterances, report
+    return utterances
+
+
+def _none_usable(utterances: Utterances, rate: int, report: Report) -> str:
+    said = f"data: {report.path}: none of {report.total} utterances can be used: {'; '.join(report.lines())}"
+    if not len(utterances):
+        return said
+    longest = int(utterances.lengths.argmax())
+    return f"{said}; the longest, {utterances.names[longest]}, lasts {utterances.lengths[longest] / rate:g} s"
+
+
+def _open(path: str, cfg: Config, purpose: str, report: Report) -> Utterances:
+    """The usable utterances for training, or all of them (of the embedded set the test split)."""
+    if path == "speech":
+        return _usable(_embedded(cfg, "train" if purpose == "train" else "test", report), cfg, report)
+    listing = list_audio(Path(path), report)
+    if purpose == "train":
+        listing = listing.select(for_training(listing.parts, report))
+    return _usable(read_index(listing, _front(cfg).sample_rate, report), cfg, report)
 
 
 def open_data(
@@ -113,8 +125,8 @@ def open_data(
 
     Of the embedded set, training gets the train split, evaluation the test split of the same voices.
     """
-    utterances, report = _open(path, cfg, "train" if purpose == "train" else "test")
-    source = AudioSource(path, utterances, cfg)
+    report = Report.of(path, cfg.data)
+    source = AudioSource(path, _open(path, cfg, purpose, report), cfg)
     if purpose == "train":
         _check_batch(source, cfg.data)
     return Loader(source, cfg.data, device, report)
@@ -211,68 +223,62 @@ def _phone_labels(utterances: SpeechUtterances, front: WaveformFront | LogMelFro
 
 def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     """See `d2v.data.open.open_labelled`. The embedded set has the phone of every token and a third split
-    `unseen_voice`. In a folder every subfolder is a class of utterances; train and test are known by
-    the names of folders, or else by `divide`."""
+    `unseen_voice`. In a folder every subfolder is a class of utterances; parts are known by the names of
+    folders above them, or else made by `divide`."""
+    splits: dict[str, Split] = {}
     if path == "speech":
-        splits: dict[str, Split] = {}
         for part in speech.SPLITS:
-            utterances, report = _open(path, cfg, part)
+            report = Report.of(path, cfg.data)
+            utterances = _usable(_embedded(cfg, part, report), cfg, report)
             assert isinstance(utterances, SpeechUtterances)
             source = AudioSource(path, utterances, cfg)
             splits[part] = AudioSplit(source, _phone_labels(utterances, _front(cfg)), cfg, report)
         return Labelled(splits, speech.phone_names(), "token")
-    root = Path(path)
-    if not root.is_dir():
+    if not Path(path).is_dir():
         raise DataError(f"labels missing: {path}: one folder per class is needed, got a file")
-    parts = named_parts(folder.name for folder in root.iterdir() if folder.is_dir())
-    if parts is not None:
-        opened = {
-            "train": _open(str(root / parts[0]), cfg, "train"),
-            "test": _open(str(root / parts[1]), cfg, "test"),
-        }
-        named = {name: _classes(root, utterances) for name, (utterances, _) in opened.items()}
-    else:
-        utterances, report = _open(path, cfg, "train")
-        classes = _classes(root, utterances)
-        numbers = divide(classes)
-        opened = {name: (utterances.select(keep), report) for name, keep in numbers.items()}
-        named = {name: [classes[i] for i in keep] for name, keep in numbers.items()}
-    return _by_class(path, cfg, opened, named)
+    parts = _classed(path, cfg)
+    known = training_classes({name: sorted(set(classes)) for name, (_, classes, _) in parts.items()}, path)
+    number = {name: np.array(i, dtype=np.int64) for i, name in enumerate(number_classes(known)[0])}
+    for name, (utterances, classes, report) in parts.items():
+        labels = [number[one] for one in classes]
+        splits[name] = AudioSplit(AudioSource(path, utterances, cfg), labels, cfg, report)
+    return Labelled(splits, list(number), "sample")
 
 
-def _classes(root: Path, utterances: Utterances) -> list[str]:
-    """The class folder of each utterance."""
-    for name in utterances.names:
-        if len(Path(name).parts) < 2:
-            raise DataError(f"labels missing: {root}: one folder per class is needed, {name} lies in none")
-    return [Path(name).parts[0] for name in utterances.names]
-
-
-def _by_class(
-    path: str, cfg: Config, opened: dict[str, tuple[Utterances, Report]], named: dict[str, list[str]]
-) -> Labelled:
-    known = sorted(set(named["train"]))
-    if len(known) < 2:
-        raise DataError(f"labels missing: {path}: at least 2 class folders are needed, got {known}")
-    if not named["test"]:
-        raise DataError(
-            f"labels missing: {path}: every class has one file alone, so none is left for testing"
+def _classed(path: str, cfg: Config) -> dict[str, tuple[Utterances, list[str], Report]]:
+    """The usable utterances of each part, the class of each, and a report of each part."""
+    opened = Report.of(path, cfg.data)
+    listing = list_audio(Path(path), opened)
+    level = int(WHOLE not in listing.parts)
+    parts: dict[str, tuple[Utterances, list[str], Report]] = {}
+    for part, numbers in listing.parts.items():
+        report = dataclasses.replace(opened, unreadable={}, skipped={}, facts={}, notes=[])
+        utterances = _usable(
+            read_index(listing.select(numbers), _front(cfg).sample_rate, report), cfg, report
         )
-    if unknown := sorted(set(named["test"]) - set(known)):
-        raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
-    number = {name: np.array(i, dtype=np.int64) for i, name in enumerate(known)}
-    splits: dict[str, Split] = {
-        part: AudioSplit(AudioSource(path, utterances, cfg), [number[c] for c in named[part]], cfg, report)
-        for part, (utterances, report) in opened.items()
-    }
-    return Labelled(splits, known, "sample")
+        parts[part] = (utterances, _classes(path, utterances, level), report)
+    whole = to_divide(parts, path)
+    if whole is None:
+        return parts
+    utterances, classes, report = whole
+    return {
+        part: (utterances.select(some), [classes[i] for i in some.tolist()], report)
+        for part, some in divide(classes).items() if len(some)
+    }  # fmt: skip
 
 
-def check_data(path: str, cfg: Config) -> Report:
-    """Decode every file: rates, channels, formats, lengths, and each unreadable file with its reason."""
+def _classes(path: str, utterances: Utterances, level: int) -> list[str]:
+    """The class folder of each utterance, the first below those of parts."""
+    for name in utterances.names:
+        if len(Path(name).parts) < level + 2:
+            raise DataError(f"labels missing: {path}: one folder per class is needed, {name} lies in none")
+    return [Path(name).parts[level] for name in utterances.names]
+
+
+def check_data(path: str, cfg: Config, report: Report) -> None:
+    """See `d2v.data.open.check_data`: rates, channels, formats and lengths of the sounds."""
     rate = _front(cfg).sample_rate
-    utterances, report = _index(path, cfg, split=None)
-    find_usable(utterances, cfg, report)
+    utterances = _open(path, cfg, "train", report)
 
     def reason(index: int) -> str:
         try:
@@ -284,14 +290,11 @@ def check_data(path: str, cfg: Config) -> Report:
     for name, text in zip(utterances.names, in_threads(reason, range(len(utterances))), strict=True):
         if text:
             report.unreadable[name] = text
-    seconds = utterances.lengths / rate
-    histogram, _ = np.histogram(seconds, BINS)
-    report.facts |= {
-        "hours": round(float(seconds.sum()) / 3600, 4),
-        "length_histogram": {
-            f"{low:g}-{high:g} s" if high < math.inf else f"over {low:g} s": int(n)
-            for low, high, n in zip(BINS, BINS[1:], histogram, strict=False)
-            if n
-        },
+    histogram, _ = np.histogram(utterances.lengths / rate, BINS)
+    report.facts["length_histogram"] = {
+        f"{low:g}-{high:g} s" if high < math.inf else f"over {low:g} s": int(n)
+        for low, high, n in zip(BINS, BINS[1:], histogram, strict=False)
+        if n
     }
-    return report
+    report.stop_if_too_many()
+    _check_batch(AudioSource(path, utterances, cfg), cfg.data)

@@ -9,9 +9,10 @@ dev*, valid*, val* or test* are held out, each under its name; without them a fi
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +24,12 @@ from ...config.run import Config
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
 from ..loader import Loader
-from ..splits import divide, is_held_out, is_training
+from ..splits import divide, to_divide
 from ..types import DataError, Report
-from .files import (
-    FileUtterances,
-    Header,
-    Utterances,
-    header_or_reason,
-    in_threads,
-    list_files,
-    mixed_channels,
-    read_manifest,
-)
+from ..walk import walk
+from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
-from .pipeline import find_usable
+from .pipeline import find_usable, read_index
 from .source import AudioSource, SpeechUtterances
 
 
@@ -108,25 +101,45 @@ def read_spoken(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     cfg: front end, shortest and longest utterance. Training leaves out what is longer than
     data.max_seconds, as a cut transcript would be wrong. Raises DataError.
     """
-    found: dict[str, Spoken]
+    found = read_parts(path, cfg, rate)
+    if (whole := to_divide(found, path)) is not None:
+        numbers = divide([""] * len(whole.texts))
+        found = {part: whole.select(some) for part, some in numbers.items()}
+    return {name: usable_part(name, part, path, cfg, rate) for name, part in found.items()}
+
+
+def usable_part(name: str, part: Spoken, path: str, cfg: Config, rate: int) -> Spoken:
+    """The utterances of a part that are long enough, for training also short enough. DataError for none."""
+    usable = find_usable(part.utterances, cfg, part.report)
+    if name == "train":
+        fits = part.utterances.lengths[usable] <= cfg.data.max_seconds * rate
+        part.report.skip(
+            f"longer than data.max_seconds ({cfg.data.max_seconds} s)",
+            [part.utterances.names[i] for i in usable[~fits]],
+        )
+        usable = usable[fits]
+    part.report.stop_if_too_many()
+    if not len(usable):
+        reasons = "; ".join(part.report.lines())
+        raise DataError(f"data: {path}: no utterance of part {name} can be used: {reasons}")
+    return part.select(usable)
+
+
+def read_parts(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
+    """All utterances that have a transcript, of each part, or of one part `WHOLE`."""
     if path == "speech":
-        found = {part: _embedded(part, rate) for part in speech.SPLITS}
-    else:
-        found = _on_disk(Path(path), rate)
-    for name, part in found.items():
-        usable = find_usable(part.utterances, cfg, part.report)
-        if name == "train":
-            fits = part.utterances.lengths[usable] <= cfg.data.max_seconds * rate
-            if not fits.all():
-                part.report.skipped[f"longer than data.max_seconds ({cfg.data.max_seconds} s)"] = int(
-                    (~fits).sum()
-                )
-            usable = usable[fits]
-        part.report.stop_if_too_many()
-        found[name] = part.select(usable)
-        if not len(usable):
-            raise DataError(f"data: {path}: no utterance of part {name} can be used: {part.report.skipped}")
-    return found
+        return {part: _embedded(part, rate) for part in speech.SPLITS}
+    if not Path(path).is_dir():
+        raise DataError(f"labels missing: {path}: a folder of speech and transcripts is needed")
+    report = Report.of(path, cfg.data)
+    listing, said = _transcribed(Path(path), report)
+    parts = {
+        part: _part(listing.select(numbers), said, rate, replace(report, unreadable={}, skipped={}, notes=[]))
+        for part, numbers in listing.parts.items()
+    }
+    if not any(len(part.texts) for part in parts.values()):
+        raise DataError(f"labels missing: {path}: no audio file has a transcript")
+    return parts
 
 
 def _embedded(split: speech.SplitName, rate: int) -> Spoken:
@@ -135,83 +148,64 @@ def _embedded(split: speech.SplitName, rate: int) -> Spoken:
     return Spoken(SpeechUtterances(numbers, rate), texts, Report("speech", len(numbers)))
 
 
-def _on_disk(root: Path, rate: int) -> dict[str, Spoken]:
-    if not root.is_dir():
-        raise DataError(f"labels missing: {root}: a folder of speech and transcripts is needed")
-    manifests = sorted(file for file in root.glob("*.tsv") if file.with_suffix(".wrd").is_file()
-                       or file.with_suffix(".ltr").is_file())  # fmt: skip
-    named = {file.stem: file for file in manifests} or {
-        folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir()
-    }
-    train = [place for name, place in named.items() if is_training(name)]
-    held = {name: place for name, place in named.items() if is_held_out(name)}
-    if train and held:
-        parts = {name: _read_part([place], rate) for name, place in held.items()}
-        return {"train": _read_part(train, rate), **parts}
-    whole = _read_part([root], rate)
-    return {part: whole.select(numbers) for part, numbers in divide([""] * len(whole.texts)).items()}
+def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
+    """The audio files of a folder, and what is said in those that have a transcript."""
+    manifests = [root / name for name in walk(root, (".tsv",)).files]
+    manifests = [file for file in manifests if is_manifest(file) and _texts_of(file) is not None]
+    if manifests:
+        said: dict[str, str] = {}
+        for manifest in manifests:
+            folder, files, _ = read_manifest(manifest)
+            texts = _manifest_texts(manifest, len(files))
+            said |= {str((folder / file).absolute()): text for file, text in zip(files, texts, strict=True)}
+        return of_manifests(root, manifests), said
+    listing = list_audio(root, report)
+    return listing, _folder_texts(listing.root, listing.names)
 
 
-def _read_part(places: list[Path], rate: int) -> Spoken:
-    """Utterances of folders or manifests that have a transcript; the others are counted."""
-    names: list[str] = []
-    headers: list[Header] = []
-    texts: list[str] = []
-    report = Report(", ".join(map(str, places)), 0)
-    for place in places:
-        if place.suffix == ".tsv":
-            root, files, _ = read_manifest(place)
-            said = dict(zip(files, _manifest_texts(place, len(files)), strict=True))
-        else:
-            root, files = list_files(place)
-            said = _folder_texts(root, files)
-        report.total += len(files)
-        said = {file: text for file, text in said.items() if normalise(text)}
-        without = [file for file in files if file not in said]
-        if without:
-            report.skipped["no transcript"] = report.skipped.get("no transcript", 0) + len(without)
-        spoken = [file for file in files if file in said]
-        found = in_threads(lambda name, root=root: header_or_reason(root / name), spoken)  # type: ignore[misc]
-        report.notes += mixed_channels(header for header in found if isinstance(header, Header))
-        for file, header in zip(spoken, found, strict=True):
-            reason = header if isinstance(header, str) else header.problem()
-            if reason:
-                report.unreadable[str(root / file)] = reason
-            elif isinstance(header, Header):
-                names.append(str((root / file).resolve()))
-                headers.append(header)
-                texts.append(said[file])
-    if not names:
-        raise DataError(f"labels missing: {report.path}: no audio file has a transcript")
-    return Spoken(FileUtterances(Path("/"), names, headers, rate), texts, report)
+def _part(listing: Listing, said: dict[str, str], rate: int, report: Report) -> Spoken:
+    """Utterances that have a transcript; the others are counted."""
+    said = {file: said[file] for file in listing.names if normalise(said.get(file, ""))}
+    without = [file for file in listing.names if file not in said]
+    report.total = len(without)
+    report.skip("no transcript", without)
+    keep = [i for i, file in enumerate(listing.names) if file in said]
+    utterances = read_index(listing.select(np.array(keep, np.int64)), rate, report)
+    return Spoken(utterances, [said[name] for name in utterances.names], report)
 
 
 def _folder_texts(root: Path, files: list[str]) -> dict[str, str]:
     """Transcripts of files, from Librispeech's lists or text files beside them."""
-    listed: dict[Path, str] = {}
-    for table in sorted(root.rglob("*.trans.txt")):
-        for line in _lines(table):
-            name, _, text = line.partition(" ")
-            listed[table.parent / name] = text
+    listed: dict[str, str] = {}
+    for table in walk(root, (".txt",)).files:
+        if table.endswith(".trans.txt"):
+            for line in _lines(root / table):
+                name, _, text = line.partition(" ")
+                listed[os.path.join(os.path.dirname(table), name)] = text
     said: dict[str, str] = {}
     for file in files:
-        stem = (root / file).with_suffix("")
+        stem = os.path.splitext(file)[0]
         if stem in listed:
             said[file] = listed[stem]
-        elif (beside := stem.with_suffix(".txt")).is_file():
+        elif (beside := root / f"{stem}.txt").is_file():
             said[file] = " ".join(_lines(beside))
     return said
 
 
+def _texts_of(manifest: Path) -> Path | None:
+    """The file with the words, or letters, of a manifest's files."""
+    beside = (manifest.with_suffix(suffix) for suffix in (".wrd", ".ltr"))
+    return next((file for file in beside if file.is_file()), None)
+
+
 def _manifest_texts(manifest: Path, count: int) -> list[str]:
-    words, letters = manifest.with_suffix(".wrd"), manifest.with_suffix(".ltr")
-    if words.is_file():
-        texts = _lines(words)
-    else:
-        texts = [line.replace(" ", "").replace(WORD, " ").strip() for line in _lines(letters)]
+    file = _texts_of(manifest)
+    assert file is not None  # as the caller asked
+    texts = _lines(file)
+    if file.suffix == ".ltr":
+        texts = [line.replace(" ", "").replace(WORD, " ").strip() for line in texts]
     if len(texts) != count:
-        name = words if words.is_file() else letters
-        raise DataError(f"data: {name} has {len(texts)} lines, {manifest} names {count} files")
+        raise DataError(f"data: {file} has {len(texts)} lines, {manifest} names {count} files")
     return texts
 
 

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from ..embedded import text as stdlib
+from ..splits import NO_PART, WHOLE, for_training, in_no_part, parts_of
 from ..types import DataError, Report
+from ..walk import suffix_of, walk
 
 EXTENSIONS = (".txt", ".jsonl")
 PIECE = 1 << 20
@@ -87,23 +90,34 @@ def json_lines(file: Path, report: Report) -> Iterator[tuple[str, dict]]:
 class Files(Corpus):
     """A .txt or .jsonl file, or all of them at any depth below a folder, in sorted order."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, report: Report, purpose: str = "train") -> None:
+        """purpose: "train" takes the training part alone where there are parts, another all files.
+
+        What is not read is named in `report`.
+        """
         self.path = path
-        root = Path(path)
-        if root.is_dir():
-            found = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-            self.files = sorted(f for f in found if f.suffix in EXTENSIONS and not f.name.startswith("."))
-        else:
-            self.files = [root] if root.suffix in EXTENSIONS else []
-        if not self.files:
-            raise DataError(f"data: {path}: no text in it; known: {', '.join(EXTENSIONS)}")
+        found = walk(Path(path), EXTENSIONS, ())
+        report.left_out |= found.left_out
+        if Path(path).is_file() and suffix_of(path) not in EXTENSIONS:
+            found.files = []
+        names = sorted(found.files, key=Path)
+        if not names:
+            left = "".join(f"; {line}" for line in report.lines())
+            raise DataError(f"data: {path}: no text in it; known: {', '.join(EXTENSIONS)}{left}")
+        self.parts = {WHOLE: np.arange(len(names))}
+        if Path(path).is_dir():
+            self.parts = parts_of(names, path, stems=True)
+        self.files = [found.root / name for name in names]
+        if purpose == "train":
+            report.leave_out(NO_PART, in_no_part(names, self.parts))
+            self.files = [self.files[i] for i in for_training(self.parts, report)]
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files)
 
     def documents(self, report: Report) -> Iterator[Iterator[str]]:
         for file in self.files:
-            if file.suffix == ".jsonl":
+            if suffix_of(file.name) == ".jsonl":
                 for _, entry in json_lines(file, report):
                     yield iter([entry["text"]])
                 continue
@@ -128,6 +142,6 @@ class StandardLibrary(Corpus):
             yield iter([text])
 
 
-def open_corpus(path: str) -> Corpus:
-    """The documents at a path, or the embedded "text"."""
-    return StandardLibrary() if path == "text" else Files(path)
+def open_corpus(path: str, report: Report, purpose: str = "train") -> Corpus:
+    """The documents at a path, see `Files`, or the embedded "text"."""
+    return StandardLibrary() if path == "text" else Files(path, report, purpose)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..embedded import text as stdlib
-from ..splits import divide, named_parts
+from ..splits import divide, to_divide
 from ..types import DataError, Report
+from ..walk import suffix_of
 from .corpus import Files, json_lines
 
 
@@ -65,30 +66,28 @@ def read_labelled(
             for part, found in stdlib.paragraphs().items()
         }
     else:
-        parts = _read_lines(path, report, numbers)
+        parts = _read_lines(path, report)
     report.total = report.total or sum(map(len, parts.values()))
     report.stop_if_too_many()
+    if (whole := to_divide(parts, path)) is not None:
+        division = divide(["" if numbers else sentence.label for sentence in whole])
+        parts = {part: [whole[i] for i in some] for part, some in division.items()}
     for part, found in parts.items():
         if not found:
             raise DataError(f"data: {path}: part {part} holds no sample")
     return parts, report
 
 
-def _read_lines(path: str, report: Report, numbers: bool) -> dict[str, list[Sentence]]:
-    files = [file for file in Files(path).files if file.suffix == ".jsonl"]
-    if not files:
+def _read_lines(path: str, report: Report) -> dict[str, list[Sentence]]:
+    """Of each part, or of one part `WHOLE`."""
+    found = Files(path, report, "label")
+    parts = {
+        part: [file for i in some if suffix_of((file := found.files[i]).name) == ".jsonl"]
+        for part, some in found.parts.items()
+    }
+    if not any(parts.values()):
         raise DataError(f'labels missing: {path}: labels come from .jsonl lines with "text" and "label"')
-    by_stem: dict[str, list[Path]] = {}
-    for file in files:
-        by_stem.setdefault(file.stem, []).append(file)
-    if Path(path).is_dir() and (named := named_parts(by_stem)) is not None:
-        return {
-            part: _sentences(by_stem[stem], report)
-            for part, stem in zip(("train", "test"), named, strict=True)
-        }
-    whole = _sentences(files, report)
-    division = divide(["" if numbers else sentence.label for sentence in whole])
-    return {part: [whole[i] for i in some] for part, some in division.items()}
+    return {part: _sentences(files, report) for part, files in parts.items()}
 
 
 def _sentences(files: Iterable[Path], report: Report) -> list[Sentence]:

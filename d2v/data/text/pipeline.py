@@ -28,13 +28,16 @@ from ...config.fronts import TextFront
 from ...config.run import Config
 from ..loader import Loader, Source, number_classes
 from ..open import default_cache
-from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split
+from ..splits import training_classes
+from ..types import Batch, DataError, Labelled, LabelledBatch, Report, Split
 from .corpus import Corpus, open_corpus
 from .labelled import read_labelled
 from .tokenizer import BOS, EOS, PAD, check_block, check_tokenizer, load_tokenizer, train_tokenizer
 
 TOGETHER = 1 << 23
 """characters handed to the tokenizer at a time: it works on them in parallel"""
+ENOUGH = 100
+"""characters for each token of a step, with which a corpus is large enough whatever the tokenizer"""
 RAW_TOKENS = 4_096
 """most frequent tokens that the baseline counts"""
 
@@ -87,7 +90,7 @@ def _tokenizer(corpus: Corpus, cfg: Config, run_dir: Path | None, cache: Path) -
             raise DataError(f"data: data.tokenizer {given} does not exist")
         tokenizer = check_tokenizer(load_tokenizer(Path(given)), given, front)
     else:
-        report = Report(corpus.path, 0)
+        report = Report.of(corpus.path, cfg.data)
         trained = train_tokenizer(chain.from_iterable(corpus.documents(report)), front.vocab_size)
         report.stop_if_too_many()
         tokenizer = check_tokenizer(trained, "trained on the data", front)
@@ -130,14 +133,14 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, report: Report) -> Iterator[li
     yield from flush()
 
 
-def _stream(corpus: Corpus, tokenizer: Tokenizer, dtype: str, cache: Path) -> tuple[Path, Report]:
-    """The file of all tokens, made now or found in the cache, and what was counted while making it."""
+def _stream(corpus: Corpus, tokenizer: Tokenizer, dtype: str, cache: Path, report: Report) -> Path:
+    """The file of all tokens, made now or found in the cache; what was counted then is reported."""
     folder = cache / "text" / _hash(corpus.fingerprint(), tokenizer.to_str(), dtype)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(dir=folder.parent))
         try:
-            report, tokens = Report(corpus.path, 0), 0
+            tokens = 0
             with open(making / "tokens.bin", "wb") as file:
                 for ids in _encode(corpus, tokenizer, report):
                     np.array(ids, dtype=dtype).tofile(file)
@@ -149,7 +152,9 @@ def _stream(corpus: Corpus, tokenizer: Tokenizer, dtype: str, cache: Path) -> tu
                 making.rename(folder)
         finally:
             shutil.rmtree(making, ignore_errors=True)
-    return folder / "tokens.bin", Report(corpus.path, **json.loads((folder / "report.json").read_text()))
+    for name, value in json.loads((folder / "report.json").read_text()).items():
+        setattr(report, name, value)
+    return folder / "tokens.bin"
 
 
 def open_data(
@@ -159,13 +164,14 @@ def open_data(
     device: torch.device,
     purpose: str,
     run_dir: Path | None,
-) -> Pipeline:
+) -> Loader:
     """See `d2v.data.open.open_data`; meta["tokenizer"] is the path of the tokenizer's .json, in `run_dir` if
-    there is one. `purpose` changes nothing."""
-    corpus, cache = open_corpus(path), default_cache()
+    there is one."""
+    report, cache = Report.of(path, cfg.data), default_cache()
+    corpus = open_corpus(path, report, purpose)
     tokenizer, file = _tokenizer(corpus, cfg, run_dir, cache)
     dtype = "<u2" if _front(cfg).vocab_size <= 1 << 16 else "<u4"
-    stream, report = _stream(corpus, tokenizer, dtype, cache)
+    stream = _stream(corpus, tokenizer, dtype, cache, report)
     source = TextSource(path, stream, dtype, cfg)
     source.meta = {"tokenizer": str(file)}
     return Loader(source, cfg.data, device, report)
@@ -216,7 +222,7 @@ def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
     the library."""
     _front(cfg)
     parts, classes = _labelled_parts(path)
-    tokenizer, file = _tokenizer(open_corpus(path), cfg, run_dir, default_cache())
+    tokenizer, file = _tokenizer(open_corpus(path, Report.of(path, cfg.data)), cfg, run_dir, default_cache())
     splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
     return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
 
@@ -228,13 +234,12 @@ def open_tokenized(path: str, tokenizer: Tokenizer, block: int, specials: tuple[
 
 
 def _labelled_parts(path: str) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
-    """Texts and labels of "train" and "test", and the classes."""
+    """Texts and labels of each part, and the classes."""
     found, _ = read_labelled(path)
     parts = {part: ([s.texts[0] for s in some], [s.label for s in some]) for part, some in found.items()}
-    classes, _ = number_classes(parts["train"][1])
-    if unknown := sorted(set(parts["test"][1]) - set(classes)):
-        raise DataError(f"data: {path}: test class {unknown[0]!r} is not among the training classes")
-    return parts, list(classes)
+    return parts, training_classes(
+        {part: number_classes(names)[0] for part, (_, names) in parts.items()}, path
+    )
 
 
 def _splits(
@@ -255,13 +260,19 @@ def _splits(
     return splits
 
 
-def check_data(path: str, cfg: Config) -> Report:
-    """Read every document: counts, a histogram of lengths, and each unreadable one with its reason."""
-    report = Report(path, 0)
+def check_data(path: str, cfg: Config, report: Report) -> None:
+    """See `d2v.data.open.check_data`: a histogram of the documents' lengths."""
+    _front(cfg)
+    corpus = open_corpus(path, report)
     lengths: Counter[int] = Counter()
-    for document in open_corpus(path).documents(report):
-        lengths[sum(map(len, document)).bit_length()] += 1
+    characters = 0
+    for document in corpus.documents(report):
+        length = sum(map(len, document))
+        characters += length
+        lengths[length.bit_length()] += 1
     report.facts["documents by characters"] = {
         f"below {1 << bits}": lengths[bits] for bits in sorted(lengths)
     }
-    return report
+    report.stop_if_too_many()
+    if characters < ENOUGH * cfg.data.batch * cfg.data.block:  # else a token would have as many characters
+        open_data(path, cfg, device=torch.device("cpu"), purpose="train", run_dir=None).check_batch()

@@ -1,0 +1,96 @@
+"""From a path to the pictures of each part of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..loader import number_classes
+from ..splits import NO_PART, WHOLE, in_no_part, parts_of
+from ..types import DataError, Report
+from ..walk import suffix_of, walk
+from .store import EXTENSIONS, FolderStore, Store, Subset, read_npz
+from .tar import TarStore
+
+
+def part_of(store: Store, numbers: np.ndarray) -> Store:
+    """The pictures of a part [k], with the classes that occur in it."""
+    part = Subset(store, numbers)
+    if store.labels is not None:
+        part.classes, part.labels = number_classes([store.classes[k] for k in store.labels[numbers]])
+    return part
+
+
+def open_stores(path: Path, report: Report, *, divided: bool = True) -> dict[str, Store]:
+    """The pictures of each part of a data set: "train" and held-out ones, or all of them as `WHOLE`.
+
+    divided: False takes all as `WHOLE` (of a .npz those for training). What is not read is named in `report`.
+    DataError when there are no pictures.
+    """
+    stores: Mapping[str, Store | None]
+    if path.is_dir():
+        stores = _of_folder(path, report, divided)
+    elif path.suffix.lower() == ".npz":
+        whole, test = read_npz(path), read_npz(path, "test_") if divided else None
+        stores = {WHOLE: whole} if test is None else {"train": whole, "test": test}
+    elif path.suffix.lower() == ".tar":
+        stores = _of_tars([path], path.parent, report, divided)
+    elif path.suffix.lower() in EXTENSIONS:
+        stores = {WHOLE: FolderStore(path.parent, [path.name])}
+    else:
+        raise DataError(
+            f"data: {path}: images come from a folder, .npz or .tar, got {path.suffix or 'no extension'!r}"
+        )
+    found = {name: store for name, store in stores.items() if store is not None and len(store)}
+    if not found:
+        left = "".join(f"; {line}" for line in report.lines())
+        raise DataError(
+            f"data: {path}: no pictures in it; known: {', '.join(sorted(EXTENSIONS))}, .tar, .npz{left}"
+        )
+    report.facts["parts"] = {name: len(store) for name, store in found.items()}
+    return found
+
+
+def _of_folder(path: Path, report: Report, divided: bool) -> dict[str, Store]:
+    found = walk(path, {*EXTENSIONS, ".tar"})
+    report.left_out |= found.left_out
+    shards = [path / file for file in found.files if suffix_of(file) == ".tar"]
+    pictures = [file for file in found.files if suffix_of(file) != ".tar"]
+    if shards:
+        report.leave_out("pictures beside tar files", pictures)
+        return _of_tars(shards, path, report, divided)
+    numbers = parts_of(pictures, str(path)) if divided else {WHOLE: np.arange(len(pictures))}
+    store = FolderStore(path, pictures, level=int(WHOLE not in numbers))
+    return _divided(store, pictures, numbers, report)
+
+
+def _of_tars(shards: Sequence[Path], root: Path, report: Report, divided: bool) -> dict[str, Store]:
+    """By the names of shards below root, else by folders within them."""
+    names = [str(shard.relative_to(root)) for shard in shards]
+    by_shard = {WHOLE: np.arange(len(shards))}
+    if divided and len(shards) > 1:
+        by_shard = parts_of(names, str(root), stems=True)
+        report.leave_out(NO_PART, in_no_part(names, by_shard))
+    stores: dict[str, Store] = {}
+    for name, some in by_shard.items():
+        store = TarStore([shards[i] for i in some.tolist()])
+        for reason, members in store.left_out.items():
+            report.leave_out(reason, members)
+        if name == WHOLE:
+            numbers = parts_of(store.files, str(root)) if divided else {WHOLE: np.arange(len(store))}
+            store.classify(int(WHOLE not in numbers))
+            return _divided(store, store.files, numbers, report)
+        store.classify(0)
+        stores[name] = store
+    return stores
+
+
+def _divided(
+    store: Store, files: Sequence[str], numbers: dict[str, np.ndarray], report: Report
+) -> dict[str, Store]:
+    if WHOLE in numbers:
+        return {WHOLE: store}
+    report.leave_out(NO_PART, in_no_part(files, numbers))
+    return {name: part_of(store, some) for name, some in numbers.items()}
