@@ -98,10 +98,17 @@ def test_bad_samples_are_replaced_the_same_way_every_time():
     assert changed == 2
 
 
-def test_more_than_one_percent_unreadable_stops_with_the_list():
-    pipeline = loader(Numbers(count=100, bad=(7, 8)))
-    with pytest.raises(DataError, match=r"2 of 100 samples unreadable, more than 1%:\n  number [78]: is odd"):
-        take(pipeline, 16)
+@pytest.mark.parametrize(
+    "count, share, allowed", [(100, 0.0, 0), (2000, 0.01, 20), (100, 0.01, 10), (100, 0.2, 20), (12, 0.01, 6)]
+)
+def test_too_many_unreadable_samples_stop_with_the_list(count: int, share: float, allowed: int) -> None:
+    take(loader(Numbers(count=count, bad=tuple(range(allowed))), max_unreadable=share), count // 3)
+    pipeline = loader(Numbers(count=count, bad=tuple(range(allowed + 1))), max_unreadable=share)
+    with pytest.raises(
+        DataError, match=rf"{allowed + 1} of {count:,} samples unreadable, more than {allowed} "
+    ) as error:
+        take(pipeline, count // 3)
+    assert "is odd" in str(error.value) and str(error.value).count("\n") == 1, "a line for a kind"
 
 
 def test_nothing_readable():

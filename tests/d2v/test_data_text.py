@@ -261,7 +261,7 @@ def test_bag_of_tokens_counts(tmp_path: Path):
     assert labelled.splits["test"].raw()[0].tolist() == [[1, 1, 0, 3]]  # z is not in the training part
     assert labelled.splits["test"].raw()[1].tolist() == [1]
     (tmp_path / "test.jsonl").write_text('{"text": "q", "label": "q"}')
-    with pytest.raises(DataError, match="test class 'q' is not among the training classes"):
+    with pytest.raises(DataError, match="class 'q' of part test is not among the training classes"):
         open_labelled(str(tmp_path), config())
 
 

@@ -55,7 +55,7 @@ def read_labelled(
     "text2", and "label", a string or a number; or the embedded "text". Files at any depth of a folder are
     divided by their stems (train.jsonl beside dev.jsonl, ...), else all lines by `divide`.
     numbers: labels are numbers and no classes.
-    Raises DataError: "labels missing", more than 1% unreadable, a part without a sample.
+    Raises DataError: "labels missing", too much unreadable, a part without a sample.
     """
     report = Report(path, 0)
     if glue is not None:
