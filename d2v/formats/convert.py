@@ -34,6 +34,7 @@ from .fairseq_config import original_config, original_task
 from .fairseq_names import TUNED, TunedFile, nested
 from .folder import CONFIG, FORMAT, LABELS, TOKENIZER, VOCABULARY, WEIGHTS, for_file
 from .hf_export import write_folder
+from .hf_preprocessors import write_json
 from .open import load
 from .pt_file import PtFile
 from .recorded import ours, recorded, recorded_waves
@@ -181,7 +182,7 @@ def save_folder(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTHIN
             config[WAVES] = facts.waves
         if not isinstance(model, Pretraining):
             config["head"] = to_dict(model.head_cfg)
-        (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG, config)
         if facts.tokenizer is not None:
             shutil.copyfile(facts.tokenizer, folder / TOKENIZER)
         _write_texts(facts, folder)

@@ -23,6 +23,9 @@ from .fairseq_names import POOLING, TEACHER, TUNED, flat
 from .fairseq_tree import Section, Tree, plain
 from .pt_file import LazyTensor, PtFile
 
+_SHARED = 4
+"""weights that may be read from the same values, on average: a student and its teacher share all at most"""
+
 
 def load_original(path: str | Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Architecture and weights of a pretraining `.pt` file: student keys, then `_ema.<key>` (teacher).
@@ -120,6 +123,10 @@ def _canonical(weights: Mapping[str, Any], path: str | Path) -> dict[str, LazyTe
         if key.endswith(".alibi_scale") and len(value.size) == 4:
             value = LazyTensor(value.storage, value.offset, (1, *value.size), (0, *value.stride))
         out[key] = value
+    needed = sum(t.numel for t in out.values())
+    stored = sum(storage.numel for storage in {t.storage for t in out.values()})
+    if needed > _SHARED * stored:
+        raise CheckpointError(f"{path}: its weights have {needed:,} values, of which it holds {stored:,}")
     return out
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.fronts import ImageFront, LogMelFront, TextFront, WaveformFront
 from ..config.model import ModelConfig
@@ -27,7 +27,7 @@ from ..data.normalisation import IMAGENET, PREPROCESSOR, WAVES, Normalisation
 from ..model import Pretraining
 from ..model.pretraining import Weights
 from ..model.tuned import BLANK, FineTuned
-from .folder import WEIGHTS, for_file
+from .folder import CONFIG, WEIGHTS, for_file
 from .hf_card import card
 from .hf_preprocessors import copy_code, ctc_vocabulary, write_json, write_speech, write_tokenizer
 
@@ -83,7 +83,7 @@ def write_folder(
         if weights == "teacher" or encoder_only:
             asked = "weights must be student" if weights == "teacher" else "encoder_only must be left out"
             raise ValueError(f"convert: {asked} for a fine-tuned model")
-        held = _renamed(model)
+        held = {theirs(name): t for name, t in model.state_dict().items()}
         head = HEADS[model.head_cfg.task, cfg.modality], model.head_cfg
         name, heads = f"For{head[0]}", [head[0]]
         values["d2v"]["head"] = asdict(model.head_cfg)
@@ -93,7 +93,7 @@ def write_folder(
     values["architectures"] = [f"Data2Vec2{name}"]
     values["auto_map"] |= {f"AutoModelFor{called}": f"{_MODELS}For{called}" for called in heads}
     _save(held, folder / WEIGHTS)
-    write_json(folder / "config.json", values)
+    write_json(folder / CONFIG, values)
     copy_code(CODE, folder)
     front = cfg.front
     if isinstance(front, ImageFront):
@@ -145,23 +145,16 @@ def encoder_weights(model: Pretraining, weights: Weights) -> dict[str, Tensor]:
     """
     if weights == "teacher" and model.teacher is None:
         raise ValueError(f"convert: weights must be student for objective {model.cfg.objective}, got teacher")
-    chosen = dict(_encoder(model))
+    chosen = {
+        name: t
+        for name, t in model.state_dict(keep_vars=True).items()
+        if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
+    }
     if weights == "teacher":
         names = {id(p): name for name, p in model.named_parameters()}
         for teacher, student in zip(*model.teacher_pairs(), strict=True):
             chosen[names[id(student)]] = teacher
     return chosen
-
-
-def _encoder(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: t for name, t in model.state_dict(keep_vars=True).items()
-        if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
-    }  # fmt: skip
-
-
-def _renamed(model: FineTuned) -> dict[str, Tensor]:
-    return {theirs(name): t for name, t in model.state_dict().items()}
 
 
 def theirs(name: str) -> str:

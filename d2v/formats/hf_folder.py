@@ -19,9 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..data.normalisation import PREPROCESSOR
 from ..model.huggingface import import_transformers
+from .folder import CONFIG, WEIGHTS
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = f"{WEIGHTS}.index.json"
 MAX_SIDE = 8_192
 """pixels of a picture that a model may ask for"""
 MAX_PATCHES = 65_536
@@ -33,13 +35,13 @@ _REPEATED = re.compile(r"^(num|n)_.*(layer|block|expert)")
 
 def is_ours(folder: str | Path) -> bool:
     """Whether `d2v convert --to hf` wrote it: d2v opens such a folder without transformers."""
-    return "d2v" in (read_json(Path(folder) / "config.json") or {})
+    return "d2v" in (read_json(Path(folder) / CONFIG) or {})
 
 
 def open_pretrained(folder: Path) -> nn.Module:
     """The model of a folder on the CPU, in eval mode, in fp32. ValueError, in one line, for what is wrong."""
     transformers = import_transformers()
-    values = read_json(folder / "config.json")
+    values = read_json(folder / CONFIG)
     if values is None:
         raise ValueError(f"hf:{folder}: no config.json: a folder of `save_pretrained` is needed")
     if "auto_map" in values and values.get("model_type") not in transformers.CONFIG_MAPPING:
@@ -141,7 +143,7 @@ def read_preprocessor(folder: Path, kind: Literal["feature_extractor", "image_pr
     nested = (read_json(folder / "processor_config.json") or {}).get(kind)
     if isinstance(nested, dict):
         return nested
-    return read_json(folder / "preprocessor_config.json") or {}
+    return read_json(folder / PREPROCESSOR) or {}
 
 
 def read_json(file: Path) -> dict[str, Any] | None:

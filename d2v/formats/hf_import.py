@@ -21,6 +21,7 @@ from ..data.speech.files import MIN_RATE
 from ..data.text.tokenizer import load_tokenizer, uncut
 from ..data.types import DataError, Labelled
 from ..model.huggingface import INPUTS, HuggingFaceEncoder, import_transformers
+from .folder import TOKENIZER
 from .hf_folder import check_picture, one_line, open_pretrained, read_preprocessor, sides
 
 POSITIONS_OF_ROBERTA = 2
@@ -73,7 +74,7 @@ def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
 def _read_segments(config: Any, folder: Path) -> None:
     """Note in the config which token ends a text, as "segment_end_id", where the model embeds which text of a
     pair a token is of and the tokenizer tells them apart: BERT's does, RoBERTa's does not."""
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER
     if (getattr(config, "type_vocab_size", None) or 0) < 2 or not file.is_file():
         return
     pair = load_tokenizer(file).encode("", "")

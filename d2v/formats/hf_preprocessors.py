@@ -15,6 +15,7 @@ from ..config.run import WaveNorm
 from ..data.normalisation import PREPROCESSOR
 from ..data.speech.letters import SPECIALS, WORD
 from ..data.text.tokenizer import load_tokenizer
+from .folder import TOKENIZER
 
 SPEECH = ("processing_data2vec2.py", "../../data/speech/letters.py")
 """code of a folder, from hf_code/"""
@@ -105,7 +106,7 @@ def write_tokenizer(tokenizer: Path, folder: Path, front: TextFront) -> None:
         loaded.post_processor = TemplateProcessing(
             single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>", special_tokens=list(ids.items())
         )
-    loaded.save(str(folder / "tokenizer.json"))
+    loaded.save(str(folder / TOKENIZER))
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -27,7 +27,7 @@ from ..model.tuned import FineTuned, build_tuned
 from ..train.checkpoint import check_fits, fill_model, find_checkpoint, find_run, load_checkpoint
 from ..train.process import pick_device
 from .fairseq import is_finetuned, load_original, load_original_tuned
-from .folder import CONFIG, FORMAT, WEIGHTS, is_folder
+from .folder import CONFIG, FORMAT, TOKENIZER, WEIGHTS, is_folder
 from .hf_export import PRETRAINING, joined, theirs
 from .hf_folder import is_ours
 from .hf_import import open_hf
@@ -138,8 +138,8 @@ def open_model(path: str | Path) -> tuple[Pretraining, Config, Path | None]:
         return model, as_recorded(cfg, run), run
     front, data, home = model.cfg.front, DataConfig(), path if path.is_dir() else path.parent
     if isinstance(front, TextFront):
-        if not (home / "tokenizer.json").is_file():
-            raise ValueError(f"{path}: tokenizer.json must lie beside a text model of the original")
+        if not (home / TOKENIZER).is_file():
+            raise ValueError(f"{path}: {TOKENIZER} must lie beside a text model of the original")
         data = dataclasses.replace(data, block=min(data.block, front.max_positions))
     return model, as_recorded(Config(preset=path.stem, model=model.cfg, data=data), path), home
 

@@ -41,14 +41,14 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 
-_INERT = frozenset(
-    [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in (
+_INERT = frozenset((
+    *(f"builtins.{name}" for name in (
         "int", "long", "float", "bool", "str", "unicode", "bytes", "tuple", "complex", "object", "type",
-    )]
-    + [f"torch.{str(dtype).removeprefix('torch.')}" for dtype in _STORAGES.values()]
-    + ["torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "_codecs.encode",
-       "argparse.Namespace", "types.GenericAlias", "types.UnionType"]
-)  # fmt: skip
+    )),
+    *map(str, _STORAGES.values()),
+    "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter", "_codecs.encode",
+    "argparse.Namespace", "types.GenericAlias", "types.UnionType",
+))  # fmt: skip
 """global names that become inert objects"""
 
 _INERT_PATTERN = re.compile(r"(omegaconf|typing|numpy|fairseq|fairseq_cli|examples|data2vec)(\.\w+)+")
@@ -106,11 +106,7 @@ class _DefaultMapping(dict):
 _CONTAINERS: dict[str, type] = {
     "collections.OrderedDict": _Mapping,
     "collections.defaultdict": _DefaultMapping,
-    **{
-        f"{module}.{t.__name__}": t
-        for module in ("builtins", "__builtin__")
-        for t in (dict, list, set, frozenset)
-    },
+    **{f"builtins.{t.__name__}": t for t in (dict, list, set, frozenset)},
 }
 
 
@@ -131,6 +127,10 @@ class LazyTensor:
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -162,7 +162,7 @@ class _Unpickler(pickle._Unpickler):
         )
 
     def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
+        full = f"{'builtins' if module == '__builtin__' else module}.{name}"
         if full in _CONTAINERS:
             return _CONTAINERS[full]
         if full in _INERT or _INERT_PATTERN.fullmatch(full):
@@ -175,7 +175,7 @@ class _Unpickler(pickle._Unpickler):
             return self._parameter
         if full == "torch._tensor._rebuild_from_type_v2":
             return self._with_attributes
-        if full in ("builtins.getattr", "__builtin__.getattr", "operator.getitem", "_operator.getitem"):
+        if full in ("builtins.getattr", "operator.getitem", "_operator.getitem"):
             return self._member(full)
         raise self._refuse(full)
 

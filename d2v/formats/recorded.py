@@ -25,6 +25,7 @@ from ..data.normalisation import (
 )
 from ..train.checkpoint import find_run
 from .fairseq import wave_norm
+from .folder import CONFIG
 from .pt_file import PtFile
 
 
@@ -54,15 +55,8 @@ def recorded(path: Path, front: Front) -> Normalisation | None:
         return of_run(path, front)
     if (path / PREPROCESSOR).is_file():
         return of_preprocessor(path, front.channels)
-    file = path / "config.json"
-    values = read_json(file)
-    return parsed(values[KEY], front, file, KEY) if KEY in values else None
-
-
-def ours(file: PtFile) -> dict[str, Any]:
-    """What `d2v convert` has put into a file beside what the original reads."""
-    found = file.root.get(OURS) if isinstance(file.root, dict) else None
-    return found if isinstance(found, dict) else {}
+    values = read_json(path / CONFIG)
+    return parsed(values[KEY], front, path / CONFIG, KEY) if KEY in values else None
 
 
 def recorded_waves(path: Path, front: Front) -> WaveNorm | None:
@@ -71,20 +65,22 @@ def recorded_waves(path: Path, front: Front) -> WaveNorm | None:
         return None
     if not path.is_dir():
         with PtFile(path) as held:
-            file, values = path, ours(held)
-            if WAVES not in values:
-                return wave_norm(held)
+            file, known = path, ours(held)
+            found = known[WAVES] if WAVES in known else wave_norm(held)
+    elif (file := (run := find_run(path)[0]) / SETTINGS).is_file():
+        found = read_settings(run).get("data", {}).get(WAVES, "fairseq")
     else:
-        path = find_run(path)[0]
-        if (path / SETTINGS).is_file():
-            file, values = path / SETTINGS, read_settings(path).get("data", {})
-        else:
-            file = path / "config.json"
-            values = read_json(file)
-            values = values.get(OURS, values)
-    found = values.get(WAVES, "fairseq")
+        file = run / CONFIG
+        values = read_json(file)
+        found = values.get(OURS, values).get(WAVES, "fairseq")
     if found not in get_args(WaveNorm):
         raise CheckpointError(
             f"{file}: {WAVES} must be one of {', '.join(get_args(WaveNorm))}, got {found!r}"
         )
     return cast(WaveNorm, found)
+
+
+def ours(file: PtFile) -> dict[str, Any]:
+    """What `d2v convert` has put into a file beside what the original reads."""
+    found = file.root.get(OURS) if isinstance(file.root, dict) else None
+    return found if isinstance(found, dict) else {}

@@ -296,6 +296,16 @@ def test_weights_that_have_no_names_are_refused(goldens, tmp_path, broken):
         load_original(tiny(tmp_path, state))
 
 
+def test_weights_that_all_lie_in_the_same_memory_are_refused(goldens, tmp_path):
+    """Each becomes a copy, so a short file could fill any memory."""
+    state = golden_state(goldens, "image_base")
+    held = sum(t.numel() for key, t in state["model"].items() if key != "_ema")
+    large = torch.zeros(10 * held)
+    state["model"] |= {f"x.{i}": large[1:] for i in range(6)}
+    with pytest.raises(CheckpointError, match=r"its weights have [\d,]+ values, of which it holds"):
+        load_original(tiny(tmp_path, state))
+
+
 def test_translate_names_a_missing_section():
     with pytest.raises(CheckpointError, match=r"no section model\.modalities\.audio"):
         translate({"model": {}}, {"modality_encoders.AUDIO.x": (1,)}, "x.pt")
