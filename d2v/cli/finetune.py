@@ -12,6 +12,7 @@ from tyro.conf import arg
 from ..config.run import DataConfig, OptimConfig
 from ..config.tune import AugmentConfig, DropConfig, HeadConfig, SpanConfig, TuneConfig
 from ..config.unread import refuse_unread, unread_in_finetuning
+from ..evaluate.language_model import BONUS, WEIGHT
 from .parse import Backends, Model, UsageError, join_backends, leading, parse, refuse_idle, shared, value_of
 
 
@@ -120,9 +121,9 @@ class EvalOptions:
     """ctc: width of the beam search; 0: the best path"""
     lm: Annotated[str | None, arg(metavar="FILE")] = None
     """ctc: n-gram model of words for the beam search, ARPA or kenlm's binary; needs the package kenlm"""
-    lm_weight: float = 2.0
+    lm_weight: float = WEIGHT
     """factor on its log10 probability, as in fairseq"""
-    word_bonus: float = -1.0
+    word_bonus: float = BONUS
     """added for every word"""
     backend: Backends = None
     """as D2VKERN_BACKEND takes it (eager,attention=triton), or --backend.attention=triton; none: the run's"""

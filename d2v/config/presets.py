@@ -2,7 +2,8 @@
 
 Values of the published presets come from fairseq, examples/data2vec/config/v2 (the yaml is named in
 each docstring); what a yaml does not state comes from the dataclass defaults in
-examples/data2vec/models/data2vec2.py and models/modalities/*.py.
+examples/data2vec/models/data2vec2.py and models/modalities/*.py. Values that are the defaults in model.py and
+run.py, image_base's for the most part, stand there alone.
 """
 
 from __future__ import annotations
@@ -19,14 +20,28 @@ from .run import Config, DataConfig, EMAConfig, OptimConfig, TrainConfig
 T = TypeVar("T")
 
 
+_NO_DROPOUT: dict[str, Any] = {"encoder_dropout": 0.0, "attention_dropout": 0.0, "post_mlp_dropout": 0.0}
+
+
 def _image(**kwargs: Any) -> ModelConfig:
     """What all image models share: no dropout anywhere, a CLS loss (over the rows of a GPU in the original:
     its pictures times their masks)."""
-    shared = {
-        "norm_eps": 1e-6, "encoder_dropout": 0.0, "attention_dropout": 0.0, "post_mlp_dropout": 0.0,
-        "cls_loss": 0.01,
-    }  # fmt: skip
-    return ModelConfig(**{**shared, **kwargs})
+    return ModelConfig(**{"norm_eps": 1e-6, "cls_loss": 0.01, **_NO_DROPOUT, **kwargs})
+
+
+def _optim(**kwargs: Any) -> OptimConfig:
+    """What all speech and text models share."""
+    return OptimConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, **kwargs)
+
+
+def _train(steps: int) -> TrainConfig:
+    """What all published models share."""
+    return TrainConfig(steps=steps, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000)
+
+
+_TEXT_DECODER = DecoderConfig(
+    groups=1, kernel=9, layers=5, residual=False, projection_layers=2, input_dropout=0.1
+)
 
 
 def image_base() -> Config:
@@ -38,15 +53,12 @@ def image_base() -> Config:
         preset="image_base",
         model=_image(
             front=ImageFront(),
-            mask=MaskConfig(prob=0.8, length=3, adjust=0.07, clones=16),
-            decoder=DecoderConfig(dim=768, groups=16, kernel=3, layers=6),
-            target=TargetConfig(top_k=10, norm="instance", final="layer"),
-            dim=768, heads=12, prenet_depth=2, depth=10, cls_rows=16 * 16,
+            target=TargetConfig(final="layer"),
+            prenet_depth=2, depth=10, cls_rows=16 * 16,
         ),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=4.0, warmup=50_040),
-        ema=EMAConfig(decay=0.9998, end_decay=0.99999, anneal=100_000),
-        data=DataConfig(batch=256, workers=8),
-        train=TrainConfig(steps=375_300, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000),
+        optim=OptimConfig(clip=4.0, warmup=50_040),
+        data=DataConfig(workers=8),
+        train=_train(375_300),
     )  # fmt: skip
 
 
@@ -61,15 +73,15 @@ def image_large() -> Config:
         preset="image_large",
         model=_image(
             front=ImageFront(),
-            mask=MaskConfig(prob=0.75, length=3, adjust=0.1, clones=16),
-            decoder=DecoderConfig(dim=1024, groups=16, kernel=5, layers=3),
-            target=TargetConfig(top_k=18, norm="instance", final="layer"),
+            mask=MaskConfig(prob=0.75, adjust=0.1),
+            decoder=DecoderConfig(dim=1024, kernel=5, layers=3),
+            target=TargetConfig(top_k=18, final="layer"),
             dim=1024, heads=16, depth=24, cls_rows=8 * 16,
         ),
-        optim=OptimConfig(lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=4.0, warmup=50_040),
-        ema=EMAConfig(decay=0.9998, end_decay=0.99999, anneal=150_000),
+        optim=OptimConfig(lr=4e-4, clip=4.0, warmup=50_040),
+        ema=EMAConfig(anneal=150_000),
         data=DataConfig(batch=128, workers=8),
-        train=TrainConfig(steps=375_300, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000),
+        train=_train(375_300),
     )  # fmt: skip
 
 
@@ -84,15 +96,15 @@ def image_huge14() -> Config:
         preset="image_huge14",
         model=_image(
             front=ImageFront(patch=14),
-            mask=MaskConfig(prob=0.75, length=3, adjust=0.1, clones=16),
-            decoder=DecoderConfig(dim=1024, groups=16, kernel=5, layers=3),
-            target=TargetConfig(top_k=24, norm="instance", final="layer"),
+            mask=MaskConfig(prob=0.75, adjust=0.1),
+            decoder=DecoderConfig(dim=1024, kernel=5, layers=3),
+            target=TargetConfig(top_k=24, final="layer"),
             dim=1280, heads=16, depth=32, cls_rows=8 * 16,
         ),
-        optim=OptimConfig(lr=4e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=4.0, warmup=50_040),
-        ema=EMAConfig(decay=0.9998, end_decay=1.0, anneal=300_000),
-        data=DataConfig(batch=256, workers=8),
-        train=TrainConfig(steps=500_000, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000),
+        optim=OptimConfig(lr=4e-4, clip=4.0, warmup=50_040),
+        ema=EMAConfig(end_decay=1.0, anneal=300_000),
+        data=DataConfig(workers=8),
+        train=_train(500_000),
     )  # fmt: skip
 
 
@@ -105,12 +117,12 @@ def image_tiny() -> Config:
         preset="image_tiny",
         model=_image(
             front=ImageFront(height=24, width=24, patch=4, channels=1),
-            mask=MaskConfig(prob=0.7, length=3, adjust=0.07, clones=8),
-            decoder=DecoderConfig(dim=64, groups=8, kernel=3, layers=3),
-            target=TargetConfig(top_k=3, norm="instance", final="layer"),
+            mask=MaskConfig(prob=0.7, clones=8),
+            decoder=DecoderConfig(dim=64, groups=8, layers=3),
+            target=TargetConfig(top_k=3, final="layer"),
             dim=64, heads=4, depth=4, cls_loss=0.0, cls_rows=16 * 8, init_std=0.07,
         ),
-        optim=OptimConfig(lr=5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.05, clip=4.0, warmup=100),
+        optim=OptimConfig(lr=5e-3, clip=4.0, warmup=100),
         ema=EMAConfig(decay=0.99, end_decay=0.9995, anneal=2_000),
         data=DataConfig(batch=16, flip=False, crop_scale=(1.0, 1.0)),
         train=TrainConfig(steps=2_400, save_every=800),
@@ -129,14 +141,14 @@ def audio_base() -> Config:
         model=ModelConfig(
             front=WaveformFront(),
             mask=MaskConfig(prob=0.5, length=5, adjust=0.05, clones=8),
-            decoder=DecoderConfig(dim=384, groups=16, kernel=7, layers=4, input_dropout=0.1),
-            target=TargetConfig(top_k=8, norm="instance"),
-            dim=768, heads=12, depth=12, prenet_dropout=0.1, layerdrop=0.05,
+            decoder=DecoderConfig(dim=384, kernel=7, layers=4, input_dropout=0.1),
+            target=TargetConfig(top_k=8),
+            prenet_dropout=0.1, layerdrop=0.05,
         ),
-        optim=OptimConfig(lr=7.5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, warmup=8_000),
-        ema=EMAConfig(decay=0.999, end_decay=0.99999, anneal=75_000),
+        optim=_optim(lr=7.5e-4, warmup=8_000),
+        ema=EMAConfig(decay=0.999, anneal=75_000),
         data=DataConfig(batch=500, workers=8, max_seconds=20.0, min_seconds=2.0),
-        train=TrainConfig(steps=400_000, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000),
+        train=_train(400_000),
     )  # fmt: skip
 
 
@@ -150,14 +162,14 @@ def audio_large() -> Config:
         model=ModelConfig(
             front=WaveformFront(),
             mask=MaskConfig(prob=0.55, length=5, adjust=0.1, clones=12),
-            decoder=DecoderConfig(dim=768, groups=16, kernel=7, layers=4, input_dropout=0.1),
-            target=TargetConfig(top_k=16, norm="instance"),
+            decoder=DecoderConfig(kernel=7, layers=4, input_dropout=0.1),
+            target=TargetConfig(top_k=16),
             dim=1024, heads=16, prenet_depth=8, depth=16, prenet_dropout=0.1,
         ),
-        optim=OptimConfig(lr=4e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=1.0, warmup=10_000),
+        optim=_optim(lr=4e-4, clip=1.0, warmup=10_000),
         ema=EMAConfig(decay=0.9997, end_decay=1.0, anneal=300_000),
         data=DataConfig(batch=960, workers=8, max_seconds=20.0, min_seconds=2.0),
-        train=TrainConfig(steps=600_000, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000),
+        train=_train(600_000),
     )  # fmt: skip
 
 
@@ -175,13 +187,13 @@ def audio_tiny() -> Config:
             front=LogMelFront(position_groups=8, position_layers=2, position_width=38),
             mask=MaskConfig(prob=0.5, length=5, adjust=0.05, clones=8),
             decoder=DecoderConfig(dim=96, groups=8, kernel=7, layers=3),
-            target=TargetConfig(top_k=3, norm="instance"),
-            dim=96, heads=4, depth=4, encoder_dropout=0.0, attention_dropout=0.0, post_mlp_dropout=0.0,
+            target=TargetConfig(top_k=3),
+            dim=96, heads=4, depth=4, **_NO_DROPOUT,
             init_std=0.06,
         ),
-        optim=OptimConfig(lr=2e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=4.0, warmup=50),
+        optim=_optim(lr=2e-3, clip=4.0, warmup=50),
         ema=EMAConfig(decay=0.998, end_decay=0.9999, anneal=1_000),
-        data=DataConfig(batch=12, max_seconds=2.0, min_seconds=0.5),
+        data=DataConfig(batch=12, max_seconds=2.0),
         train=TrainConfig(steps=500, save_every=250),
     )  # fmt: skip
 
@@ -198,16 +210,14 @@ def text_base() -> Config:
         model=ModelConfig(
             front=TextFront(),
             mask=MaskConfig(prob=0.48, length=1, adjust=0.0, clones=8),
-            decoder=DecoderConfig(dim=768, groups=1, kernel=9, layers=5, residual=False,
-                                  projection_layers=2, input_dropout=0.1),
-            target=TargetConfig(top_k=12, norm="instance"),
-            dim=768, heads=12, depth=12, loss_scale=1.0, ema_encoder_only=True,
+            decoder=_TEXT_DECODER,
+            target=TargetConfig(top_k=12),
+            loss_scale=1.0, ema_encoder_only=True,
         ),
-        optim=OptimConfig(lr=2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=1.0, warmup=4_000),
-        ema=EMAConfig(decay=0.9999, end_decay=0.99999, anneal=100_000),
+        optim=_optim(lr=2e-4, clip=1.0, warmup=4_000),
+        ema=EMAConfig(decay=0.9999),
         data=DataConfig(batch=64, workers=4),
-        train=TrainConfig(steps=1_000_000, precision="bf16", save_every=5_000, log_every=50,
-                          alarm_after=5_000),
+        train=_train(1_000_000),
     )  # fmt: skip
 
 
@@ -221,15 +231,14 @@ def text_large() -> Config:
         model=ModelConfig(
             front=TextFront(),
             mask=MaskConfig(prob=0.5, length=1, adjust=0.0, clones=8),
-            decoder=DecoderConfig(dim=768, groups=1, kernel=9, layers=5, residual=False,
-                                  projection_layers=2, input_dropout=0.1),
+            decoder=_TEXT_DECODER,
             target=TargetConfig(top_k=24, norm="layer", final="instance"),
             dim=1024, heads=16, depth=24, loss_scale=1.0, ema_encoder_only=True,
         ),
-        optim=OptimConfig(lr=1e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=1.0, warmup=4_000),
-        ema=EMAConfig(decay=0.9999, end_decay=0.99999, anneal=100_000),
+        optim=_optim(lr=1e-4, clip=1.0, warmup=4_000),
+        ema=EMAConfig(decay=0.9999),
         data=DataConfig(batch=64, workers=4),
-        train=TrainConfig(steps=600_000, precision="bf16", save_every=5_000, log_every=50, alarm_after=5_000),
+        train=_train(600_000),
     )  # fmt: skip
 
 
@@ -262,11 +271,11 @@ def text_tiny() -> Config:
             front=TextFront(vocab_size=4_096, max_positions=128, dropout=0.0),
             mask=MaskConfig(prob=0.48, length=1, adjust=0.0, clones=4),
             decoder=DecoderConfig(dim=64, groups=1, kernel=5, layers=3, residual=False, projection_layers=2),
-            target=TargetConfig(top_k=3, norm="instance"),
-            dim=64, heads=4, depth=3, encoder_dropout=0.0, attention_dropout=0.0, post_mlp_dropout=0.0,
+            target=TargetConfig(top_k=3),
+            dim=64, heads=4, depth=3, **_NO_DROPOUT,
             loss_scale=1.0, ema_encoder_only=True,
         ),
-        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, clip=1.0, warmup=100),
+        optim=_optim(clip=1.0, warmup=100),
         ema=EMAConfig(decay=0.998, end_decay=0.9999, anneal=2_000),
         data=DataConfig(batch=16, block=128),
         train=TrainConfig(steps=600, save_every=300),

@@ -1,9 +1,9 @@
 """An n-gram language model of words for the beam search, through kenlm (`pip install kenlm`).
 
 A text's score is ln P(letters) + weight log10 P(words) + bonus (words): kenlm's base-10 logarithm is taken as
-it comes, as fairseq's decoder takes it, for which published weights are meant (by default 2, bonus -1;
-examples/speech_recognition/new/decoders/flashlight_decoder.py; flashlight's KenLM::score). A word counts when
-it is complete: at the bar behind it, or at the end of the utterance, which is a sentence of the model.
+it comes, as fairseq's decoder takes it, for which published weights are meant
+(examples/speech_recognition/new/decoders/flashlight_decoder.py; flashlight's KenLM::score). A word counts
+when it is complete: at the bar behind it, or at the end of the utterance, which is a sentence of the model.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data.speech.letters import WORD
+
+WEIGHT, BONUS = 2.0, -1.0
+"""fairseq's defaults"""
 
 
 class LanguageModel:
@@ -28,8 +31,8 @@ class LanguageModel:
         self,
         path: str | Path,
         letters: Sequence[str],
-        weight: float = 2.0,
-        bonus: float = -1.0,
+        weight: float = WEIGHT,
+        bonus: float = BONUS,
         words: Collection[str] = (),
     ) -> None:
         try:

@@ -26,7 +26,7 @@ from ..train.checkpoint import LABELS, find_run
 from ..train.process import pick_device
 from .ctc import beam_search, greedy
 from .features import BATCH
-from .language_model import LanguageModel
+from .language_model import BONUS, WEIGHT, LanguageModel
 
 
 @torch.no_grad()
@@ -107,8 +107,8 @@ def run_eval(
     step: int | None = None,
     beam: int = 0,
     lm: str | Path | None = None,
-    lm_weight: float = 2.0,
-    word_bonus: float = -1.0,
+    lm_weight: float = WEIGHT,
+    word_bonus: float = BONUS,
     backend: str | None = None,
 ) -> dict[str, Any]:
     """Score a fine-tuned run again, print one line per part and metric, and return the scores.

@@ -60,9 +60,7 @@ MARKER = ".d2v-demo"
 TEXT_NOTE = "At this size a masked language model learns more from text than data2vec 2.0 does."
 
 
-def run_demo(
-    out: str | Path = "runs/demo", scale: float = 1.0, configs: Mapping[str, Config] | None = None
-) -> dict[str, Any]:
+def run_demo(out: str | Path, scale: float, configs: Mapping[str, Config] | None = None) -> dict[str, Any]:
     """Train, probe, print one table, write `summary.json` and `plots/`; returns what the summary holds.
 
     out: folder, begun anew when an earlier demo made it; one that holds anything else is refused.

@@ -48,10 +48,10 @@ def run_profile(
     cfg: Config,
     out: str | Path,
     *,
+    steps: int,
     data: str | None = None,
     backend: str | None = None,
     against: str | None = None,
-    steps: int = 5,
     batch: int | None = None,
     quick: bool = False,
 ) -> Profile:

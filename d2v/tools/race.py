@@ -80,10 +80,10 @@ def run_race(
     *,
     objectives: Sequence[Objective],
     minutes: float,
-    seeds: int = 3,
-    lr_scales: Sequence[float] = (0.5, 1.0, 2.0),
+    seeds: int,
+    lr_scales: Sequence[float],
+    evaluations: int,
     search_minutes: float | None = None,
-    evaluations: int = 10,
     supervised: bool = True,
 ) -> dict[str, Any]:
     """Race `objectives` on `data`; race.json and race.png in the folder `out` are written after each race.

@@ -31,6 +31,8 @@ from d2v.train import process
 from tests.d2v.test_online_probe import stripes
 from tests.d2v.tiny_runs import run, tiny
 
+ONCE: dict[str, Any] = {"seeds": 1, "lr_scales": (1.0,), "evaluations": 1}
+
 
 def raced(**changed: Any) -> Config:
     cfg = tiny("image", steps=6, data={"batch": 4}, **changed)
@@ -144,7 +146,7 @@ def test_a_race_of_all_objectives_writes_everything(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data2vec2 of seed 1 must have used .* samples by step"):
         recount(found, raced(), objectives, tmp_path / "others")
     with pytest.raises(ValueError, match="exists already"):
-        run_race(raced(), data, out, objectives=("mae",), minutes=1)
+        run_race(raced(), data, out, objectives=("mae",), minutes=1, **ONCE)
 
 
 def test_a_contestant_trains_as_a_run_does_whoever_else_races(tmp_path: Path) -> None:
@@ -267,9 +269,8 @@ def test_learning_rates_are_judged_on_a_fifth_of_every_class(tmp_path: Path) -> 
 )
 def test_races_that_cannot_be(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
-        run_race(
-            raced(), stripes(tmp_path), tmp_path / "out", **{"objectives": ("mae",), "minutes": 1, **changed}
-        )
+        given = {"objectives": ("mae",), "minutes": 1, **ONCE, **changed}
+        run_race(raced(), stripes(tmp_path), tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 
