@@ -1,5 +1,6 @@
 """Fixtures every test file may use: seeds, golden files, poisoned allocations; GPU tests skip without one."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -25,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("gpu")
         elif "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_garbage_collections() -> None:
+    """What imports and earlier files left is not walked again whenever a test collects garbage."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries complain at the exit of what was never freed
 
 
 @pytest.fixture(autouse=True)

@@ -89,10 +89,9 @@ def test_normals_equal_the_reference(results: dict[str, np.ndarray]) -> None:
     assert error.max() <= 4 and error.mean() < 0.5
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_helpers_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
+def test_helpers_compile_without_a_gpu(tmp_path: Path) -> None:
     program = (
-        "import sys, triton\n"
+        "import triton\n"
         "from triton.backends.compiler import GPUTarget\n"
         "from triton.compiler import ASTSource\n"
         "from interpret_common import gelu_kernel, normals_kernel, philox_kernel\n"
@@ -100,15 +99,16 @@ def test_helpers_compile_without_a_gpu(capability: int, tmp_path: Path) -> None:
         "integers = dict(words_ptr='*i32', out_ptr='*i32', size='i32', BLOCK='constexpr')\n"
         "normals = dict(words_ptr='*i32', out_ptr='*fp32', size='i32', BLOCK='constexpr')\n"
         "kernels = (gelu_kernel, floats), (philox_kernel, integers), (normals_kernel, normals)\n"
-        "for kernel, signature in kernels:\n"
-        "    source = ASTSource(kernel, signature, constexprs={'BLOCK': 1024})\n"
-        "    compiled = triton.compile(source, target=GPUTarget('cuda', int(sys.argv[1]), 32))\n"
-        "    print(len(compiled.asm['cubin']))\n"
+        "for capability in (80, 90, 100):\n"
+        "    for kernel, signature in kernels:\n"
+        "        source = ASTSource(kernel, signature, constexprs={'BLOCK': 1024})\n"
+        "        compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32))\n"
+        "        print(len(compiled.asm['cubin']))\n"
     )
     paths = os.pathsep.join([str(ROOT), str(SCRIPT.parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", program, str(capability)]
+    command = [sys.executable, "-c", program]
     run = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     sizes = [int(line) for line in run.stdout.split()]
-    assert len(sizes) == 3 and min(sizes) > 1000
+    assert len(sizes) == 9 and min(sizes) > 1000
