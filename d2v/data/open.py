@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -64,9 +65,15 @@ def open_data(
     )
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: str | Path | None = None) -> Labelled:
-    """The labelled splits of a data set; DataError "labels missing: ..." when it has no labels."""
-    return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir))
+def open_labelled(
+    path: str, cfg: Config, *, run_dir: str | Path | None = None, classes: Sequence[str] | None = None
+) -> Labelled:
+    """The labelled splits of a data set; DataError "labels missing: ..." when it has no labels.
+
+    classes: those of a model that is to be scored: the splits are what is held out, or all of a data set
+    where nothing is, in which not every class need occur.
+    """
+    return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir), classes=classes)
 
 
 def check_data(path: str, cfg: Config) -> Report:

@@ -104,23 +104,31 @@ def to_divide(parts: Mapping[str, T], path: str) -> T | None:
     return next(iter(parts.values())) if len(parts) == 1 else None
 
 
-def training_classes(classes: Mapping[str, Sequence[str]], path: str) -> list[str]:
-    """The classes of "train", which number those of all parts.
+def to_score(parts: Mapping[str, T]) -> dict[str, T]:
+    """What a model is scored on: what is held out, or all of it where nothing is."""
+    return {name: part for name, part in parts.items() if name != "train"} or dict(parts)
+
+
+def training_classes(
+    classes: Mapping[str, Sequence[str]], path: str, known: Sequence[str] | None = None
+) -> list[str]:
+    """The classes of "train", or those `known` of a model, which number those of all parts.
 
     classes: of each part, in order. DataError for less than two classes, where nothing is held out, and for a
     class that is held out alone.
     """
-    if len(classes) < 2:
-        raise DataError(f"data: {path}: every class has one sample alone, so none is left for testing")
-    known = list(classes["train"])
-    if len(known) < 2:
-        raise DataError(f"labels missing: {path}: at least 2 classes are needed, got {known}")
+    if known is None:
+        if len(classes) < 2:
+            raise DataError(f"data: {path}: every class has one sample alone, so none is left for testing")
+        known = classes["train"]
+        if len(known) < 2:
+            raise DataError(f"labels missing: {path}: at least 2 classes are needed, got {list(known)}")
     for part, names in classes.items():
         if unknown := sorted(set(names) - set(known)):
             raise DataError(
                 f"data: {path}: class {unknown[0]!r} of part {part} is not among the training classes"
             )
-    return known
+    return list(known)
 
 
 def divide(classes: Sequence[Hashable]) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,11 @@ from .open import open_labelled
 from .speech.pipeline import AudioSplit
 from .speech.source import AudioSource
 from .speech.transcripts import SpokenPart, Vocabulary, read_spoken
-from .text.labelled import read_labelled
-from .text.sentences import SentencePart, SentenceSource, Specials, encode, targets_of
+from .splits import to_score
+from .text.labelled import Sentence, read_labelled
+from .text.sentences import SentencePart, SentenceSource, Specials, Targets, encode, targets_of
 from .text.tokenizer import check_block, check_tokenizer, check_vocabulary, load_tokenizer
-from .types import DataError
+from .types import DataError, Labelled, Split
 
 
 class Part(Protocol):
@@ -68,6 +69,24 @@ def open_tune_data(
     return data
 
 
+def open_to_score(path: str, cfg: FineTuneConfig, names: Sequence[str], *, run_dir: Path) -> dict[str, Part]:
+    """The parts of a data set that a run of `cfg` in run_dir is scored on: what is held out, or all of it.
+
+    names: the run's classes or letters. Raises DataError.
+    """
+    if cfg.head.task == "classify":
+        labelled = open_labelled(path, as_pretraining(cfg), run_dir=run_dir, classes=names)
+        return dict(_by_sample(labelled, path))
+    if cfg.head.task == "sentence":
+        found, _ = read_labelled(path, cfg.glue, numbers=cfg.head.regression, score=True)
+        encoded, pad = _encoded(path, cfg, found, Targets(list(names)), run_dir / "tokenizer.json")
+        return {name: SentencePart(*some, pad) for name, some in to_score(encoded).items()}
+    base, rate = _padded(cfg)
+    spoken = to_score(read_spoken(path, base, rate, score=True))
+    vocabulary = Vocabulary(tuple(names))
+    return {name: SpokenPart(part, path, base, vocabulary) for name, part in spoken.items()}
+
+
 def as_pretraining(cfg: FineTuneConfig) -> Config:
     """What the readers of `d2v.data.types` take."""
     return Config(preset=cfg.recipe, model=cfg.model, data=cfg.data, train=TrainConfig(seed=cfg.train.seed))
@@ -77,8 +96,7 @@ def _classes(
     path: str, cfg: FineTuneConfig, device: torch.device, encoder_dir: Path | None, run_dir: Path
 ) -> TuneData:
     labelled = open_labelled(path, as_pretraining(cfg), run_dir=run_dir)
-    if labelled.level == "token":
-        raise DataError(f"data: {path} labels tokens, not samples: use --task ctc, or `d2v probe`")
+    held = _by_sample(labelled, path)
     train = labelled.splits["train"]
     assert isinstance(train, (ImageSplit, AudioSplit))
     labels = np.array([int(label) for label in train.labels])
@@ -88,14 +106,20 @@ def _classes(
     if isinstance(chosen, ImageSplit):
         source = AugmentedImages(chosen.source, cfg.augment)
     kept = torch.from_numpy(labels[keep])
-    parts: dict[str, Part] = {name: split for name, split in labelled.splits.items() if name != "train"}
     return TuneData(
         Loader(source, cfg.data, device, chosen.loader.report),
         lambda ids: kept[ids].to(device, non_blocking=True),
-        parts,
+        dict(held),
         len(labelled.classes),
         list(labelled.classes),
     )
+
+
+def _by_sample(labelled: Labelled, path: str) -> dict[str, Split]:
+    """The parts to score. DataError where labels are of tokens."""
+    if labelled.level == "token":
+        raise DataError(f"data: {path} labels tokens, not samples: use --task ctc, or `d2v probe`")
+    return to_score(labelled.splits)
 
 
 def choose(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
@@ -124,7 +148,30 @@ def _sentences(
 ) -> TuneData:
     found, report = read_labelled(path, cfg.glue, numbers=cfg.head.regression)
     targets = targets_of(found["train"], cfg.head.regression)
-    tokenizer_file = _tokenizer(encoder_dir, run_dir)
+    encoded, pad = _encoded(path, cfg, found, targets, _tokenizer(encoder_dir, run_dir))
+    tokens, labels = encoded["train"]
+    keep = np.arange(len(labels))
+    if cfg.data_limit is not None:
+        strata = np.zeros_like(keep) if cfg.head.regression else labels
+        keep = choose(strata, cfg.data_limit, cfg.train.seed)
+    source = SentenceSource(path, [tokens[i] for i in keep], cfg.train.seed, cfg.data.batch, pad)
+    kept = torch.from_numpy(labels[keep])
+    parts: dict[str, Part] = {
+        name: SentencePart(*some, pad) for name, some in encoded.items() if name != "train"
+    }
+    return TuneData(
+        Loader(source, cfg.data, device, report),
+        lambda ids: kept[ids].to(device, non_blocking=True),
+        parts,
+        1 if cfg.head.regression else len(targets.classes),
+        targets.classes,
+    )
+
+
+def _encoded(
+    path: str, cfg: FineTuneConfig, found: dict[str, list[Sentence]], targets: Targets, tokenizer_file: Path
+) -> tuple[dict[str, tuple[list[np.ndarray], np.ndarray]], int]:
+    """Of each part the tokens of its samples and their labels; and the token of padding."""
     front = cfg.model.front
     assert isinstance(front, TextFront)
     tokenizer = load_tokenizer(tokenizer_file)
@@ -136,25 +183,11 @@ def _sentences(
         check_vocabulary(tokenizer, str(tokenizer_file), front)
     block = min(cfg.data.block, front.max_positions)
     check_block(block, front)
-    tokens = {name: encode(some, tokenizer, block, specials) for name, some in found.items()}
-    labels = {name: targets.encode(some, f"{path}, {name}") for name, some in found.items()}
-    keep = np.arange(len(labels["train"]))
-    if cfg.data_limit is not None:
-        strata = np.zeros_like(keep) if cfg.head.regression else labels["train"]
-        keep = choose(strata, cfg.data_limit, cfg.train.seed)
-    chosen = [tokens["train"][i] for i in keep]
-    source = SentenceSource(path, chosen, cfg.train.seed, cfg.data.batch, specials.pad)
-    kept = torch.from_numpy(labels["train"][keep])
-    parts: dict[str, Part] = {
-        name: SentencePart(tokens[name], labels[name], specials.pad) for name in found if name != "train"
+    encoded = {
+        name: (encode(some, tokenizer, block, specials), targets.encode(some, f"{path}, {name}"))
+        for name, some in found.items()
     }
-    return TuneData(
-        Loader(source, cfg.data, device, report),
-        lambda ids: kept[ids].to(device, non_blocking=True),
-        parts,
-        1 if cfg.head.regression else len(targets.classes),
-        targets.classes,
-    )
+    return encoded, specials.pad
 
 
 def _tokenizer(encoder_dir: Path | None, run_dir: Path) -> Path:
@@ -168,14 +201,17 @@ def _tokenizer(encoder_dir: Path | None, run_dir: Path) -> Path:
     return kept
 
 
+def _padded(cfg: FineTuneConfig) -> tuple[Config, int]:
+    """What the readers of speech take for CTC, and the sample rate."""
+    base, front = as_pretraining(cfg), cfg.model.front
+    assert isinstance(front, (WaveformFront, LogMelFront))
+    return replace(base, data=replace(base.data, pad=True)), front.sample_rate
+
+
 def _spoken(
     path: str, cfg: FineTuneConfig, device: torch.device, encoder_dir: Path | None, run_dir: Path
 ) -> TuneData:
-    base = as_pretraining(cfg)
-    base = replace(base, data=replace(base.data, pad=True))
-    front = cfg.model.front
-    assert isinstance(front, (WaveformFront, LogMelFront))
-    rate = front.sample_rate
+    base, rate = _padded(cfg)
     found = read_spoken(path, base, rate)
     train = found.pop("train")
     if cfg.data_limit is not None and cfg.data_limit < len(train.texts):

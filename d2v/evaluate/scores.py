@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..config.toml import SETTINGS
 from ..config.tune import FineTuneConfig
 from ..data.normalisation import Normalisation, normalised
 from ..data.speech.transcripts import SpokenPart, Vocabulary
-from ..data.tune import Part, open_tune_data
+from ..data.tune import Part, open_to_score, open_tune_data
 from ..data.types import DataError
 from ..formats.open import load_run
 from ..model.finite import check_finite
@@ -114,8 +115,9 @@ def run_eval(
     """Score a fine-tuned run again, print one line per part and metric, and return the scores.
 
     path: a run of `d2v finetune`, or a checkpoint folder in it. data: another data set of the same classes or
-    letters; none: the run's own. step: of a checkpoint; none: the best one. beam, lm, lm_weight, word_bonus:
-    of the search for CTC, see `language_model`. backend: as in D2VKERN_BACKEND; none: the run's.
+    letters (not all of which need occur), of which what is held out is scored, or all where nothing is; none:
+    the run's own. step: of a checkpoint; none: the best one. beam, lm, lm_weight, word_bonus: of the search
+    for CTC, see `language_model`. backend: as in D2VKERN_BACKEND; none: the run's.
     Raises CheckpointError, ValueError and DataError.
     """
     check_backends(backend)
@@ -133,22 +135,27 @@ def run_eval(
     model.to_device(device, cfg.train.precision)
     if data is not None and isinstance(cfg.model.front, ImageFront) and cfg.data.mean is None:
         cfg = normalised(cfg, _measured_again(run, own, cfg, device))
-    found = open_tune_data(data or own, cfg, device=device, encoder_dir=None, run_dir=run)
     names = json.loads((run / LABELS).read_text(encoding="utf-8"))
-    if found.names != names:
-        other = next(iter(sorted(set(found.names) ^ set(names))), "their order")
-        raise DataError(f"eval: {data} has other classes than {path} was trained on: {other}")
+    if data is None or os.path.realpath(data) == os.path.realpath(own):
+        parts = open_tune_data(own, cfg, device=device, encoder_dir=None, run_dir=run).parts
+    else:
+        parts = open_to_score(data, cfg, names, run_dir=run)
     words = None
     if lm is not None:
-        parts = (part for part in found.parts.values() if isinstance(part, SpokenPart))
-        said = {word for part in parts for text in part.texts for word in text.split()}
+        spoken = (part for part in parts.values() if isinstance(part, SpokenPart))
+        said = {word for part in spoken for text in part.texts for word in text.split()}
         words = LanguageModel(lm, names, lm_weight, word_bonus, said)
     with use_backends_of(cfg.train.backend, backend):
         if backend is not None:
             cfg = replace(cfg, train=replace(cfg.train, backend=backend))
-        scores = evaluate(model, cfg, found.parts, found.names, beam, words)
+        scores = evaluate(model, cfg, parts, names, beam, words)
     for name, score in scores.items():
-        print(f"{name:<28} {score:.4f}")
+        count = len(parts[name.rpartition("/")[0]])
+        print(f"{name:<28} {score:.4f}  ({count:,} samples)")
+    for part in parts.values():
+        if (loader := getattr(part, "loader", None)) is not None:
+            for line in loader.report.lines():
+                print(line)
     return scores
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ...config.run import Config
 from ..embedded import digits
 from ..loader import Loader
-from ..splits import WHOLE, divide, for_training, to_divide, training_classes
+from ..splits import WHOLE, divide, for_training, to_divide, to_score, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .parts import open_stores
 from .source import ImageSource
@@ -95,11 +95,13 @@ class ImageSplit(Split):
         return np.concatenate(features), np.concatenate(labels)
 
 
-def _parts(path: str, report: Report) -> dict[str, Store]:
-    """Train and held-out pictures: as they are divided on disk, else by `divide`."""
+def _parts(path: str, report: Report, score: bool) -> dict[str, Store]:
+    """Train and held-out pictures: as they are divided on disk, else by `divide`; or those to score."""
     if path == "digits":
         return {"train": _digits("probe"), "test": _digits("test")}
     stores = open_stores(Path(path), report)
+    if score:
+        return to_score(stores)
     whole = to_divide(stores, path)
     if whole is None:
         return stores
@@ -107,21 +109,23 @@ def _parts(path: str, report: Report) -> dict[str, Store]:
     return {part: Subset(whole, some) for part, some in divide(classes.tolist()).items() if len(some)}
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
+def open_labelled(
+    path: str, cfg: Config, *, run_dir: Path | None, classes: Sequence[str] | None = None
+) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels come from class folders, `labels` of a .npz, or .cls in a
     tar; the parts from the names of folders and shards, from `test_images` of a .npz, or by `divide`."""
     report = Report.of(path, cfg.data)
-    parts = _parts(path, report)
+    parts = _parts(path, report, score=classes is not None)
     for store in parts.values():
         if store.labels is None:
             raise DataError(f"labels missing: {path}: {store.unlabelled}")
-    classes = training_classes({name: store.classes for name, store in parts.items()}, path)
+    classes = training_classes({name: store.classes for name, store in parts.items()}, path, classes)
     for store in parts.values():
         number = np.array([classes.index(name) for name in store.classes], dtype=np.int64)
         store.labels, store.classes = number[store.labels], classes
     sources = {name: ImageSource(path, store, cfg) for name, store in parts.items()}
     # all parts are normalised alike, with what was found on the training part
-    train = sources["train"].prepare(cfg.data)
+    train = sources.get("train", next(iter(sources.values()))).prepare(cfg.data)
     for source in sources.values():
         source.normalisation = train.normalisation
     report.total = len(train)

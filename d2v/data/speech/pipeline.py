@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from ...config.run import Config, DataConfig
 from ...model.logmel import log_mel
 from ..embedded import speech
 from ..loader import Loader, number_classes
-from ..splits import WHOLE, divide, for_training, to_divide, training_classes
+from ..splits import WHOLE, divide, for_training, to_divide, to_score, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .files import FileUtterances, Header, Listing, Utterances, in_threads, list_audio, mixed_channels
 from .source import AudioSource, SpeechUtterances, normalise_wave
@@ -221,7 +221,9 @@ def _phone_labels(utterances: SpeechUtterances, front: WaveformFront | LogMelFro
     return labels
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
+def open_labelled(
+    path: str, cfg: Config, *, run_dir: Path | None, classes: Sequence[str] | None = None
+) -> Labelled:
     """See `d2v.data.open.open_labelled`. The embedded set has the phone of every token and a third split
     `unseen_voice`. In a folder every subfolder is a class of utterances; parts are known by the names of
     folders above them, or else made by `divide`."""
@@ -236,17 +238,18 @@ def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
         return Labelled(splits, speech.phone_names(), "token")
     if not Path(path).is_dir():
         raise DataError(f"labels missing: {path}: one folder per class is needed, got a file")
-    parts = _classed(path, cfg)
-    known = training_classes({name: sorted(set(classes)) for name, (_, classes, _) in parts.items()}, path)
-    number = {name: np.array(i, dtype=np.int64) for i, name in enumerate(number_classes(known)[0])}
-    for name, (utterances, classes, report) in parts.items():
-        labels = [number[one] for one in classes]
+    parts = _classed(path, cfg, score=classes is not None)
+    by_part = {name: number_classes(named)[0] for name, (_, named, _) in parts.items()}
+    known = training_classes(by_part, path, classes)
+    number = {name: np.array(i, dtype=np.int64) for i, name in enumerate(known)}
+    for name, (utterances, named, report) in parts.items():
+        labels = [number[one] for one in named]
         splits[name] = AudioSplit(AudioSource(path, utterances, cfg), labels, cfg, report)
     return Labelled(splits, list(number), "sample")
 
 
-def _classed(path: str, cfg: Config) -> dict[str, tuple[Utterances, list[str], Report]]:
-    """The usable utterances of each part, the class of each, and a report of each part."""
+def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances, list[str], Report]]:
+    """The usable utterances of each part (or of those to score), the class of each, a report of each part."""
     opened = Report.of(path, cfg.data)
     listing = list_audio(Path(path), opened)
     level = int(WHOLE not in listing.parts)
@@ -257,6 +260,8 @@ def _classed(path: str, cfg: Config) -> dict[str, tuple[Utterances, list[str], R
             read_index(listing.select(numbers), _front(cfg).sample_rate, report), cfg, report
         )
         parts[part] = (utterances, _classes(path, utterances, level), report)
+    if score:
+        return to_score(parts)
     whole = to_divide(parts, path)
     if whole is None:
         return parts

@@ -24,7 +24,7 @@ from ...config.run import Config
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
 from ..loader import Loader
-from ..splits import divide, to_divide
+from ..splits import divide, to_divide, to_score
 from ..types import DataError, Report
 from ..walk import walk
 from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
@@ -95,23 +95,29 @@ class Spoken:
         return Spoken(self.utterances.select(keep), [self.texts[i] for i in keep], self.report)
 
 
-def read_spoken(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
+def read_spoken(path: str, cfg: Config, rate: int, *, score: bool = False) -> dict[str, Spoken]:
     """ "train" and one or more held-out parts, too short utterances left out; see the file's head.
 
-    cfg: front end, shortest and longest utterance. Training leaves out what is longer than
+    cfg: front end, shortest and longest utterance. score: what is held out alone, or all where nothing is.
+    Training leaves out what is longer than
     data.max_seconds, as a cut transcript would be wrong. Raises DataError.
     """
     found = read_parts(path, cfg, rate)
-    if (whole := to_divide(found, path)) is not None:
+    if score:
+        found = to_score(found)
+    elif (whole := to_divide(found, path)) is not None:
         numbers = divide([""] * len(whole.texts))
         found = {part: whole.select(some) for part, some in numbers.items()}
-    return {name: usable_part(name, part, path, cfg, rate) for name, part in found.items()}
+    return {
+        name: usable_part(name, part, path, cfg, rate, train=name == "train" and not score)
+        for name, part in found.items()
+    }
 
 
-def usable_part(name: str, part: Spoken, path: str, cfg: Config, rate: int) -> Spoken:
-    """The utterances of a part that are long enough, for training also short enough. DataError for none."""
+def usable_part(name: str, part: Spoken, path: str, cfg: Config, rate: int, train: bool) -> Spoken:
+    """The utterances of a part that are long enough, to train on also short enough. DataError for none."""
     usable = find_usable(part.utterances, cfg, part.report)
-    if name == "train":
+    if train:
         fits = part.utterances.lengths[usable] <= cfg.data.max_seconds * rate
         part.report.skip(
             f"longer than data.max_seconds ({cfg.data.max_seconds} s)",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..embedded import text as stdlib
-from ..splits import divide, to_divide
+from ..splits import divide, to_divide, to_score
 from ..types import DataError, Report
 from ..walk import suffix_of
 from .corpus import Files, json_lines
@@ -47,19 +47,19 @@ GLUE = {
 
 
 def read_labelled(
-    path: str, glue: str | None = None, *, numbers: bool = False
+    path: str, glue: str | None = None, *, numbers: bool = False, score: bool = False
 ) -> tuple[dict[str, list[Sentence]], Report]:
     """Samples of "train" and of one or more held-out parts, and the lines that cannot be read.
 
     From GLUE's train.tsv beside dev.tsv, where glue names the task; from .jsonl lines with "text", maybe
     "text2", and "label", a string or a number; or the embedded "text". Files at any depth of a folder are
     divided by their stems (train.jsonl beside dev.jsonl, ...), else all lines by `divide`.
-    numbers: labels are numbers and no classes.
+    numbers: labels are numbers and no classes. score: what is held out alone, or all where nothing is.
     Raises DataError: "labels missing", too much unreadable, a part without a sample.
     """
     report = Report(path, 0)
     if glue is not None:
-        parts = _read_glue(Path(path), glue)
+        parts = _read_glue(Path(path), glue, score)
     elif path == "text":
         parts = {
             part: [Sentence((text,), name) for text, name in zip(*found, strict=True)]
@@ -69,7 +69,9 @@ def read_labelled(
         parts = _read_lines(path, report)
     report.total = report.total or sum(map(len, parts.values()))
     report.stop_if_too_many()
-    if (whole := to_divide(parts, path)) is not None:
+    if score:
+        parts = to_score(parts)
+    elif (whole := to_divide(parts, path)) is not None:
         division = divide(["" if numbers else sentence.label for sentence in whole])
         parts = {part: [whole[i] for i in some] for part, some in division.items()}
     for part, found in parts.items():
@@ -102,11 +104,11 @@ def _sentences(files: Iterable[Path], report: Report) -> list[Sentence]:
     return found
 
 
-def _read_glue(root: Path, name: str) -> dict[str, list[Sentence]]:
+def _read_glue(root: Path, name: str, score: bool) -> dict[str, list[Sentence]]:
     if name not in GLUE:
         raise ValueError(f"finetune: glue must be one of {', '.join(GLUE)}, got {name!r}")
     task = GLUE[name]
-    parts = {"train": root / "train.tsv", **{stem: root / f"{stem}.tsv" for stem in task.evaluated}}
+    parts = {stem: root / f"{stem}.tsv" for stem in ([] if score else ["train"]) + list(task.evaluated)}
     for file in parts.values():
         if not file.is_file():
             raise DataError(f"data: {file} does not exist: GLUE's {name} folder holds it")

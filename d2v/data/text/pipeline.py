@@ -217,7 +217,9 @@ class TextSplit(Split):
         return np.array(rows, dtype=np.float32), self.labels
 
 
-def open_labelled(path: str, cfg: Config, *, run_dir: Path | None) -> Labelled:
+def open_labelled(
+    path: str, cfg: Config, *, run_dir: Path | None, classes: Sequence[str] | None = None
+) -> Labelled:
     """See `d2v.data.open.open_labelled`. Labels: see `read_labelled`; of the embedded text, the areas of
     the library."""
     _front(cfg)
