@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from .parse import Backends, DataPath, Model, join_backends, parse
+from .parse import Backends, DataPath, LabelColumn, Model, TextColumn, join_backends, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,10 @@ class ProbeOptions:
     """run directory, checkpoint folder, original .pt, or hf:FOLDER of transformers"""
     data: DataPath
     """labelled folder or embedded data set"""
+    text_column: TextColumn = None
+    """of texts: key or column of the text; none: the run's"""
+    label_column: LabelColumn = None
+    """of texts: key or column of the label; none: the run's"""
     layer: int | Literal["mean", "all"] = -1
     """index of a main block, negative from the last; mean: the average of all; all: side by side"""
     weights: Literal["student", "teacher"] = "student"
@@ -37,8 +41,9 @@ def probe(arguments: Sequence[str]) -> int:
     from ..evaluate.probe import run_probe
 
     run_probe(
-        given.run, given.data, layer=given.layer, weights=given.weights, kinds=kinds, backend=given.backend
-    )
+        given.run, given.data, layer=given.layer, weights=given.weights, kinds=kinds, backend=given.backend,
+        text_column=given.text_column, label_column=given.label_column,
+    )  # fmt: skip
     return 0
 
 

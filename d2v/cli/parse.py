@@ -18,6 +18,8 @@ from ..config.run import Config
 T = TypeVar("T")
 Model = Annotated[Positional[str], arg(metavar="RUN")]
 DataPath = Annotated[str, arg(metavar="PATH")]
+TextColumn = Annotated[str | None, arg(name="data.text-column", metavar="NAME")]
+LabelColumn = Annotated[str | None, arg(name="data.label-column", metavar="NAME")]
 Backends = Annotated[str | None, arg(metavar="NAME")]
 
 

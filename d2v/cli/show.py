@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from ..config.presets import PRESETS, preset
-from .parse import DataPath, Model, parse, refuse_idle
+from .parse import DataPath, Model, TextColumn, UsageError, parse, refuse_idle
 
 if TYPE_CHECKING:
     from ..data.types import Report
@@ -32,6 +32,8 @@ class CheckOptions:
     """whose front end reads the data (channels, sample rate, tokenizer)"""
     modality: Literal["image", "audio", "text"] | None = None
     """in place of a preset: the published base preset of this modality; none: what most files are"""
+    text_column: TextColumn = None
+    """of texts: key or column of the text; none: text"""
     verbose: bool = False
     """name every file that is not used, not three of each kind"""
     json: bool = False
@@ -48,6 +50,10 @@ def check(arguments: Sequence[str]) -> int:
 
     name = given.preset or (None if given.modality else embedded.get(given.data))
     cfg = preset(name or f"{given.modality or guess_modality(given.data)}_base")
+    if given.text_column is not None:
+        if cfg.model.modality != "text":
+            raise UsageError(f"d2v check: --data.text-column has no effect for {cfg.model.modality}")
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, text_column=given.text_column))
     report = check_data(given.data, cfg)
     if given.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))

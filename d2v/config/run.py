@@ -103,8 +103,12 @@ class DataConfig:
     bucket_seconds: float = 0.0
     """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
     any. Few shapes are what train.compile and train.cuda_graph need"""
+    text_column: str = "text"
+    """text: key of .jsonl lines and column of .csv, .tsv and .parquet tables that holds the text"""
+    label_column: str = "label"
+    """text: that which holds the label, where labels are read"""
     block: int = 512
-    """text: tokens per block, at least 4: those around a pair of texts"""
+    """text: tokens per block, at least 4"""
     tokenizer: str | None = None
     """text: a tokenizers .json, or a folder with GPT-2's vocab.json and merges.txt; none: trained
     on the data"""

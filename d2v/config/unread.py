@@ -18,7 +18,7 @@ from .tune import AugmentConfig, DropConfig, FineTuneConfig
 OF_MODALITY = {
     "image": ("crop_scale", "flip", "mean", "std", "max_pixels"),
     "audio": ("max_seconds", "min_seconds", "pad", "wave_norm", "bucket_seconds"),
-    "text": ("block", "tokenizer"),
+    "text": ("text_column", "label_column", "block", "tokenizer"),
 }
 """fields of `data` that one modality alone reads"""
 OF_SCHEDULE = {
@@ -40,6 +40,8 @@ Unread = dict[str, str]
 def unread_in_pretraining(cfg: Config) -> Unread:
     """Of `d2v train`."""
     found = _model(cfg.model) | _data(cfg.data, cfg.model.modality) | _schedule(cfg.optim)
+    if not cfg.probe.every and cfg.model.modality == "text":
+        found["data.label_column"] = "with --probe.every 0"
     if not cfg.probe.every:
         found |= _each("probe.", ("data", "rows", "layers"), "with --probe.every 0")
     return found
@@ -74,6 +76,10 @@ def unread_in_finetuning(cfg: FineTuneConfig, *, ours: bool = True) -> Unread:
         found["data.pad"] = "for task ctc, which always pads"
         found |= {f"span.{name}_length": f"with --span.{name}-prob 0"
                   for name in ("time", "channel") if not getattr(cfg.span, f"{name}_prob")}  # fmt: skip
+    if cfg.glue is not None:
+        found |= _each(
+            "data.", ("text_column", "label_column"), f"with --glue {cfg.glue}, whose columns are known"
+        )
     if task != "sentence":
         found |= dict.fromkeys(("glue", "drop.head"), f"for task {task}")
     if not ours:

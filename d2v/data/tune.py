@@ -78,7 +78,7 @@ def open_to_score(path: str, cfg: FineTuneConfig, names: Sequence[str], *, run_d
         labelled = open_labelled(path, as_pretraining(cfg), run_dir=run_dir, classes=names)
         return dict(_by_sample(labelled, path))
     if cfg.head.task == "sentence":
-        found, _ = read_labelled(path, cfg.glue, numbers=cfg.head.regression, score=True)
+        found, _ = read_labelled(path, cfg.glue, numbers=cfg.head.regression, score=True, data=cfg.data)
         encoded, pad = _encoded(path, cfg, found, Targets(list(names)), run_dir / "tokenizer.json")
         return {name: SentencePart(*some, pad) for name, some in to_score(encoded).items()}
     base, rate = _padded(cfg)
@@ -146,7 +146,7 @@ def choose(labels: np.ndarray, limit: int | None, seed: int) -> np.ndarray:
 def _sentences(
     path: str, cfg: FineTuneConfig, device: torch.device, encoder_dir: Path | None, run_dir: Path
 ) -> TuneData:
-    found, report = read_labelled(path, cfg.glue, numbers=cfg.head.regression)
+    found, report = read_labelled(path, cfg.glue, numbers=cfg.head.regression, data=cfg.data)
     targets = targets_of(found["train"], cfg.head.regression)
     encoded, pad = _encoded(path, cfg, found, targets, _tokenizer(encoder_dir, run_dir))
     tokens, labels = encoded["train"]

@@ -51,8 +51,9 @@ class Walk:
 
 
 def suffix_of(name: str) -> str:
-    """The last suffix of a file's name, in lower case."""
-    return os.path.splitext(name)[1].lower()
+    """The last suffix of a file's name, in lower case; of a compressed file the one before as well."""
+    stem, suffix = os.path.splitext(name.lower())
+    return os.path.splitext(stem)[1] + suffix if suffix in (".gz", ".zst") else suffix
 
 
 def walk(root: Path, wanted: Collection[str], beside: Collection[str] = BESIDE) -> Walk:

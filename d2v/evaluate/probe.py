@@ -8,6 +8,7 @@ probed alike: what the encoder must beat.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,15 +207,23 @@ def run_probe(
     weights: Weights = "student",
     kinds: Sequence[Kind] = ("linear", "knn"),
     backend: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
 ) -> dict[str, Any]:
     """Probe a run, a checkpoint folder, an original `.pt` or `hf:FOLDER`; print and return its numbers.
 
-    The result of `probe_model`, with "raw" holding that of `probe_raw`. backend: as in D2VKERN_BACKEND; none:
-    that of the run. Raises DataError (labels missing, one class), ValueError (no such layer, no tokenizer,
-    features that are NaN or infinite), CheckpointError.
+    The result of `probe_model`, with "raw" holding that of `probe_raw`. backend: as in D2VKERN_BACKEND;
+    none: that of the run. text_column, label_column: of texts, see `DataConfig`; none: the run's. Raises
+    DataError (labels missing, one class), ValueError (no such layer, no tokenizer, features that are NaN
+    or infinite), CheckpointError.
     """
     check_backends(backend)
     model, cfg, folder = open_encoder(path)
+    for flag, column in (("text-column", text_column), ("label-column", label_column)):
+        if column is not None and cfg.model.modality != "text":
+            raise ValueError(f"d2v probe: --data.{flag} has no effect for {cfg.model.modality}")
+    text, label = text_column or cfg.data.text_column, label_column or cfg.data.label_column
+    cfg = replace(cfg, data=replace(cfg.data, text_column=text, label_column=label))
     labelled = _labelled(model, data, cfg, folder)
     with use_backends_of(cfg.train.backend, backend):
         found = {**probe_model(model, labelled, layer=layer, weights=weights, kinds=kinds), "path": str(path)}

@@ -68,7 +68,7 @@ def open_hf_texts(folder: str, data: str, cfg: Config) -> Labelled:
     if begin is None or end is None or tokenizer.pad_token_id is None:
         raise DataError(f"hf:{folder}: its tokenizer has no tokens for begin, end and padding")
     specials = (begin, tokenizer.pad_token_id, end)
-    return open_tokenized(data, uncut(tokenizer.backend_tokenizer), cfg.data.block, specials)
+    return open_tokenized(data, uncut(tokenizer.backend_tokenizer), cfg.data, specials)
 
 
 def _read_segments(config: Any, folder: Path) -> None:

@@ -17,7 +17,7 @@ from d2v.config.presets import preset
 from d2v.config.run import Config, DataConfig
 from d2v.data.embedded import text as stdlib
 from d2v.data.open import check_data, open_data, open_labelled
-from d2v.data.text import corpus
+from d2v.data.text import records
 from d2v.data.text.tokenizer import BOS, EOS, PAD, SPECIALS, load_tokenizer, train_tokenizer
 from d2v.data.types import Batch, DataError, Pipeline, Position
 
@@ -115,7 +115,7 @@ def test_long_documents_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "a.txt").write_text(prose(400), encoding="utf-8")
     monkeypatch.setenv("D2V_CACHE", str(tmp_path / "x"))
     whole = first(open_data(str(tmp_path / "a.txt"), config()))[0]
-    monkeypatch.setattr(corpus, "PIECE", 100)
+    monkeypatch.setattr(records, "PIECE", 100)
     monkeypatch.setattr("d2v.data.text.pipeline.TOGETHER", 500)
     monkeypatch.setenv("D2V_CACHE", str(tmp_path / "y"))
     pieces = first(open_data(str(tmp_path / "a.txt"), config()))[0]
@@ -152,7 +152,7 @@ def test_not_utf8_names_file_and_byte(tmp_path: Path):
 
 
 def test_nothing_to_read(tmp_path: Path):
-    with pytest.raises(DataError, match="no text in it; known: .txt, .jsonl"):
+    with pytest.raises(DataError, match="no text in it; known: .txt, .jsonl, .csv, .tsv, .parquet"):
         open_data(str(tmp_path), config())
     (tmp_path / "a.txt").write_text("short")
     with pytest.raises(DataError, match=r"tokens are less than one block; data.block is 16"):

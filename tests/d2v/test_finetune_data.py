@@ -73,7 +73,7 @@ def test_broken_sentence_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text("")
     with pytest.raises(DataError, match="has no column 'sentence2', its columns: index, sentence1, label"):
         read_labelled(str(tmp_path), "rte")
-    with pytest.raises(DataError, match="no text in it"):
+    with pytest.raises(DataError, match="has no column 'text', its columns: index, sentence1, label"):
         read_labelled(str(tmp_path), None)
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": true}\n')
     with pytest.raises(DataError, match=r'a.jsonl:1 has no "label" that is a string or a number'):

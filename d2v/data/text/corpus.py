@@ -1,6 +1,6 @@
-"""Where text lies: .txt files (one document each), .jsonl files (one document a line, its "text"), or the
-standard library. A document that is not UTF-8, or a line that is not such JSON, is unreadable as a whole:
-counted and skipped.
+"""Where text lies: .txt files (one document each), .jsonl files, .csv, .tsv and .parquet tables (one document
+a line or row, its "text" or another column), or the standard library. A document that is not UTF-8, or a line
+that is not such JSON, is unreadable as a whole: counted and skipped. So are documents without a character.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,11 @@ import numpy as np
 from ..embedded import text as stdlib
 from ..splits import NO_PART, WHOLE, for_training, in_no_part, parts_of
 from ..types import DataError, Report
-from ..walk import suffix_of, walk
+from ..walk import walk
+from .records import COMPRESSED, EXTENSIONS, cut, kind_of, pieces_of, records, text_or_reason, why_unreadable
 
-EXTENSIONS = (".txt", ".jsonl")
-PIECE = 1 << 20
-"""bytes after which a document is cut, at the end of a line, so that a file of any size can be read"""
+UNPACKED = 4
+"""about how many times as large a compressed text is"""
 
 
 class Corpus(ABC):
@@ -34,6 +35,10 @@ class Corpus(ABC):
         """Each readable document as pieces of text; all are counted in `report`."""
 
     @abstractmethod
+    def size(self) -> int:
+        """Bytes of all documents, about."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the documents may have changed."""
 
@@ -43,62 +48,19 @@ def _fingerprint(files: list[Path]) -> str:
     return hashlib.sha256(json.dumps(list(stats)).encode()).hexdigest()
 
 
-def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
-    return f"not UTF-8: {error.reason} at byte {offset + error.start}"
-
-
-def _invalid_utf8(file: Path) -> str | None:
-    """What is wrong with a file that is not UTF-8, and at which byte."""
-    offset = 0
-    with file.open("rb") as lines:
-        for line in lines:  # a line's end is never inside a character
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return _not_utf8(error, offset)
-            offset += len(line)
-    return None
-
-
-def _pieces(file: Path) -> Iterator[str]:
-    with file.open("rb") as opened:
-        while lines := opened.readlines(PIECE):
-            yield b"".join(lines).decode()
-
-
-def json_lines(file: Path, report: Report) -> Iterator[tuple[str, dict]]:
-    """(file:line, object) of each line that is an object with a string "text"; blank lines do not count."""
-    offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            name = f"{file}:{number}"
-            if line.strip():
-                report.total += 1
-                try:
-                    entry = json.loads(line.decode())
-                    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-                        yield name, entry
-                    else:
-                        report.unreadable[name] = 'not an object with a string "text"'
-                except UnicodeDecodeError as error:
-                    report.unreadable[name] = _not_utf8(error, offset)
-                except json.JSONDecodeError as error:
-                    report.unreadable[name] = f"not JSON: {error}"
-            offset += len(line)
-
-
 class Files(Corpus):
-    """A .txt or .jsonl file, or all of them at any depth below a folder, in sorted order."""
+    """A file of text, or all of them at any depth below a folder, in sorted order."""
 
-    def __init__(self, path: str, report: Report, purpose: str = "train") -> None:
-        """purpose: "train" takes the training part alone where there are parts, another all files.
+    def __init__(self, path: str, report: Report, purpose: str = "train", column: str = "text") -> None:
+        """purpose: "train" takes the training part alone where there are parts, another all files. column: of
+        lines of JSON the key, of tables the column that holds the texts.
 
         What is not read is named in `report`.
         """
-        self.path = path
+        self.path, self.column = path, column
         found = walk(Path(path), EXTENSIONS, ())
         report.left_out |= found.left_out
-        if Path(path).is_file() and suffix_of(path) not in EXTENSIONS:
+        if Path(path).is_file() and not kind_of(path):
             found.files = []
         names = sorted(found.files, key=Path)
         if not names:
@@ -113,19 +75,36 @@ class Files(Corpus):
             self.files = [self.files[i] for i in for_training(self.parts, report)]
 
     def fingerprint(self) -> str:
-        return _fingerprint(self.files)
+        return _fingerprint(self.files) + ("" if self.column == "text" else self.column)
+
+    def size(self) -> int:
+        sizes = ((file.stat().st_size, file.suffix.lower() in COMPRESSED) for file in self.files)
+        return sum(size * (UNPACKED if packed else 1) for size, packed in sizes)
 
     def documents(self, report: Report) -> Iterator[Iterator[str]]:
         for file in self.files:
-            if suffix_of(file.name) == ".jsonl":
-                for _, entry in json_lines(file, report):
-                    yield iter([entry["text"]])
-                continue
+            for name, pieces in self._documents(file, report):
+                first = next(pieces, "")
+                following = None if first.strip() else next(pieces, None)
+                if first.strip() or following is not None:
+                    yield chain([first], () if following is None else (following,), pieces)
+                else:
+                    report.skip("empty", [name])
+
+    def _documents(self, file: Path, report: Report) -> Iterator[tuple[str, Iterator[str]]]:
+        if kind_of(file.name) == ".txt":
             report.total += 1
-            if reason := _invalid_utf8(file):
+            if reason := why_unreadable(file):
                 report.unreadable[str(file)] = reason
             else:
-                yield _pieces(file)
+                yield str(file), pieces_of(file)
+            return
+        for name, values in records(file, report, (self.column,)):
+            text, reason = text_or_reason(values.get(self.column), self.column)
+            if reason:
+                report.unreadable[name] = reason
+            else:
+                yield name, cut(text)
 
 
 class StandardLibrary(Corpus):
@@ -136,12 +115,15 @@ class StandardLibrary(Corpus):
     def fingerprint(self) -> str:
         return sys.version + _fingerprint([*stdlib.files(), Path(stdlib.__file__)])
 
+    def size(self) -> int:
+        return 0
+
     def documents(self, report: Report) -> Iterator[Iterator[str]]:
         for _, text in stdlib.documents():
             report.total += 1
             yield iter([text])
 
 
-def open_corpus(path: str, report: Report, purpose: str = "train") -> Corpus:
+def open_corpus(path: str, report: Report, purpose: str = "train", column: str = "text") -> Corpus:
     """The documents at a path, see `Files`, or the embedded "text"."""
-    return StandardLibrary() if path == "text" else Files(path, report, purpose)
+    return StandardLibrary() if path == "text" else Files(path, report, purpose, column)

@@ -1,17 +1,21 @@
-"""Labelled texts, for probes and fine-tuning alike: GLUE's tables, .jsonl lines, the embedded text."""
+"""Labelled texts, for probes and fine-tuning alike: tables (GLUE's, others), lines, the embedded text."""
 
 from __future__ import annotations
 
-import csv
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from ...config.run import DataConfig
 from ..embedded import text as stdlib
 from ..splits import divide, to_divide, to_score
 from ..types import DataError, Report
-from ..walk import suffix_of
-from .corpus import Files, json_lines
+from .corpus import Files
+from .records import kind_of, records, split_rows, text_or_reason
+
+SECOND = "text2"
+"""key or column of the second text of a pair"""
 
 
 class Sentence(NamedTuple):
@@ -32,6 +36,8 @@ class GlueTask(NamedTuple):
     header: bool = True
     largest: float | None = None
     """of numbers as labels, which fairseq's preprocess_GLUE_tasks.sh divides by it"""
+    fields: int | None = None
+    """of a line; that script leaves the others out, of which QQP has some"""
 
 
 GLUE = {
@@ -39,7 +45,7 @@ GLUE = {
     "sst2": GlueTask(("sentence",), "label"),
     "mrpc": GlueTask(("#1 String", "#2 String"), "Quality"),
     "stsb": GlueTask(("sentence1", "sentence2"), "score", largest=5.0),
-    "qqp": GlueTask(("question1", "question2"), "is_duplicate"),
+    "qqp": GlueTask(("question1", "question2"), "is_duplicate", fields=6),
     "mnli": GlueTask(("sentence1", "sentence2"), "gold_label", ("dev_matched", "dev_mismatched")),
     "qnli": GlueTask(("question", "sentence"), "label"),
     "rte": GlueTask(("sentence1", "sentence2"), "label"),
@@ -47,26 +53,33 @@ GLUE = {
 
 
 def read_labelled(
-    path: str, glue: str | None = None, *, numbers: bool = False, score: bool = False
+    path: str,
+    glue: str | None = None,
+    *,
+    numbers: bool = False,
+    score: bool = False,
+    data: DataConfig | None = None,
 ) -> tuple[dict[str, list[Sentence]], Report]:
     """Samples of "train" and of one or more held-out parts, and the lines that cannot be read.
 
-    From GLUE's train.tsv beside dev.tsv, where glue names the task; from .jsonl lines with "text", maybe
-    "text2", and "label", a string or a number; or the embedded "text". Files at any depth of a folder are
-    divided by their stems (train.jsonl beside dev.jsonl, ...), else all lines by `divide`.
-    numbers: labels are numbers and no classes. score: what is held out alone, or all where nothing is.
+    From GLUE's train.tsv beside dev.tsv, where glue names the task; from .jsonl lines, or .csv, .tsv and
+    .parquet tables, with "text", maybe "text2", and "label", a string or a number; or the embedded "text".
+    Files at any depth of a folder are divided by their stems (train.jsonl beside dev.jsonl, ...), else all
+    lines by `divide`. numbers: labels are numbers and no classes. score: what is held out alone, or all where
+    nothing is. data: other names of "text" and "label".
     Raises DataError: "labels missing", too much unreadable, a part without a sample.
     """
-    report = Report(path, 0)
+    data = data or DataConfig()
+    report = Report.of(path, data)
     if glue is not None:
-        parts = _read_glue(Path(path), glue, score)
+        parts = _read_glue(Path(path), glue, score, report)
     elif path == "text":
         parts = {
             part: [Sentence((text,), name) for text, name in zip(*found, strict=True)]
             for part, found in stdlib.paragraphs().items()
         }
     else:
-        parts = _read_lines(path, report)
+        parts = _read_lines(path, report, numbers, data)
     report.total = report.total or sum(map(len, parts.values()))
     report.stop_if_too_many()
     if score:
@@ -80,31 +93,61 @@ def read_labelled(
     return parts, report
 
 
-def _read_lines(path: str, report: Report) -> dict[str, list[Sentence]]:
+def _read_lines(path: str, report: Report, numbers: bool, data: DataConfig) -> dict[str, list[Sentence]]:
     """Of each part, or of one part `WHOLE`."""
-    found = Files(path, report, "label")
+    found = Files(path, report, "label", data.text_column)
     parts = {
-        part: [file for i in some if suffix_of((file := found.files[i]).name) == ".jsonl"]
+        part: [file for i in some if kind_of((file := found.files[i]).name) != ".txt"]
         for part, some in found.parts.items()
     }
     if not any(parts.values()):
-        raise DataError(f'labels missing: {path}: labels come from .jsonl lines with "text" and "label"')
-    return {part: _sentences(files, report) for part, files in parts.items()}
+        raise DataError(
+            f"labels missing: {path}: labels come from .jsonl lines, .csv, .tsv or .parquet with "
+            f'"{data.text_column}" and "{data.label_column}"'
+        )
+    return {part: _sentences(files, report, numbers, data) for part, files in parts.items()}
 
 
-def _sentences(files: Iterable[Path], report: Report) -> list[Sentence]:
+def _sentences(files: Iterable[Path], report: Report, numbers: bool, data: DataConfig) -> list[Sentence]:
     found = []
-    for name, entry in (line for file in files for line in json_lines(file, report)):
-        label, second = entry.get("label"), entry.get("text2")
-        if isinstance(label, bool) or not isinstance(label, (str, int, float)):
-            raise DataError(f'labels missing: {name} has no "label" that is a string or a number')
-        if second is not None and not isinstance(second, str):
-            raise DataError(f'data: {name}: "text2" must be a string, got {second!r}')
-        found.append(Sentence((entry["text"],) if second is None else (entry["text"], second), str(label)))
+    names = (data.text_column,), (data.label_column, SECOND)
+    for name, entry in (record for file in files for record in records(file, report, *names)):
+        text, reason = text_or_reason(entry.get(data.text_column), data.text_column)
+        if reason:
+            report.unreadable[name] = reason
+            continue
+        label = _label(entry.get(data.label_column), data.label_column, numbers, name)
+        second = entry.get(SECOND)
+        if second is not None and (reason := text_or_reason(second, SECOND)[1]):
+            raise DataError(f"data: {name}: {reason}")
+        found.append(Sentence((text,) if second is None else (text, second), label))
     return found
 
 
-def _read_glue(root: Path, name: str, score: bool) -> dict[str, list[Sentence]]:
+def _label(value: Any, column: str, numbers: bool, where: str) -> str:
+    """A class's name, of 1 and of 1.0 the same, or a number."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
+        raise DataError(
+            f'labels missing: {where} has no "{column}" that is a string or a number, got {value!r}'
+        )
+    if numbers or isinstance(value, float):
+        number = _number(value, where)
+        if number.is_integer() and abs(number) < 1 << 53 and not isinstance(value, str):
+            return str(int(number))
+    return text_or_reason(str(value), column)[0]
+
+
+def _number(label: Any, where: str) -> float:
+    try:
+        number = float(label)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise DataError(f"data: {where}: the label must be a number, got {label!r}")
+    return number
+
+
+def _read_glue(root: Path, name: str, score: bool, report: Report) -> dict[str, list[Sentence]]:
     if name not in GLUE:
         raise ValueError(f"finetune: glue must be one of {', '.join(GLUE)}, got {name!r}")
     task = GLUE[name]
@@ -112,34 +155,31 @@ def _read_glue(root: Path, name: str, score: bool) -> dict[str, list[Sentence]]:
     for file in parts.values():
         if not file.is_file():
             raise DataError(f"data: {file} does not exist: GLUE's {name} folder holds it")
-    return {part: _read_tsv(file, task) for part, file in parts.items()}
+    return {part: _read_tsv(file, task, report) for part, file in parts.items()}
 
 
-def _read_tsv(file: Path, task: GlueTask) -> list[Sentence]:
+def _read_tsv(file: Path, task: GlueTask, report: Report) -> list[Sentence]:
     """GLUE's files: tabs between columns, quotes that mean nothing."""
-    found = []
-    with file.open(encoding="utf-8", newline="") as opened:
-        rows = csv.reader(opened, delimiter="\t", quoting=csv.QUOTE_NONE)
-        header = next(rows, []) if task.header else None
-        wanted = (*task.texts, task.label)
-        if header is not None and (absent := [name for name in wanted if name not in header]):
-            raise DataError(f"data: {file} has no column {absent[0]!r}, its columns: {', '.join(header)}")
-        places = [int(name) if header is None else header.index(name) for name in wanted]
-        for number, row in enumerate(rows, 2 if task.header else 1):
-            if len(row) <= max(places):
-                raise DataError(
-                    f"data: {file}, line {number}: {len(row)} columns, {max(places) + 1} are needed"
-                )
+    found: list[Sentence] = []
+    wanted = (*task.texts, task.label)
+    places = None if task.header else [int(name) for name in wanted]
+    for name, row in split_rows(file, report):
+        if places is None:
+            if absent := [column for column in wanted if column not in row]:
+                raise DataError(f"data: {file} has no column {absent[0]!r}, its columns: {', '.join(row)}")
+            places = [row.index(column) for column in wanted]
+            continue
+        report.total += 1
+        if task.fields is not None and len(row) != task.fields:
+            report.skip(f"not {task.fields} columns", [name])
+        elif len(row) <= max(places):
+            report.unreadable[name] = f"{len(row)} columns, {max(places) + 1} are needed"
+        else:
             *texts, label = (row[place] for place in places)
             if task.largest is not None:
-                label = _share(label, task.largest, f"{file}, line {number}")
-            if label != "-":  # of MNLI: annotators did not agree
+                label = str(_number(label, name) / task.largest)
+            if label == "-":
+                report.skip("label -: annotators did not agree", [name])
+            else:
                 found.append(Sentence(tuple(texts), label))
     return found
-
-
-def _share(label: str, largest: float, where: str) -> str:
-    try:
-        return str(float(label) / largest)
-    except ValueError:
-        raise DataError(f"data: {where}: the label must be a number, got {label!r}") from None

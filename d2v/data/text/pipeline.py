@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,33 @@ from tokenizers import Tokenizer
 
 from ...config.atomic import write_text
 from ...config.fronts import TextFront
-from ...config.run import Config
+from ...config.run import Config, DataConfig
 from ..loader import Loader, Source, number_classes
 from ..open import default_cache
 from ..splits import training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Report, Split
 from .corpus import Corpus, open_corpus
 from .labelled import read_labelled
-from .tokenizer import BOS, EOS, PAD, check_block, check_tokenizer, load_tokenizer, train_tokenizer
+from .tokenizer import (
+    BOS,
+    DOCUMENT,
+    EOS,
+    PAD,
+    TOGETHER,
+    check_block,
+    check_tokenizer,
+    encode_beginnings,
+    load_tokenizer,
+    train_tokenizer,
+)
 
-TOGETHER = 1 << 23
-"""characters handed to the tokenizer at a time: it works on them in parallel"""
+SAMPLE = 1 << 26
+"""bytes that a tokenizer is trained on: of larger corpora evenly spaced documents, or pieces. Training
+keeps every different word: about a gigabyte for prose, seven for random letters"""
 ENOUGH = 100
 """characters for each token of a step, with which a corpus is large enough whatever the tokenizer"""
+READING = "2"
+"""changes when the same files give other tokens"""
 RAW_TOKENS = 4_096
 """most frequent tokens that the baseline counts"""
 
@@ -91,7 +105,9 @@ def _tokenizer(corpus: Corpus, cfg: Config, run_dir: Path | None, cache: Path) -
         tokenizer = check_tokenizer(load_tokenizer(Path(given)), given, front)
     else:
         report = Report.of(corpus.path, cfg.data)
-        trained = train_tokenizer(chain.from_iterable(corpus.documents(report)), front.vocab_size)
+        pieces = chain.from_iterable(corpus.documents(report))
+        every = max(1, -(-corpus.size() // SAMPLE))
+        trained = train_tokenizer(islice(pieces, 0, None, every), front.vocab_size)
         report.stop_if_too_many()
         tokenizer = check_tokenizer(trained, "trained on the data", front)
     write_text(kept, tokenizer.to_str(pretty=True))
@@ -125,17 +141,17 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, report: Report) -> Iterator[li
         text = next(document, "")
         for following in chain(document, [None]):
             waiting.append((text, following is None))
-            characters += len(text)
+            characters += len(text) + DOCUMENT
+            if characters > TOGETHER:
+                yield from flush()
+                characters = 0
             text = following or ""
-        if characters > TOGETHER:
-            yield from flush()
-            characters = 0
     yield from flush()
 
 
 def _stream(corpus: Corpus, tokenizer: Tokenizer, dtype: str, cache: Path, report: Report) -> Path:
     """The file of all tokens, made now or found in the cache; what was counted then is reported."""
-    folder = cache / "text" / _hash(corpus.fingerprint(), tokenizer.to_str(), dtype)
+    folder = cache / "text" / _hash(READING, corpus.fingerprint(), tokenizer.to_str(), dtype)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         making = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -146,7 +162,8 @@ def _stream(corpus: Corpus, tokenizer: Tokenizer, dtype: str, cache: Path, repor
                     np.array(ids, dtype=dtype).tofile(file)
                     tokens += len(ids)
             report.stop_if_too_many()
-            found = {"total": report.total, "unreadable": report.unreadable, "facts": {"tokens": tokens}}
+            report.facts["tokens"] = tokens
+            found = {name: getattr(report, name) for name in ("total", "unreadable", "skipped", "facts")}
             (making / "report.json").write_text(json.dumps(found))
             if not folder.is_dir():  # another process may have been faster
                 making.rename(folder)
@@ -168,7 +185,7 @@ def open_data(
     """See `d2v.data.open.open_data`; meta["tokenizer"] is the path of the tokenizer's .json, in `run_dir` if
     there is one."""
     report, cache = Report.of(path, cfg.data), default_cache()
-    corpus = open_corpus(path, report, purpose)
+    corpus = open_corpus(path, report, purpose, cfg.data.text_column)
     tokenizer, file = _tokenizer(corpus, cfg, run_dir, cache)
     dtype = "<u2" if _front(cfg).vocab_size <= 1 << 16 else "<u4"
     stream = _stream(corpus, tokenizer, dtype, cache, report)
@@ -189,8 +206,8 @@ class TextSplit(Split):
         specials: tuple[int, int, int] = (BOS, PAD, EOS),
     ) -> None:
         begin, self.pad, end = specials
-        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        self.tokens = [np.array([begin, *e.ids[: block - 2], end]) for e in encoded]
+        encoded = encode_beginnings(texts, tokenizer, block)
+        self.tokens = [np.array([begin, *ids[: block - 2], end]) for ids in encoded]
         self.labels = labels
         self.counted = np.empty(0, dtype=np.int64)
         """tokens that `raw` counts: the same for all splits"""
@@ -223,21 +240,24 @@ def open_labelled(
     """See `d2v.data.open.open_labelled`. Labels: see `read_labelled`; of the embedded text, the areas of
     the library."""
     _front(cfg)
-    parts, classes = _labelled_parts(path)
-    tokenizer, file = _tokenizer(open_corpus(path, Report.of(path, cfg.data)), cfg, run_dir, default_cache())
+    parts, classes = _labelled_parts(path, cfg.data)
+    corpus = open_corpus(path, Report.of(path, cfg.data), column=cfg.data.text_column)
+    tokenizer, file = _tokenizer(corpus, cfg, run_dir, default_cache())
     splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
     return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
 
 
-def open_tokenized(path: str, tokenizer: Tokenizer, block: int, specials: tuple[int, int, int]) -> Labelled:
+def open_tokenized(
+    path: str, tokenizer: Tokenizer, data: DataConfig, specials: tuple[int, int, int]
+) -> Labelled:
     """As `open_labelled`, in the tokens of any tokenizer. specials: its ids of begin, padding and end."""
-    parts, classes = _labelled_parts(path)
-    return Labelled(_splits(parts, classes, tokenizer, block, specials), classes, "sample")
+    parts, classes = _labelled_parts(path, data)
+    return Labelled(_splits(parts, classes, tokenizer, data.block, specials), classes, "sample")
 
 
-def _labelled_parts(path: str) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
+def _labelled_parts(path: str, data: DataConfig) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
     """Texts and labels of each part, and the classes."""
-    found, _ = read_labelled(path)
+    found, _ = read_labelled(path, data=data)
     parts = {part: ([s.texts[0] for s in some], [s.label for s in some]) for part, some in found.items()}
     return parts, training_classes(
         {part: number_classes(names)[0] for part, (_, names) in parts.items()}, path
@@ -265,7 +285,7 @@ def _splits(
 def check_data(path: str, cfg: Config, report: Report) -> None:
     """See `d2v.data.open.check_data`: a histogram of the documents' lengths."""
     _front(cfg)
-    corpus = open_corpus(path, report)
+    corpus = open_corpus(path, report, column=cfg.data.text_column)
     lengths: Counter[int] = Counter()
     characters = 0
     for document in corpus.documents(report):

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..loader import Source, number_classes
 from ..types import Batch, DataError, LabelledBatch
 from .labelled import Sentence
-from .tokenizer import BOS, EOS, PAD
+from .tokenizer import BOS, EOS, PAD, encode_beginnings
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def encode(
 ) -> list[np.ndarray]:
     """Token ids [t <= block] int64 of each sample."""
     texts = [text for sentence in sentences for text in sentence.texts]
-    ids = iter([e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)])
-    return [_join([list(next(ids)) for _ in sentence.texts], block, specials) for sentence in sentences]
+    ids = encode_beginnings(texts, tokenizer, block)
+    return [_join([next(ids) for _ in sentence.texts], block, specials) for sentence in sentences]
 
 
 def _join(texts: list[list[int]], block: int, specials: Specials) -> np.ndarray:

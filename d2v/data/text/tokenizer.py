@@ -7,7 +7,7 @@ Whatever the source, the result is one `tokenizers.Tokenizer` whose ids are fair
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -15,12 +15,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from ...config.fronts import TextFront
 from ..lines import lines_of
 from ..types import DataError
+from .records import PIECE, cut
 
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 """ids 0 to 3, as in fairseq/data/dictionary.py"""
 BOS, PAD, EOS = range(3)
 SMALLEST_BLOCK = 4
 """tokens: <s> a </s> </s> b </s> has as many beside its texts"""
+TOGETHER = 1 << 23
+"""characters handed to the tokenizer at a time: it works on them in parallel, in up to 100 bytes for each"""
+DOCUMENT = 64
+"""characters that a document counts as beside its own, so that short ones do not pile up"""
 SMALLEST = len(SPECIALS) + 256
 """a byte-level vocabulary holds every byte"""
 
@@ -96,6 +101,29 @@ def uncut(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def encode_beginnings(texts: Sequence[str], tokenizer: Tokenizer, block: int) -> Iterator[list[int]]:
+    """Token ids of each text, without specials; of a text of several pieces its first `block`, at least."""
+    for some in _together(texts):
+        pieces = [cut(text) for text in some]
+        for encoding, following in zip(
+            tokenizer.encode_batch(list(map(next, pieces)), add_special_tokens=False), pieces, strict=True
+        ):
+            ids = list(encoding.ids)
+            while len(ids) < block and (piece := next(following, None)) is not None:
+                ids += tokenizer.encode(piece, add_special_tokens=False).ids
+            yield ids
+
+
+def _together(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Texts of about `TOGETHER` characters at a time."""
+    begin, characters = 0, 0
+    for number, text in enumerate(texts, start=1):
+        characters += min(len(text), 2 * PIECE) + DOCUMENT
+        if characters > TOGETHER or number == len(texts):
+            yield texts[begin:number]
+            begin, characters = number, 0
 
 
 def check_block(block: int, front: TextFront) -> None:
