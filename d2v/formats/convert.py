@@ -101,6 +101,12 @@ class Facts:
     texts: Mapping[str, str] = field(default_factory=dict)
     """of a fine-tuned model: name of a file (labels, vocabulary) -> what stands in it"""
 
+    @property
+    def records(self) -> dict[str, Any]:
+        """How its data were normalised, as our own files say it."""
+        pictures = {} if self.normalisation is None else {KEY: self.normalisation.record}
+        return pictures if self.waves is None else {**pictures, WAVES: self.waves}
+
     @classmethod
     def of(cls, source: Path, model: Pretraining | FineTuned) -> Facts:
         """Those of the model at `source`. Raises CheckpointError, and DataError for a broken vocabulary."""
@@ -175,11 +181,7 @@ def save_folder(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTHIN
     """A folder that `d2v.load` opens, whole or not at all."""
     with _making(out) as folder:
         safetensors.torch.save_file(for_file(model.state_dict()), folder / WEIGHTS)
-        config: dict[str, Any] = {"format": FORMAT, "model": to_dict(model.cfg)}
-        if facts.normalisation is not None:
-            config[KEY] = facts.normalisation.record
-        if facts.waves is not None:
-            config[WAVES] = facts.waves
+        config: dict[str, Any] = {"format": FORMAT, "model": to_dict(model.cfg), **facts.records}
         if not isinstance(model, Pretraining):
             config["head"] = to_dict(model.head_cfg)
         write_json(folder / CONFIG, config)
@@ -232,11 +234,9 @@ def save_original(model: Pretraining | FineTuned, out: Path, facts: Facts = NOTH
     Raises ValueError naming what the original has no words for.
     """
     tensors = for_file(model.state_dict())
-    known: dict[str, Any] = dict(facts.texts)
-    if facts.normalisation is not None:
-        known[KEY] = facts.normalisation.record
-    if facts.waves == "transformers":  # the original has one way to normalise
-        known[WAVES] = facts.waves
+    known: dict[str, Any] = {**facts.texts, **facts.records}
+    if facts.waves != "transformers":  # the original's own, or none
+        known.pop(WAVES, None)
     kind: TunedFile | None = None
     if not isinstance(model, Pretraining):
         task = model.head_cfg.task

@@ -145,11 +145,7 @@ def encoder_weights(model: Pretraining, weights: Weights) -> dict[str, Tensor]:
     """
     if weights == "teacher" and model.teacher is None:
         raise ValueError(f"convert: weights must be student for objective {model.cfg.objective}, got teacher")
-    chosen = {
-        name: t
-        for name, t in model.state_dict(keep_vars=True).items()
-        if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
-    }
+    chosen = model.encoder_tensors()
     if weights == "teacher":
         names = {id(p): name for name, p in model.named_parameters()}
         for teacher, student in zip(*model.teacher_pairs(), strict=True):

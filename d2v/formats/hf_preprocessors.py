@@ -20,6 +20,15 @@ from .folder import TOKENIZER
 SPEECH = ("processing_data2vec2.py", "../../data/speech/letters.py")
 """code of a folder, from hf_code/"""
 _SPOKEN = "Wav2Vec2Processor"
+_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+    "split_special_tokens": True,
+    "clean_up_tokenization_spaces": False,
+}
+"""of every tokenizer: what looks like a special token inside a text stays text"""
 
 
 def copy_code(files: Sequence[str], folder: Path) -> None:
@@ -84,22 +93,14 @@ def _ctc_tokenizer() -> dict[str, Any]:
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
         "auto_map": {"AutoTokenizer": ["processing_data2vec2.Wav2Vec2CTCTokenizer", None]},
         "processor_class": _SPOKEN,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
         "word_delimiter_token": WORD,
         "do_lower_case": False,
-        "split_special_tokens": True,
-        "clean_up_tokenization_spaces": False,
+        **_TOKENS,
     }
 
 
 def write_tokenizer(tokenizer: Path, folder: Path, front: TextFront) -> None:
-    """The tokenizer, with <s> text </s> and <s> a </s> </s> b </s> put together as in training.
-
-    What looks like one of these tokens inside a text stays text, as in training.
-    """
+    """The tokenizer, with <s> text </s> and <s> a </s> </s> b </s> put together as in training."""
     loaded = load_tokenizer(tokenizer)
     ids = {token: loaded.token_to_id(token) for token in ("<s>", "</s>")}
     if None not in ids.values():
@@ -111,15 +112,10 @@ def write_tokenizer(tokenizer: Path, folder: Path, front: TextFront) -> None:
         folder / "tokenizer_config.json",
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
             "cls_token": "<s>",
             "sep_token": "</s>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
             "model_max_length": front.max_positions,
             "model_input_names": ["input_ids", "attention_mask"],
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
+            **_TOKENS,
         },
     )

@@ -96,6 +96,14 @@ class Pretraining(Network):
         """The fp32 EMA weights, under the student's names; None for an objective without a teacher."""
         return None
 
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """The student's encoder by its names, without decoder and heads; parameters and no copies."""
+        return {
+            name: t
+            for name, t in self.state_dict(keep_vars=True).items()
+            if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
+        }
+
     def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The teacher's tensors and the student's they average, in the same order."""
         return [], []

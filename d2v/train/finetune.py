@@ -256,11 +256,7 @@ def start_from(tuner: Tuner, pretrained: Encoder, source: str | Path) -> None:
     if not isinstance(pretrained, Pretraining):
         assert not isinstance(backbone, Backbone)
         return backbone.fill(pretrained)
-    weights = {
-        name: tensor for name, tensor in pretrained.state_dict().items()
-        if name.startswith(("modality_encoders.", "blocks.")) and ".decoder." not in name
-    }  # fmt: skip
-    fill_model(backbone, weights, source)
+    fill_model(backbone, pretrained.encoder_tensors(), source)
 
 
 def is_better(name: str, new: float, old: float | None) -> bool:
