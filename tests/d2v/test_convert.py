@@ -12,12 +12,14 @@ import torch
 
 import d2v
 from d2v.cli.main import main
-from d2v.config.fronts import WaveformFront
+from d2v.config.fronts import TextFront, WaveformFront
+from d2v.config.model import ModelConfig
 from d2v.config.presets import PRESETS, preset
 from d2v.config.toml import CheckpointError
 from d2v.config.tune import DropConfig, HeadConfig, tuned_model_config
 from d2v.formats.convert import run_convert, save_folder, save_original
-from d2v.formats.fairseq_config import original_config
+from d2v.formats.fairseq_config import original_config, translate
+from d2v.formats.fairseq_names import FIELDS
 from d2v.model import Data2Vec
 from d2v.model.tuned import FineTuned
 from d2v.train.pretrain import run
@@ -78,17 +80,49 @@ def test_the_originals_file_keeps_its_keys_and_bits(goldens: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "audio_tiny"])
 def test_every_preset_has_words_in_the_original(name: str) -> None:
     cfg = preset(name).model
-    shapes = {"modality_encoders." + cfg.modality.upper() + ".x": (1,)}
-    if cfg.modality == "text":
-        prefix = "modality_encoders.TEXT.local_encoder.embed_"
-        rows = cfg.front.max_positions + 2  # type: ignore[union-attr]
-        shapes |= {
-            f"{prefix}tokens.weight": (cfg.front.vocab_size, cfg.dim),
-            f"{prefix}positions.weight": (rows, cfg.dim),
-        }  # type: ignore[union-attr]
-    tree = original_config(cfg, shapes)
+    tree = original_config(cfg, shapes_of(cfg))
     assert tree["modalities"].keys() == {cfg.modality} and tree["depth"] == cfg.depth
     json.dumps(tree)  # plain containers
+
+
+def shapes_of(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What a config is translated by: a name of the modality, and the tables of text."""
+    prefix = f"modality_encoders.{cfg.modality.upper()}.local_encoder."
+    if not isinstance(cfg.front, TextFront):
+        return {f"{prefix}x": (1,)}
+    tables = {"tokens": cfg.front.vocab_size, "positions": cfg.front.max_positions + 2}
+    return {f"{prefix}embed_{name}.weight": (rows, cfg.dim) for name, rows in tables.items()}
+
+
+def other(value: Any) -> Any:
+    """Another value that the setting may have."""
+    if isinstance(value, tuple):
+        return value[:-1]
+    if isinstance(value, bool):
+        return not value
+    return 2 * value or 1 if isinstance(value, int) else value / 2 if value else 0.25
+
+
+@pytest.mark.parametrize("name", ["image_base", "audio_base", "text_base"])
+def test_every_setting_of_the_table_goes_there_and_back(name: str) -> None:
+    """One at a time, so that none stands at its default or for another."""
+    given = preset(name).model
+    given = dataclasses.replace(
+        given, cls_rows=None, target=dataclasses.replace(given.target, top_k=4),
+        front=dataclasses.replace(given.front, extra_tokens=1),
+    )  # fmt: skip
+    sections = ("", "modality", given.modality.upper(), "decoder")
+    fields = {field for section in sections for field, _ in FIELDS[section].values()}
+    fixed = {"image": {"decoder.projection_layers"}, "audio": set(), "text": {"mask.length"}}
+    for field in sorted(fields - fixed[given.modality] - {"ema_encoder_only"}):
+        part, _, key = field.rpartition(".")
+        owner = getattr(given, part) if part else given
+        new = other(getattr(owner, key))
+        both = {"width": new} if field == "front.height" else {}
+        changed: Any = dataclasses.replace(owner, **{key: new, **both})
+        cfg = dataclasses.replace(given, **{part: changed}) if part else changed
+        shapes = shapes_of(cfg)
+        assert translate({"model": original_config(cfg, shapes)}, shapes, "x", quiet=True) == cfg, field
 
 
 def test_runs_are_converted_by_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
