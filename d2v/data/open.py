@@ -92,9 +92,11 @@ def guess_modality(path: str) -> Modality:
 
     A text beside a picture or sound of its name is its label or transcript and does not count; of as many
     files pictures come first, then sounds. A .tsv is a manifest of sounds when its first line is a folder,
-    else a table of texts.
+    else a table of texts; rows of .arrow and .parquet files are what their columns hold.
     Raises DataError when `path` does not exist or holds no file of any modality.
     """
+    from .arrow import SUFFIXES as ROWS
+    from .arrow import kind_of_rows
     from .images.store import EXTENSIONS as IMAGE
     from .speech.files import SUFFIXES, is_manifest
     from .text.corpus import EXTENSIONS as TEXT
@@ -105,14 +107,18 @@ def guess_modality(path: str) -> Modality:
     kinds: dict[Modality, set[str]] = {
         "image": {*IMAGE, ".npz", ".tar"},
         "audio": {*SUFFIXES},
-        "text": {*TEXT, ".tsv"},
+        "text": {*TEXT, *ROWS},
     }
     found: dict[Modality, list[str]] = {kind: [] for kind in kinds}
     files = walk(root, set().union(*kinds.values()))
     for file in files.files:
-        kind = next(kind for kind, known in kinds.items() if suffix_of(file) in known)
-        manifest = suffix_of(file) == ".tsv" and is_manifest(files.root / file)
-        found["audio" if manifest else kind].append(file)
+        suffix = suffix_of(file)
+        kind = next(kind for kind, known in kinds.items() if suffix in known)
+        if suffix in ROWS:
+            kind = kind_of_rows(files.root / file)
+        elif suffix == ".tsv" and is_manifest(files.root / file):
+            kind = "audio"
+        found[kind].append(file)
     seen = {os.path.splitext(file)[0] for kind in ("image", "audio") for file in found[kind]}
     found["text"] = [file for file in found["text"] if os.path.splitext(file)[0] not in seen]
     if not any(found.values()):

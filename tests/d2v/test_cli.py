@@ -11,6 +11,9 @@ from d2v.cli import main as cli
 from d2v.cli.main import main
 from d2v.data.open import guess_modality
 
+COLUMNS = {"text_column": None, "label_column": None}
+"""as in the config of the model"""
+
 
 def refused(capsys, *arguments):
     """Exit code 2, nothing on stdout, no traceback; the message."""
@@ -204,12 +207,12 @@ def test_overrides_reach_the_run(monkeypatch, tmp_path):
             ["probe", "r", "--data", "d", "--layer", "-2", "--kind", "knn", "--weights", "teacher",
              "--backend", "eager", "--backend.mlp=triton"],
             "d2v.evaluate.probe.run_probe", ("r", "d"),
-            {"layer": -2, "weights": "teacher", "kinds": ["knn"], "backend": "eager,mlp=triton"},
+            {"layer": -2, "weights": "teacher", "kinds": ["knn"], "backend": "eager,mlp=triton", **COLUMNS},
         ),
         (
             ["probe", "r", "--data", "d"],
             "d2v.evaluate.probe.run_probe", ("r", "d"),
-            {"layer": -1, "weights": "student", "kinds": ["linear", "knn"], "backend": None},
+            {"layer": -1, "weights": "student", "kinds": ["linear", "knn"], "backend": None, **COLUMNS},
         ),
         (
             ["extract", "r", "--data", "d", "--out", "f.npz", "--pool", "none"],

@@ -336,17 +336,24 @@ def test_odd_tables(name: str, table: str, found: dict[str, str], tmp_path: Path
     assert all(reasons[where].startswith(found[where]) for where in found)
 
 
-def test_parquet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "file of arrow"])
+def test_columns_on_disk(kind: str, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
     table = pyarrow.table({"body": ["a", None, "c"], "label": [0, 1, 1]})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet", "body")[0] == ["a", "c"]
-    assert unreadable(tmp_path / "a.parquet", "body") == {", row 2": 'not an object with a string "body"'}
-    assert "has no column 'text', its columns: body, label" in unreadable(tmp_path / "a.parquet")[""]
-    data = (tmp_path / "a.parquet").read_bytes()
-    assert "" in unreadable(write(tmp_path / "b.parquet", data[:-20]))
-    assert "" in unreadable(write(tmp_path / "c.parquet", b""))
+    file = tmp_path / f"a.{kind.split()[-1]}"
+    if kind == "parquet":
+        parquet.write_table(table, file)
+    else:
+        new = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        with pyarrow.OSFile(str(file), "wb") as opened, new(opened, table.schema) as writer:
+            writer.write_table(table, max_chunksize=2)
+    assert read(file, "body")[0] == ["a", "c"]
+    assert unreadable(file, "body") == {", row 2": 'not an object with a string "body"'}
+    assert "has no column 'text', its columns: body, label" in unreadable(file)[""]
+    data = file.read_bytes()
+    assert "" in unreadable(write(tmp_path / f"b{file.suffix}", data[: len(data) // 2]))
+    assert "" in unreadable(write(tmp_path / f"c{file.suffix}", b""))
 
 
 def test_what_is_read(tmp_path: Path) -> None:
@@ -362,6 +369,8 @@ def test_what_is_read(tmp_path: Path) -> None:
         "i.zst",
     ]
     assert [name for name in names if records.kind_of(name)] == names[:5]
-    with pytest.raises(DataError, match=r"no text in it; known: \.txt, \.jsonl, \.csv, \.tsv, \.parquet"):
+    with pytest.raises(
+        DataError, match=r"no text in it; known: \.txt, \.jsonl, \.csv, \.tsv, \.arrow, \.parquet"
+    ):
         open_corpus(str(write(tmp_path / "f.json", "{}")), Report("", 0))
     assert corpus.EXTENSIONS is records.EXTENSIONS

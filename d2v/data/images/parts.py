@@ -6,13 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from ...config.run import DataConfig
+from ..arrow import SUFFIXES as ROWS
+from ..arrow import Rows, listed
 from ..loader import number_classes
+from ..open import default_cache
 from ..splits import NO_PART, WHOLE, in_no_part, parts_of
 from ..types import DataError, Report
 from ..walk import suffix_of, walk
-from .store import EXTENSIONS, FolderStore, Store, Subset, read_npz
+from .store import EXTENSIONS, FolderStore, Store, Subset, decoded, opened, read_npz
 from .tar import TarStore
+
+KNOWN = ", ".join((*sorted(EXTENSIONS), ".tar", ".npz", *ROWS))
+"""suffixes"""
 
 
 def part_of(store: Store, numbers: np.ndarray) -> Store:
@@ -23,15 +31,39 @@ def part_of(store: Store, numbers: np.ndarray) -> Store:
     return part
 
 
-def open_stores(path: Path, report: Report, *, divided: bool = True) -> dict[str, Store]:
+class RowStore(Store):
+    """The rows of Hugging Face data sets."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        labels, self.unlabelled = rows.labels(), rows.unlabelled
+        if labels is not None:
+            self.classes, self.labels = number_classes(labels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.rows.name(index)
+
+    def load(self, index: int) -> Image.Image:
+        value = self.rows.encoded(index)
+        return opened(str(value)) if isinstance(value, Path) else decoded(value or b"")
+
+
+def open_stores(
+    path: Path, report: Report, *, divided: bool = True, label: str = DataConfig.label_column
+) -> dict[str, Store]:
     """The pictures of each part of a data set: "train" and held-out ones, or all of them as `WHOLE`.
 
-    divided: False takes all as `WHOLE` (of a .npz those for training). What is not read is named in `report`.
-    DataError when there are no pictures.
+    divided: False takes all as `WHOLE` (of a .npz those for training). label: the column of classes in
+    tables. What is not read is named in `report`. DataError when there are no pictures.
     """
     stores: Mapping[str, Store | None]
     if path.is_dir():
-        stores = _of_folder(path, report, divided)
+        stores = _of_folder(path, report, divided, label)
+    elif suffix_of(path.name) in ROWS:
+        stores = _of_rows(path.parent, [path.name], report, divided, label)
     elif path.suffix.lower() == ".npz":
         whole, test = read_npz(path), read_npz(path, "test_") if divided else None
         stores = {WHOLE: whole} if test is None else {"train": whole, "test": test}
@@ -40,22 +72,22 @@ def open_stores(path: Path, report: Report, *, divided: bool = True) -> dict[str
     elif path.suffix.lower() in EXTENSIONS:
         stores = {WHOLE: FolderStore(path.parent, [path.name])}
     else:
-        raise DataError(
-            f"data: {path}: images come from a folder, .npz or .tar, got {path.suffix or 'no extension'!r}"
-        )
+        suffix = path.suffix or "no extension"
+        raise DataError(f"data: {path}: images come from a folder or a file ({KNOWN}), got {suffix!r}")
     found = {name: store for name, store in stores.items() if store is not None and len(store)}
     if not found:
         left = "".join(f"; {line}" for line in report.lines())
-        raise DataError(
-            f"data: {path}: no pictures in it; known: {', '.join(sorted(EXTENSIONS))}, .tar, .npz{left}"
-        )
+        raise DataError(f"data: {path}: no pictures in it; known: {KNOWN}{left}")
     report.facts["parts"] = {name: len(store) for name, store in found.items()}
     return found
 
 
-def _of_folder(path: Path, report: Report, divided: bool) -> dict[str, Store]:
-    found = walk(path, {*EXTENSIONS, ".tar"})
+def _of_folder(path: Path, report: Report, divided: bool, label: str) -> dict[str, Store]:
+    found = walk(path, {*EXTENSIONS, *ROWS, ".tar"})
     report.left_out |= found.left_out
+    if rows := [file for file in found.files if suffix_of(file) in ROWS]:
+        report.leave_out("beside tables", [file for file in found.files if suffix_of(file) not in ROWS])
+        return _of_rows(path, rows, report, divided, label)
     shards = [path / file for file in found.files if suffix_of(file) == ".tar"]
     pictures = [file for file in found.files if suffix_of(file) != ".tar"]
     if shards:
@@ -64,6 +96,18 @@ def _of_folder(path: Path, report: Report, divided: bool) -> dict[str, Store]:
     numbers = parts_of(pictures, str(path)) if divided else {WHOLE: np.arange(len(pictures))}
     store = FolderStore(path, pictures, level=int(WHOLE not in numbers))
     return _divided(store, pictures, numbers, report)
+
+
+def _of_rows(root: Path, files: Sequence[str], report: Report, divided: bool, label: str) -> dict[str, Store]:
+    files = listed(root, files, report)
+    parts = {WHOLE: np.arange(len(files))}
+    if divided and len(files) > 1:
+        parts = parts_of(files, str(root), stems=True)
+        report.leave_out(NO_PART, in_no_part(files, parts))
+    return {
+        name: RowStore(Rows([root / files[i] for i in some.tolist()], default_cache(), "Image", label))
+        for name, some in parts.items()
+    }
 
 
 def _of_tars(shards: Sequence[Path], root: Path, report: Report, divided: bool) -> dict[str, Store]:

@@ -36,7 +36,7 @@ def _open(path: str, cfg: Config, purpose: str, report: Report) -> ImageSource:
     if path == "digits":
         store: Store = _digits("train" if purpose == "train" else "test")
     elif purpose == "train":
-        store = for_training(open_stores(Path(path), report), report)
+        store = for_training(open_stores(Path(path), report, label=cfg.data.label_column), report)
     else:
         store = open_stores(Path(path), report, divided=False)[WHOLE]
     report.total = len(store)
@@ -95,11 +95,11 @@ class ImageSplit(Split):
         return np.concatenate(features), np.concatenate(labels)
 
 
-def _parts(path: str, report: Report, score: bool) -> dict[str, Store]:
+def _parts(path: str, report: Report, label: str, score: bool) -> dict[str, Store]:
     """Train and held-out pictures: as they are divided on disk, else by `divide`; or those to score."""
     if path == "digits":
         return {"train": _digits("probe"), "test": _digits("test")}
-    stores = open_stores(Path(path), report)
+    stores = open_stores(Path(path), report, label=label)
     if score:
         return to_score(stores)
     whole = to_divide(stores, path)
@@ -115,7 +115,7 @@ def open_labelled(
     """See `d2v.data.open.open_labelled`. Labels come from class folders, `labels` of a .npz, or .cls in a
     tar; the parts from the names of folders and shards, from `test_images` of a .npz, or by `divide`."""
     report = Report.of(path, cfg.data)
-    parts = _parts(path, report, score=classes is not None)
+    parts = _parts(path, report, cfg.data.label_column, score=classes is not None)
     for store in parts.values():
         if store.labels is None:
             raise DataError(f"labels missing: {path}: {store.unlabelled}")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..arrow import listed
 from ..embedded import text as stdlib
 from ..splits import NO_PART, WHOLE, for_training, in_no_part, parts_of
 from ..types import DataError, Report
@@ -62,7 +63,7 @@ class Files(Corpus):
         report.left_out |= found.left_out
         if Path(path).is_file() and not kind_of(path):
             found.files = []
-        names = sorted(found.files, key=Path)
+        names = sorted(listed(found.root, found.files, report), key=Path)
         if not names:
             left = "".join(f"; {line}" for line in report.lines())
             raise DataError(f"data: {path}: no text in it; known: {', '.join(EXTENSIONS)}{left}")

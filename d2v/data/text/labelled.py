@@ -102,7 +102,7 @@ def _read_lines(path: str, report: Report, numbers: bool, data: DataConfig) -> d
     }
     if not any(parts.values()):
         raise DataError(
-            f"labels missing: {path}: labels come from .jsonl lines, .csv, .tsv or .parquet with "
+            f"labels missing: {path}: labels come from .jsonl lines, .csv, .tsv, .parquet or .arrow with "
             f'"{data.text_column}" and "{data.label_column}"'
         )
     return {part: _sentences(files, report, numbers, data) for part, files in parts.items()}

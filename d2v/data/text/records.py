@@ -1,4 +1,4 @@
-"""Files of texts, read piece by piece: plain, .gz and .zst; lines of JSON, rows of .csv, .tsv and .parquet.
+"""Files of texts, read piece by piece: plain, .gz and .zst; lines of JSON, rows of tables and of .arrow.
 
 Memory does not grow with a file: a text is handed on in pieces of at most 2 `PIECE`, and a line of JSON or a
 row of a table longer than `LONGEST` is unreadable. Lines are those of `d2v.data.lines`.
@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..arrow import SUFFIXES as TABLES
+from ..arrow import batches_of
 from ..lines import not_utf8, other_encoding
 from ..types import DataError, Report, Unreadable
 
@@ -30,7 +32,7 @@ LONGEST = 1 << 27
 
 KINDS = (".txt", ".jsonl", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst")
-EXTENSIONS = (*KINDS, ".parquet", *(f"{kind}{packed}" for kind in KINDS for packed in COMPRESSED))
+EXTENSIONS = (*KINDS, *TABLES, *(f"{kind}{packed}" for kind in KINDS for packed in COMPRESSED))
 
 Record = tuple[str, Mapping[str, Any]]
 """what to call it to a user, as FILE:LINE, and its values by key or column"""
@@ -162,7 +164,7 @@ def records(
     columns: that a table must have. optional: others that are read. Values are as the file has them, of .csv
     and .tsv strings.
     """
-    readers = {".jsonl": _lines_of_json, ".csv": _rows, ".tsv": _rows, ".parquet": _parquet}
+    readers = {".jsonl": _lines_of_json, ".csv": _rows, ".tsv": _rows, **dict.fromkeys(TABLES, _columns)}
     found = readers[kind_of(file.name)](file, columns, optional)
     while True:
         try:
@@ -336,23 +338,17 @@ def _parsed(lines: Iterable[str]) -> Iterator[tuple[int, int, list[str] | str]]:
         yield first, reader.line_num, row
 
 
-def _parquet(
+def _columns(
     file: Path, columns: Sequence[str], optional: Sequence[str]
 ) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise DataError(f'data: {file}: .parquet needs pyarrow: pip install "d2vkern[texts]"') from None
+    """Rows of .parquet and .arrow."""
     number = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            check_columns(names, columns)
-            read = [name for name in names if name in (*columns, *optional)]
-            for batch in table.iter_batches(batch_size=256, columns=read):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield f"{file}, row {number}", values
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from None
+    for batch in batches_of(file, lambda names: _present(names, columns, optional)):
+        for values in batch.to_pylist():
+            number += 1
+            yield f"{file}, row {number}", values
+
+
+def _present(names: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    check_columns(names, columns)
+    return [name for name in names if name in (*columns, *optional)]
