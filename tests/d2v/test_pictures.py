@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from d2v.data.images.eval_picture import eval_picture
+from d2v.data.images.source import shrunk
 from d2v.data.open import check_data, open_data
 from tests.d2v.pictures import config, encoded, first, pixels, source_of, tiff, unnormalised, write
 
@@ -227,6 +228,28 @@ def test_white_is_zero(tmp_path: Path, bits: int):
     depth = 8 * values.itemsize
     write(tmp_path / "a.tif", tiff(values.tobytes(), 16, 16, bits_per_sample=depth, photometric=0))
     assert abs(read(tmp_path, channels=1)[..., 0] - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_cuts_shrink_as_pillow_shrinks_them(channels: int):
+    """Which is how the original does it; torch rounds elsewhere. Colours of RGBA count by their alpha."""
+    for height, width in ((70, 40), (25, 90), (16, 33)):
+        image = pixels(height, width, channels)
+        cut = Image.fromarray(image if channels > 1 else image[..., 0])
+        wanted = np.asarray(cut.resize((16, 20), Image.Resampling.BICUBIC)).reshape(20, 16, channels)
+        assert abs(shrunk(cut, 20, 16).astype(int) - wanted).max() <= 2
+    assert np.array_equal(shrunk(cut, 16, 33), image)
+
+
+def test_no_crop_of_a_reduced_jpeg_is_empty(tmp_path: Path):
+    """Slivers, whose sides are a pixel or two when decoded."""
+    write(tmp_path / "a.jpg", encoded(pixels(400, 9, 3), "JPEG"))
+    write(tmp_path / "b.jpg", encoded(pixels(8, 1000, 3), "JPEG", exif=turned(6)))
+    source = source_of(tmp_path, height=4, width=4, crop_scale=(0.001, 0.01))
+    for index in (0, 1):
+        for epoch in range(40):
+            made, height, width, _ = source.read(index, epoch)
+            assert made.shape == (4, 4, 3) and 1 <= height <= 4 and 1 <= width <= 4
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])

@@ -217,8 +217,7 @@ def cut_array(
     given = pixels.shape[2]
     if given != channels and {given, channels} != {1, 3}:
         raise WrongChannels(given, channels)
-    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
-        raise ValueError("NaN or inf among the pixels")
+    _check_finite(pixels)
     left, top, right, bottom = box
     pixels = pixels[top:bottom, left:right]
     if given != channels:
@@ -231,7 +230,13 @@ def cut_array(
     planes = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     if pixels.dtype == np.uint8:
         planes = planes.round().clamp(0, 255).to(torch.uint8)
+    _check_finite(planes.numpy())  # bicubic overshoots, here beyond the largest number
     return planes.numpy()
+
+
+def _check_finite(pixels: np.ndarray) -> None:
+    if pixels.dtype != np.uint8 and not np.isfinite(pixels).all():
+        raise ValueError("NaN or inf among the pixels")
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:
