@@ -7,9 +7,9 @@ A table stands between `<!-- results:NAME -->` and `<!-- /results:NAME -->`. The
 says which table it is in: `step_*.json` (bench_step.py, or run.py --ops step), `ops_*.json` (run.py),
 `scaling_*.json` (scaling.py), `memory_*.json` (memory.py), `profile_*.json` (profile.json of `d2v profile`),
 `demo_*.json` (summary.json of `d2v demo`), `race_*.json` (race.json of `d2v race`), `downstream_*.json`
-(downstream.py); the tables `hotpaths`, `best` and `fits_checked` are made from the step's files too, and
-`fits` from the models (fits.py). No number is typed by hand: a table without a file says "not measured", and
-so does a cell without a time.
+(downstream.py), `data_*.json` (bench_data.py); the tables `hotpaths`, `best` and `fits_checked` are made from
+the step's files too, and `fits` from the models (fits.py). No number is typed by hand: a table without a file
+says "not measured", and so does a cell without a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import scaling
+from benchmarks.bench_data import data_table
 from benchmarks.downstream import downstream_rows
 from benchmarks.fits import checked_table, fits_table
 from benchmarks.op_goals import op_goals_table
@@ -174,6 +175,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "demo": demo_table,
     "race": race_table,
     "downstream": downstream_table,
+    "data": data_table,
     "hotpaths": hot_paths_table,
 }
 SOURCES = {"hotpaths": "step", "best": "step", "fits_checked": "step"}

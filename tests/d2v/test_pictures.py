@@ -11,7 +11,9 @@ import torch
 from PIL import Image, ImageOps
 
 from d2v.data.images.eval_picture import eval_picture
+from d2v.data.images.jpeg import decoded
 from d2v.data.images.source import shrunk
+from d2v.data.images.store import opened
 from d2v.data.open import check_data, open_data
 from tests.d2v.pictures import config, encoded, first, pixels, source_of, tiff, unnormalised, write
 
@@ -239,6 +241,32 @@ def test_cuts_shrink_as_pillow_shrinks_them(channels: int):
         wanted = np.asarray(cut.resize((16, 20), Image.Resampling.BICUBIC)).reshape(20, 16, channels)
         assert abs(shrunk(cut, 20, 16).astype(int) - wanted).max() <= 2
     assert np.array_equal(shrunk(cut, 16, 33), image)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "4:1:1"])
+def test_the_fast_decoder_gives_pillows_bits(tmp_path: Path, subsampling: str, progressive: bool):
+    """At every scale and for sides that no block divides."""
+    pytest.importorskip("simplejpeg")
+    smooth = Image.fromarray(pixels(12, 12, 3)).resize((301, 203), Image.Resampling.BICUBIC)
+    for image in (smooth, Image.fromarray(pixels(17, 9, 3))):
+        data = encoded(image, "JPEG", quality=85, subsampling=subsampling, progressive=progressive)
+        file = write(tmp_path / "a.jpg", data)
+        for scale in (1, 2, 4, 8):
+            both = [opened(str(file)), opened(str(file))]
+            for picture in both:
+                picture.draft(None, tuple(max(1, side // scale) for side in picture.size))
+            made = decoded(both[0])
+            assert made is not None and np.array_equal(made, np.asarray(both[1]))
+
+
+def test_what_is_no_plain_jpeg_is_left_to_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = encoded(pixels(40, 40, 3), "JPEG")
+    grey, inks = (encoded(Image.new(mode, (16, 16)), "JPEG") for mode in ("L", "CMYK"))
+    for data in (whole[: len(whole) // 2], grey, inks, encoded(pixels(16, 16, 3))):
+        assert decoded(opened(str(write(tmp_path / "a", data)))) is None
+    monkeypatch.setattr("d2v.data.images.jpeg.simplejpeg", None)
+    assert decoded(opened(str(write(tmp_path / "a", whole)))) is None
 
 
 def test_no_crop_of_a_reduced_jpeg_is_empty(tmp_path: Path):
