@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from .types import Batch, DataError, Pipeline, Position, Report, Unreadable
 ORDER, AUGMENT, SUBSTITUTE, LIMIT, TIME_MASK, CHANNEL_MASK, NOISE, PIXELS, MIX = range(9)
 """what a generator is for, the second part of its key"""
 
+ENDED = (BrokenPipeError, ConnectionResetError, EOFError)
+"""what a process meets that starts one which ends at once"""
 ATTEMPTS = 100
 """samples tried in place of an unreadable one before giving up"""
 
@@ -166,6 +169,12 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def leave_import() -> None:
+    """End this process if it is a worker that is being started and imports the script that starts it."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(1)  # what is wrong is said by the process that waits for it
+
+
 class Loader(Pipeline):
     """A `Source` as an endless, resumable stream of global steps."""
 
@@ -173,6 +182,7 @@ class Loader(Pipeline):
         self, source: Source, cfg: DataConfig, device: torch.device, report: Report | None = None
     ) -> None:
         """report: continued from opening the data set, where there was already something to count."""
+        leave_import()
         self.source = source
         self.device = device
         self.workers = min(cfg.workers, os.cpu_count() or 1)
@@ -264,7 +274,7 @@ class Loader(Pipeline):
             generator=torch.Generator(),  # or DataLoader would draw from the global one
             **workers,
         )
-        for loaded in loader:
+        for loaded in _started(loader):
             if loaded.error is not None:
                 raise loaded.error
             for name, reason in loaded.unreadable:
@@ -275,6 +285,24 @@ class Loader(Pipeline):
     def _note(self, heard: dict[str, str]) -> None:
         for what, name in heard.items():
             self.report.add_note(what, name)
+
+
+def _started(loader: DataLoader) -> Iterator[_Loaded]:
+    """The results of a loader. DataError where its workers end before they have begun."""
+    begun = False
+    try:
+        for loaded in loader:
+            begun = True
+            yield loaded
+    except (OSError, EOFError, RuntimeError) as error:
+        ended = isinstance(error, ENDED) or "exited unexpectedly" in str(error)
+        if begun or not loader.num_workers or not ended:
+            raise
+        raise DataError(
+            f"data: a worker process ended as it began ({error}). A script that reads data in worker "
+            'processes must do so under `if __name__ == "__main__":`, since each of them imports it; or set '
+            "data.workers to 0"
+        ) from error
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..config.atomic import write_json
 from ..config.run import Config
 from ..config.toml import SETTINGS, CheckpointError, is_tuned, read_settings
 from ..config.tune import FineTuneConfig
+from ..data.loader import leave_import
 from ..data.types import Batch, DataError, Pipeline, Position
 from . import process
 from .capture import Capture
@@ -83,6 +84,7 @@ def device_of(cfg: Config | FineTuneConfig) -> torch.device:
 
 def begin(out: Path, make: Callable[[], R], go: Callable[[R], Result]) -> Result:
     """Claim the folder `out`, make a run in it and go; what fails before the first step leaves no folder."""
+    leave_import()
     claim(out)
     run = None
     try:

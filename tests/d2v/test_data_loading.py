@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import d2v
 from d2v.config.run import DataConfig
 from d2v.data.loader import AUGMENT, Loader, Source, generator
 from d2v.data.types import Batch, DataError, Position, Report, Unreadable
@@ -149,3 +154,27 @@ def test_generator_streams_are_independent_and_repeatable():
     }
     assert len(draws) == 5
     assert generator(1, 2, 3).integers(2**60) == generator(1, 2, 3).integers(2**60)
+
+
+SCRIPT = """
+import sys
+import d2v
+from tests.d2v.tiny_runs import tiny
+cfg = tiny("image", data={"workers": 1})
+try:
+    d2v.run(cfg, "digits", sys.argv[1])
+except d2v.data.types.DataError as error:
+    print(error)
+"""
+
+
+def test_a_script_that_workers_import_is_told_of_the_guard(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SCRIPT)
+    found = {"PYTHONPATH": str(Path(d2v.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "train.py", "run"], cwd=tmp_path, text=True, capture_output=True,
+        env={**os.environ, **found}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and "holds a run already" not in done.stdout + done.stderr, done.stderr
+    assert 'must do so under `if __name__ == "__main__":`' in done.stdout and done.stdout.count("\n") == 1
+    assert not (tmp_path / "run").exists()
