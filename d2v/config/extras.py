@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 TRAIN = (
-    "PIL", "jiwer", "kornia", "matplotlib", "msgspec", "rich", "safetensors", "scipy", "sklearn", "soundfile",
-    "tokenizers", "tomli", "tomli_w", "tyro",
+    "PIL", "av", "jiwer", "kornia", "matplotlib", "msgspec", "rich", "safetensors", "scipy", "sklearn",
+    "soundfile", "tokenizers", "tomli", "tomli_w", "tyro",
 )  # fmt: skip
 """import names"""
 

@@ -12,6 +12,7 @@ from .fronts import ImageFront, TextFront, check, check_sizes
 from .model import ModelConfig
 
 WaveNorm = Literal["fairseq", "transformers", "none"]
+Channels = Literal["mix", "first", "refuse"]
 MOST_PIXELS = 178_956_970
 """in a picture that Pillow opens"""
 
@@ -100,6 +101,9 @@ class DataConfig:
     wave_norm: WaveNorm = "fairseq"
     """audio: every utterance gets zero mean and unit variance, with 1e-5 (fairseq) or 1e-7 (transformers)
     added to its variance; none: waveforms stay as they are recorded; fine-tuning takes over the encoder's"""
+    channels: Channels = "mix"
+    """audio: of a file with several channels (stereo) their mean, or the first alone; refuse: it is
+    unreadable; fine-tuning takes over the encoder's"""
     bucket_seconds: float = 0.0
     """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
     any. Few shapes are what train.compile and train.cuda_graph need"""
@@ -120,6 +124,8 @@ class DataConfig:
         check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
         norms = get_args(WaveNorm)
         check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)
+        ways = get_args(Channels)
+        check(self.channels in ways, "data.channels", f"one of {', '.join(ways)}", self.channels)
         check(0 <= self.workers <= 10_000, "data.workers", "in 0 .. 10,000", self.workers)
         check(0 <= self.max_unreadable <= 1, "data.max_unreadable", "in [0, 1]", self.max_unreadable)
         low, high = self.crop_scale

@@ -17,7 +17,7 @@ from .tune import AugmentConfig, DropConfig, FineTuneConfig
 
 OF_MODALITY = {
     "image": ("crop_scale", "flip", "mean", "std", "max_pixels"),
-    "audio": ("max_seconds", "min_seconds", "pad", "wave_norm", "bucket_seconds"),
+    "audio": ("max_seconds", "min_seconds", "pad", "wave_norm", "channels", "bucket_seconds"),
     "text": ("text_column", "label_column", "block", "tokenizer"),
 }
 """fields of `data` that one modality alone reads"""

@@ -17,7 +17,7 @@ import torch
 from ..config.fronts import Front, ImageFront, TextFront, WaveformFront
 from ..config.run import Config, DataConfig
 from ..data.normalisation import of_image_processor
-from ..data.speech.files import MIN_RATE
+from ..data.speech.reading import MIN_RATE
 from ..data.text.tokenizer import load_tokenizer, uncut
 from ..data.types import DataError, Labelled
 from ..model.huggingface import INPUTS, HuggingFaceEncoder, import_transformers

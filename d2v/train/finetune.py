@@ -153,13 +153,16 @@ class TuningRun(Run[TuningPlace]):
     def _waves_of_encoder(
         self, cfg: FineTuneConfig, pretraining: DataConfig, encoder: str | Path
     ) -> FineTuneConfig:
-        """With the encoder's data.wave_norm, unless another than the usual one is asked for."""
-        wanted, theirs = cfg.data.wave_norm, pretraining.wave_norm
-        if wanted in (theirs, DataConfig().wave_norm) or cfg.model.modality != "audio":
-            return replace(cfg, data=replace(cfg.data, wave_norm=theirs))
-        print(
-            f"waveforms are normalised as given, data.wave_norm {wanted}; {encoder} was trained with {theirs}"
-        )
+        """With the encoder's data.wave_norm and data.channels, unless others than the usual are asked for."""
+        if cfg.model.modality != "audio":
+            return cfg
+        for name, done in (("wave_norm", "normalised"), ("channels", "read")):
+            wanted, theirs = getattr(cfg.data, name), getattr(pretraining, name)
+            if wanted in (theirs, getattr(DataConfig(), name)):
+                cfg = replace(cfg, data=replace(cfg.data, **{name: theirs}))
+            else:
+                asked = f"waveforms are {done} as given, data.{name} {wanted}"
+                print(f"{asked}; {encoder} was trained with {theirs}")
         return cfg
 
     def _of_encoder(

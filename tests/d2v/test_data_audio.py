@@ -15,7 +15,7 @@ import torch
 from d2v.config.presets import preset
 from d2v.config.run import Config
 from d2v.data.open import check_data, open_data, open_labelled
-from d2v.data.speech.files import resample
+from d2v.data.speech.reading import resample
 from d2v.data.types import Batch, DataError, Pipeline, Position
 
 RATE = 16_000
@@ -275,10 +275,14 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda p: (write(p, tone(20), format="OGG", subtype="OPUS"), cut_in_half(p)),
         "truncated: the Ogg stream",
     ),
-    "truncated mp3": ("x.mp3", lambda p: (write(p, tone(3)), cut_in_half(p)), "truncated: 48000 frames"),
+    "truncated mp3": (
+        "x.mp3",
+        lambda p: (write(p, tone(3)), cut_in_half(p)),
+        "truncated: 4392 bytes of sound announced, 2196 there",
+    ),
     "absurd rate": ("x.wav", lambda p: write(p, tone(1), 2_000), "has a sample rate of 2000 Hz"),
     "not audio": ("x.wav", lambda p: p.write_text("hello"), "Format not recognised"),
-    "empty file": ("x.flac", lambda p: p.write_bytes(b""), "Format not recognised"),
+    "empty file": ("x.flac", lambda p: p.write_bytes(b""), "is empty"),
     "NaN": ("x.wav", lambda p: write(p, np.full(9000, np.nan), subtype="FLOAT"), "holds NaN or inf"),
 }
 
@@ -388,7 +392,9 @@ def test_check_reports_what_is_there(tmp_path: Path) -> None:
     assert report.facts["length_histogram"] == {"1-2 s": 2, "2-4 s": 1, "over 60 s": 1}
     assert report.skipped == {"shorter than data.min_seconds (0.5 s)": ["0.wav"]}
     assert report.facts["usable"] == 4
-    assert report.unreadable == {} and report.notes == ["1 files have several channels, which are averaged"]
+    assert report.unreadable == {} and report.notes == [
+        "1 files have several channels, which are averaged (data.channels)"
+    ]
 
 
 # labels

@@ -18,7 +18,7 @@ from d2v.config.fronts import ImageFront, WaveformFront
 from d2v.config.toml import CheckpointError
 from d2v.config.tune import HeadConfig
 from d2v.data.open import open_data
-from d2v.data.speech.files import resample
+from d2v.data.speech.reading import resample
 from d2v.evaluate.features import token_features
 from d2v.formats.hf_export import write_folder
 from d2v.formats.open import load_run, open_encoder

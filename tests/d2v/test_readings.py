@@ -96,6 +96,44 @@ def test_speech_is_read_alike_everywhere(
     assert recorded_waves(tmp_path / "tuned-folder", SOUND) == norm
 
 
+def test_channels_are_read_as_the_run_read_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of sound whose second channel cancels the first: features, fine-tuning and scores hear the first."""
+    data = sounds(tmp_path / "sounds")
+    for file in Path(data).rglob("*.wav"):
+        wave, rate = soundfile.read(file)
+        soundfile.write(file, np.stack([wave, -wave], axis=1), rate)
+    heard: list[float] = []
+    local = ModalityEncoder.local
+
+    def look(encoder: ModalityEncoder, source: Tensor, *rest: Any) -> Tensor:
+        heard.append(float(source.std()))
+        return local(encoder, source, *rest)
+
+    def looked() -> bool:
+        return bool(heard) and min(heard) > 0.1 and not heard.clear()
+
+    monkeypatch.setattr(ModalityEncoder, "local", look)
+    cfg = tiny("audio", steps=3, model={"front": SOUND}, data={"wave_norm": "none", "channels": "first"})
+    run(dataclasses.replace(cfg, probe=ProbeConfig(every=1)), data, tmp_path / "run", stop=one_step)
+    assert looked()
+    run_extract(tmp_path / "run", data, tmp_path / "features.npz")
+    assert looked()
+    opened = open_model(tmp_path / "run")
+    tuned = recipe("sound_tiny").on("sound_tiny", opened[0].cfg)
+    train = dataclasses.replace(tuned.train, steps=3, evaluate_every=1, device="cpu")
+    tuned = dataclasses.replace(tuned, train=train, data=dataclasses.replace(tuned.data, batch=4))
+    run_finetune(tuned, tmp_path / "run", data, tmp_path / "tuned", opened=opened, stop=one_step)
+    assert looked() and read_tuned_config(tmp_path / "tuned")[0].data.channels == "first"
+    run_eval(tmp_path / "tuned", data)
+    assert looked()
+    tuned = dataclasses.replace(tuned, data=dataclasses.replace(tuned.data, channels="refuse"))
+    with pytest.raises(DataError, match="10 of 10 .* unreadable"):
+        run_finetune(tuned, tmp_path / "run", data, tmp_path / "wish", opened=opened, stop=one_step)
+    assert f"read as given, data.channels refuse; {tmp_path / 'run'} was" in capsys.readouterr().out
+
+
 def test_letters_pass_through_files_of_the_original(tmp_path: Path) -> None:
     model = FineTuned(make_model("audio", front=SOUND).cfg, HeadConfig(task="ctc", outputs=7))
     save_folder(model.eval(), tmp_path / "a")

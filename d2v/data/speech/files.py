@@ -1,14 +1,12 @@
-"""From a path to waveforms: which files there are, what is wrong with them, reading and resampling.
+"""From a path to waveforms: which files there are and what is wrong with them; `reading` reads one of them.
 
-Indexing reads headers only. A file that cannot be used gets a reason that a user can act on; whether that
-stops a run is decided by whoever asked.
+Indexing reads headers, and decodes the files whose headers do not tell their length. A file that cannot be
+used gets a reason that a user can act on; whether that stops a run is decided by whoever asked.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,96 +15,21 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import soundfile
 
+from ...config.run import Channels
 from ..lines import lines_of, not_utf8
 from ..splits import NO_PART, WHOLE, in_no_part, parts_of
 from ..types import DataError, Report, Unreadable
 from ..walk import suffix_of, walk
+from .reading import Header, read_header, read_wave
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
-MIN_RATE = 4_000
-"""Hz; below this a file is not speech but a mistake"""
-SHORTFALL = 0.01
-"""share of the frames promised by a header that may be missing (MP3 headers estimate); filled with zeros"""
-OPEN_ENDED = 0x7FFF_0000
-"""chunk sizes from here on are what writers to a pipe put when they do not know the size"""
-
+SUFFIXES = (
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".spx", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd",
+    ".caf", ".w64", ".rf64", ".sph", ".nist", ".wv1", ".wv2", ".m4a", ".m4b", ".aac", ".ac3", ".webm",
+    ".weba", ".mka", ".wma", ".amr", ".awb", ".gsm", ".g722", ".tta", ".wv",
+)  # fmt: skip
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says about itself."""
-
-    frames: int
-    rate: int
-    """Hz"""
-    channels: int
-    format: str
-    truncated: str = ""
-    """how the header contradicts the size of the file; empty: it does not"""
-
-    def problem(self) -> str:
-        """Why the file cannot be used; empty when it can."""
-        if self.rate < MIN_RATE:
-            return f"has a sample rate of {self.rate} Hz, must be at least {MIN_RATE} Hz"
-        return self.truncated
-
-    def samples(self, rate: int) -> int:
-        """Length after resampling to `rate`."""
-        return -(-self.frames * rate // self.rate)
-
-
-def read_header(path: Path) -> Header:
-    """Raises Unreadable when the file is missing or is not audio."""
-    if not path.is_file():
-        raise Unreadable("does not exist")
-    try:
-        info = soundfile.info(path, verbose=True)
-    except soundfile.SoundFileError as error:
-        raise Unreadable(str(getattr(error, "error_string", error))) from error
-    # libsndfile opens a file that was cut off as a shorter one; only its log says so
-    truncated = ""
-    size = re.search(r"^ *(?:data|SSND) : (\d+) \(should be (\d+)\)", info.extra_info, re.MULTILINE)
-    if size and int(size[2]) < int(size[1]) < OPEN_ENDED:
-        truncated = f"truncated: {size[1]} bytes of sound announced, {size[2]} there"
-    elif re.search(r"lacks an end-of-stream bit\.\s+Ogg ?: Junk", info.extra_info):
-        # a missing mark alone is what some recorders leave; a started page after it is a cut
-        truncated = "truncated: the Ogg stream breaks off within a page"
-    return Header(info.frames, info.samplerate, info.channels, f"{info.format} {info.subtype}", truncated)
-
-
-def read_wave(path: Path, expected: Header, rate: int) -> np.ndarray:
-    """[expected.samples(rate)] float32 at `rate`, channels averaged. Raises Unreadable with the reason."""
-    header = read_header(path)
-    if problem := header.problem():
-        raise Unreadable(problem)
-    if (header.frames, header.rate) != (expected.frames, expected.rate):
-        raise Unreadable(
-            f"has {header.frames} frames at {header.rate} Hz, but the index says "
-            f"{expected.frames} at {expected.rate} Hz"
-        )
-    try:
-        wave = soundfile.read(path, dtype="float32", always_2d=True)[0].mean(axis=1)
-    except soundfile.SoundFileError as error:
-        raise Unreadable(str(getattr(error, "error_string", error))) from error
-    if len(wave) < header.frames * (1 - SHORTFALL):
-        raise Unreadable(f"truncated: {header.frames} frames announced, {len(wave)} there")
-    if not np.isfinite(wave).all():
-        raise Unreadable("holds NaN or inf")
-    return resample(np.pad(wave, (0, header.frames - len(wave))), header.rate, rate)
-
-
-def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """[ceil(len * target / rate)] float32, through a windowed-sinc polyphase filter."""
-    if rate == target:
-        return wave
-    from scipy.signal import resample_poly
-
-    common = math.gcd(rate, target)
-    return resample_poly(wave, target // common, rate // common).astype(np.float32)
 
 
 def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
@@ -126,8 +49,8 @@ class Utterances(ABC):
         return len(self.names)
 
     @abstractmethod
-    def wave(self, index: int) -> np.ndarray:
-        """[lengths[index]] float32. Raises Unreadable."""
+    def wave(self, index: int, channels: Channels = "mix") -> np.ndarray:
+        """[lengths[index]] float32; of several channels what data.channels says. Raises Unreadable."""
 
     @abstractmethod
     def select(self, keep: np.ndarray) -> Utterances:
@@ -141,8 +64,8 @@ class FileUtterances(Utterances):
         self.root, self.names, self.headers, self.rate = root, names, headers, rate
         self.lengths = np.array([header.samples(rate) for header in headers], dtype=np.int64)
 
-    def wave(self, index: int) -> np.ndarray:
-        return read_wave(self.root / self.names[index], self.headers[index], self.rate)
+    def wave(self, index: int, channels: Channels = "mix") -> np.ndarray:
+        return read_wave(self.root / self.names[index], self.headers[index], self.rate, channels)
 
     def select(self, keep: np.ndarray) -> FileUtterances:
         names = [self.names[i] for i in keep]
@@ -219,10 +142,21 @@ def is_manifest(path: Path) -> bool:
         return b"\t" not in file.readline(1 << 16)
 
 
-def mixed_channels(headers: Iterable[Header]) -> list[str]:
-    """A note for a report where files have several channels."""
-    several = sum(header.channels > 1 for header in headers)
-    return [f"{several:,} files have several channels, which are averaged"] if several else []
+HANDLING: dict[Channels, str] = {
+    "mix": "are averaged (data.channels)",
+    "first": "are read by the first alone (data.channels)",
+    "refuse": "are refused (data.channels)",
+}
+
+
+def told_of(headers: Iterable[Header], channels: Channels) -> list[str]:
+    """Notes for a report: files of several channels, files that were decoded to know their length."""
+    headers, notes = list(headers), []
+    if several := sum(header.channels > 1 for header in headers):
+        notes.append(f"{several:,} files have several channels, which {HANDLING[channels]}")
+    if measured := sum(header.measured for header in headers):
+        notes.append(f"{measured:,} files do not tell their length and were decoded to measure it")
+    return notes
 
 
 def header_or_reason(path: Path) -> Header | str:

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from ...config.fronts import LogMelFront, WaveformFront
-from ...config.run import Config, DataConfig
+from ...config.run import Channels, Config, DataConfig
 from ...model.logmel import log_mel
 from ..embedded import speech
 from ..loader import Loader, number_classes
 from ..splits import WHOLE, divide, for_training, to_divide, to_score, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
-from .files import FileUtterances, Header, Listing, Utterances, in_threads, list_audio, mixed_channels
+from .files import FileUtterances, Listing, Utterances, in_threads, list_audio, told_of
+from .reading import Header
 from .source import AudioSource, SpeechUtterances, normalise_wave
 
 BINS = (0.0, 0.5, 1, 2, 4, 8, 12, 16, 20, 30, 60, math.inf)
@@ -56,13 +57,13 @@ def _front(cfg: Config) -> WaveformFront | LogMelFront:
     return front
 
 
-def read_index(listing: Listing, rate: int, report: Report) -> FileUtterances:
+def read_index(listing: Listing, rate: int, channels: Channels, report: Report) -> FileUtterances:
     """What can be told without decoding: the utterances with good headers, the others in the report."""
     found = listing.read_headers()
     report.total += len(found)
     good: list[tuple[str, Header]] = []
     for name, header in zip(listing.names, found, strict=True):
-        if reason := header if isinstance(header, str) else header.problem():
+        if reason := header if isinstance(header, str) else header.problem(channels):
             report.unreadable[name] = reason
         elif isinstance(header, Header):
             good.append((name, header))
@@ -70,7 +71,7 @@ def read_index(listing: Listing, rate: int, report: Report) -> FileUtterances:
     for fact, field in (("sample_rates", "rate"), ("channels", "channels"), ("formats", "format")):
         counts = Counter(getattr(header, field) for header in headers)
         report.facts[fact] = {str(value): count for value, count in sorted(counts.items())}
-    report.notes += mixed_channels(headers)
+    report.notes += told_of(headers, channels)
     report.facts["resampled"] = sum(header.rate != rate for _, header in good)
     names, headers = [name for name, _ in good], [header for _, header in good]
     return FileUtterances(listing.root, names, headers, rate)
@@ -110,7 +111,7 @@ def _open(path: str, cfg: Config, purpose: str, report: Report) -> Utterances:
     listing = list_audio(Path(path), report)
     if purpose == "train":
         listing = listing.select(for_training(listing.parts, report))
-    return _usable(read_index(listing, _front(cfg).sample_rate, report), cfg, report)
+    return _usable(read_index(listing, _front(cfg).sample_rate, cfg.data.channels, report), cfg, report)
 
 
 def open_data(
@@ -257,7 +258,9 @@ def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances,
     for part, numbers in listing.parts.items():
         report = dataclasses.replace(opened, unreadable={}, skipped={}, facts={}, notes=[])
         utterances = _usable(
-            read_index(listing.select(numbers), _front(cfg).sample_rate, report), cfg, report
+            read_index(listing.select(numbers), _front(cfg).sample_rate, cfg.data.channels, report),
+            cfg,
+            report,
         )
         parts[part] = (utterances, _classes(path, utterances, level), report)
     if score:
@@ -287,7 +290,7 @@ def check_data(path: str, cfg: Config, report: Report) -> None:
 
     def reason(index: int) -> str:
         try:
-            utterances.wave(index)
+            utterances.wave(index, cfg.data.channels)
         except Unreadable as error:
             return str(error)
         return ""

@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config.fronts import LogMelFront, WaveformFront
-from ...config.run import Config
+from ...config.run import Channels, Config
 from ..embedded import speech
 from ..loader import AUGMENT, ORDER, SUBSTITUTE, Source, generator
 from ..types import Batch
-from .files import Header, Utterances, resample
+from .files import Utterances
+from .reading import Header, resample
 
 BUCKET = 0.1
 """seconds: lengths closer than this count as equal, so that the company in a batch changes every epoch"""
@@ -46,7 +47,7 @@ class SpeechUtterances(Utterances):
         headers = [Header(u.samples, speech.SAMPLE_RATE, 1, "OGG OPUS") for u in chosen]
         self.lengths = np.array([header.samples(rate) for header in headers], dtype=np.int64)
 
-    def wave(self, index: int) -> np.ndarray:
+    def wave(self, index: int, channels: Channels = "mix") -> np.ndarray:
         return resample(speech.utterances()[self.numbers[index]].wave(), speech.SAMPLE_RATE, self.rate)
 
     def select(self, keep: np.ndarray) -> SpeechUtterances:
@@ -70,7 +71,7 @@ class AudioSource(Source):
         self.utterances = utterances
         assert isinstance(cfg.model.front, (WaveformFront, LogMelFront))
         self.rate = cfg.model.front.sample_rate
-        self.pad, self.wave_norm = cfg.data.pad, cfg.data.wave_norm
+        self.pad, self.wave_norm, self.channels = cfg.data.pad, cfg.data.wave_norm, cfg.data.channels
         self.multiple = max(1, round(cfg.data.bucket_seconds * self.rate))
         self.capped = np.minimum(utterances.lengths, int(cfg.data.max_seconds * self.rate))
         """[n] int64: samples of each utterance after the crop to data.max_seconds"""
@@ -99,7 +100,8 @@ class AudioSource(Source):
 
     def read(self, index: int, epoch: int | None) -> Tensor:
         """[samples] float32, normalised: cropped when training, whole otherwise."""
-        wave = normalise_wave(torch.from_numpy(self.utterances.wave(index)), self.wave_norm)
+        wave = torch.from_numpy(self.utterances.wave(index, self.channels))
+        wave = normalise_wave(wave, self.wave_norm)
         if epoch is None:
             return wave
         length = int(min(self._epoch(epoch).target[index], self.capped[index]))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...config.atomic import write_json
-from ...config.run import Config
+from ...config.run import Channels, Config
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
 from ..loader import Loader
@@ -140,7 +140,13 @@ def read_parts(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     report = Report.of(path, cfg.data)
     listing, said = _transcribed(Path(path), report)
     parts = {
-        part: _part(listing.select(numbers), said, rate, replace(report, unreadable={}, skipped={}, notes=[]))
+        part: _part(
+            listing.select(numbers),
+            said,
+            rate,
+            cfg.data.channels,
+            replace(report, unreadable={}, skipped={}, notes=[]),
+        )
         for part, numbers in listing.parts.items()
     }
     if not any(len(part.texts) for part in parts.values()):
@@ -169,14 +175,14 @@ def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
     return listing, _folder_texts(listing.root, listing.names)
 
 
-def _part(listing: Listing, said: dict[str, str], rate: int, report: Report) -> Spoken:
+def _part(listing: Listing, said: dict[str, str], rate: int, channels: Channels, report: Report) -> Spoken:
     """Utterances that have a transcript; the others are counted."""
     said = {file: said[file] for file in listing.names if normalise(said.get(file, ""))}
     without = [file for file in listing.names if file not in said]
     report.total = len(without)
     report.skip("no transcript", without)
     keep = [i for i, file in enumerate(listing.names) if file in said]
-    utterances = read_index(listing.select(np.array(keep, np.int64)), rate, report)
+    utterances = read_index(listing.select(np.array(keep, np.int64)), rate, channels, report)
     return Spoken(utterances, [said[name] for name in utterances.names], report)
 
 
