@@ -7,6 +7,7 @@ of the progress line leaves the time out.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,9 +43,7 @@ class OnlineProbe:
         for layer in probe.layers:
             if not -depth <= layer < depth:
                 raise ValueError(f"config: probe.layers must be in {-depth}..{depth - 1}, got {layer}")
-        labelled = open_labelled(probe.data or data, cfg, run_dir=run_dir)
-        parts = {name: evenly(split, probe.rows) for name, split in labelled.splits.items()}
-        self.labelled = Labelled(parts, labelled.classes, labelled.level, labelled.meta)
+        self.labelled = probed_data(cfg, data, run_dir)
         self.layers, self.backend = probe.layers, cfg.train.backend
 
     def run(self, model: Pretraining) -> Scores:
@@ -79,6 +78,13 @@ class OnlineProbe:
         ]
         ranks = "/".join(f"{rank:.0f}" for name, rank in row.items() if name.startswith("feature_rank"))
         return Scores(row, f"{', '.join(said)}, feature rank {ranks}")
+
+
+def probed_data(cfg: Config, data: str, run_dir: Path) -> Labelled:
+    """What `cfg.probe` says of a run on `data`: at most probe.rows samples of each part, evenly spaced."""
+    labelled = open_labelled(cfg.probe.data or data, cfg, run_dir=run_dir)
+    parts = {name: evenly(split, cfg.probe.rows) for name, split in labelled.splits.items()}
+    return dataclasses.replace(labelled, splits=parts)
 
 
 def feature_rank(rows: Mapping[str, Rows]) -> float:

@@ -8,7 +8,6 @@ and from the raw input. The same machine gives the same numbers every time.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..config.atomic import write_json
 from ..config.presets import preset
 from ..config.run import Config
 from ..data.open import open_labelled
@@ -87,7 +87,7 @@ def run_demo(out: str | Path, scale: float, configs: Mapping[str, Config] | None
             "torch": torch.__version__,
         },
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    write_json(out / "summary.json", summary, indent=1)
     plots = [_plot_losses(results, out / "plots"), _plot_probes(results, out / "plots")]
     print("\n" + "\n".join([*table(results), "", *remarks(results, scale)]))
     print(f"{seconds / 60:.1f} minutes in all; {out / 'summary.json'}, {plots[0]}, {plots[1]}")

@@ -9,7 +9,6 @@ GB/s say how near an implementation is to what the op must move, not how busy it
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from torch.profiler import ProfilerActivity
 
 from d2vkern._nvtx import Tally, force_ranges, phase, tally_costs
 
+from ..config.atomic import write_json
 from ..config.fronts import TextFront
 from ..config.run import Config
 from ..data.open import open_data
@@ -108,8 +108,7 @@ def run_profile(
     )
     from .roofline import plot_profile
 
-    text = json.dumps(dataclasses.asdict(result), indent=1)
-    (out / "profile.json").write_text(text + "\n", encoding="utf-8")
+    write_json(out / "profile.json", dataclasses.asdict(result), indent=1)
     plot_profile(result, out)
     print("\n".join(table(result)))
     print(f"written: {', '.join(sorted(path.name for path in out.iterdir() if path.is_file()))} in {out}")
@@ -270,7 +269,7 @@ def _blank(value: float, form: str) -> str:
 def table(profile: Profile) -> list[str]:
     """Lines of text: a hot path each, the slowest first; then the step as a whole."""
     ours, *others = profile.reports
-    base = {_without_backend(row.name): row.seconds for other in others for row in other.rows}
+    base = {row.path: row.seconds for other in others for row in other.rows}
     width = max(len(row.name) for row in ours.rows)
     modes = "".join(f", {name}" for name in ("compile", "cuda_graph") if getattr(profile, name))
     head = (
@@ -292,7 +291,7 @@ def table(profile: Profile) -> list[str]:
             f"{_blank(row.of_copy, '.0%'):>6} {_blank(row.of_matmul, '.0%'):>7} {row.peak / 2**20:>8.1f}"
         )
         if others:
-            slower = base.get(_without_backend(row.name))
+            slower = base.get(row.path)
             line += (
                 f" {slower * 1e3:>10.3f} {slower / row.seconds:>6.2f}"
                 if slower and row.seconds
@@ -302,10 +301,6 @@ def table(profile: Profile) -> list[str]:
     for report in profile.reports:
         lines += _whole(report, profile)
     return lines
-
-
-def _without_backend(name: str) -> str:
-    return name.rpartition("/")[0] or name
 
 
 def _whole(report: Report, profile: Profile) -> list[str]:

@@ -27,6 +27,11 @@ class Row:
     of_matmul: float
     """FLOP/s over the measured matmul rate"""
 
+    @property
+    def path(self) -> str:
+        """Its name, whatever the backend."""
+        return self.name.rpartition("/")[0] or self.name
+
 
 @dataclass
 class Report:

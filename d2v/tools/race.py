@@ -14,7 +14,6 @@ Beside them stand the raw input, the untrained encoder, and the encoder trained 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,15 +23,15 @@ from typing import Any
 
 import torch
 
-from ..config.atomic import replacing
+from ..config.atomic import write_json
 from ..config.model import Objective
 from ..config.objectives import for_objective
 from ..config.run import Config
 from ..data.normalisation import Normalisation, normalised
-from ..data.open import open_data, open_labelled
+from ..data.open import open_data
 from ..data.splits import divide
 from ..data.types import DataError, Labelled
-from ..evaluate.online_probe import evenly
+from ..evaluate.online_probe import probed_data
 from ..evaluate.probe import probe_raw
 from ..train import process
 from ..train.environment import write_environment
@@ -137,8 +136,7 @@ def run_race(
         print(f"race {seed} of {seeds}", flush=True)
         tracks = _race(_seeded(chosen, seed), data, labelled, out, 60 * minutes, evaluations)
         found["tracks"] += [dataclasses.asdict(track) for track in tracks]
-        with replacing(out / "race.json") as file:
-            file.write((json.dumps(found, indent=1) + "\n").encode())
+        write_json(out / "race.json", found, indent=1)
         plot_race(found, out / "race.png")
     print("\n".join(race_lines(found)))
     print(f"written: {out / 'race.json'}, {out / 'race.png'}")
@@ -180,7 +178,7 @@ def _open(
     """How the training data are normalised, the entries with it, and what is probed."""
     normalisation = open_data(data, cfg, device=device, run_dir=out).normalisation
     entries = {name: normalised(entry, normalisation) for name, entry in entries.items()}
-    return normalisation, entries, _labelled(normalised(cfg, normalisation), data, out)
+    return normalisation, entries, probed_data(normalised(cfg, normalisation), data, out)
 
 
 def _entries(cfg: Config, objectives: Sequence[Objective], supervised: bool) -> dict[Entry, Config]:
@@ -191,12 +189,6 @@ def _entries(cfg: Config, objectives: Sequence[Objective], supervised: bool) -> 
         views = cfg.data.batch * cfg.model.mask.clones  # as many a step as the others see
         found["supervised"] = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=views))
     return found
-
-
-def _labelled(cfg: Config, data: str, out: Path) -> Labelled:
-    found = open_labelled(cfg.probe.data or data, cfg, run_dir=out)
-    parts = {name: evenly(part, cfg.probe.rows) for name, part in found.splits.items()}
-    return Labelled(parts, found.classes, found.level, found.meta)
 
 
 def _with_lr(cfg: Config, lr: float) -> Config:
@@ -271,7 +263,7 @@ def validation(labelled: Labelled) -> Labelled:
     if not len(numbers["test"]):
         raise DataError("race: no class has two training samples, one of them to judge learning rates by")
     parts = {name: train.select(keep) for name, keep in numbers.items()}
-    return Labelled(parts, labelled.classes, labelled.level, labelled.meta)
+    return dataclasses.replace(labelled, splits=parts)
 
 
 def _race(

@@ -56,8 +56,8 @@ def _bars(profile: Profile, path: Path) -> Path:
     axes = figure.add_subplot()
     thick = 0.8 / len(profile.reports)
     for place, report in enumerate(profile.reports):
-        times = {_key(row.name): row.seconds * 1e3 for row in report.rows}
-        values = [times.get(_key(row.name), 0.0) for row in rows]
+        times = {row.path: row.seconds * 1e3 for row in report.rows}
+        values = [times.get(row.path, 0.0) for row in rows]
         axes.barh([i + place * thick for i in range(len(rows))], values, height=thick, label=report.backend)
     for i, row in enumerate(rows):
         reached = max(row.of_copy, row.of_matmul)
@@ -72,8 +72,3 @@ def _bars(profile: Profile, path: Path) -> Path:
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
     return path
-
-
-def _key(name: str) -> str:
-    """A hot path, whatever the backend."""
-    return name.rpartition("/")[0] or name

@@ -25,7 +25,7 @@ from ..model.pool import mean_over_tokens
 from ..train import process
 from ..train.backends import use_backends
 from ..train.learner import Learner
-from ..train.optim import build_optimizer, learning_rate
+from ..train.optim import build_optimizer, learning_rate, param_groups
 from .flops import supervised_work
 
 
@@ -48,10 +48,6 @@ class Supervised(nn.Module):
             self.encoder = Pretraining(cfg.model)
         self.encoder.load_state_dict({name: begun[name] for name in self.encoder.state_dict()})
         self.head = nn.Linear(cfg.model.dim, classes)
-
-    def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """None: nothing follows this encoder."""
-        return [], []
 
     def forward(self, source: Tensor, padding_mask: Tensor | None, labels: Tensor) -> Tensor:
         """Mean cross-entropy; labels [B] or, with -1 where there is none, [B,T]."""
@@ -78,7 +74,7 @@ class SupervisedTrainer:
         self.model.compute_dtype = PRECISIONS[cfg.train.precision]
         module.train()
         capturable = Learner.decides_on(device)
-        optimizer = build_optimizer(module, cfg, capturable=capturable)
+        optimizer = build_optimizer(param_groups(module, cfg.optim), cfg.optim, capturable=capturable)
         self.learner = Learner(module, optimizer, device, capturable=capturable)
         size = max(1, round(cfg.data.batch / cfg.sample_units))
         train = labelled.splits["train"]

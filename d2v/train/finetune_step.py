@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2vkern import AdamWEMA
 from d2vkern._nvtx import phase
 
 from ..config.fronts import LogMelFront, WaveformFront
@@ -28,7 +27,7 @@ from .backends import check_backends, use_backends
 from .checkpoint import Checkpoint
 from .learner import Learner, Outcome
 from .losses import ctc_loss, soft_cross_entropy
-from .optim import is_exempt, learning_rate
+from .optim import build_optimizer, learning_rate, param_groups
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,8 @@ class Tuner(Learner[FineTuned]):
             model.freeze_front()
         model.train()
         capturable = self.decides_on(device)
-        optimizer = AdamWEMA(
-            list(param_groups(model, cfg)),
-            lr=cfg.optim.lr,
-            betas=cfg.optim.betas,
-            eps=cfg.optim.eps,
-            eps_mode=cfg.optim.eps_mode,
-            capturable=capturable,
-        )
+        groups = param_groups(model, cfg.optim, lr_scale(cfg))
+        optimizer = build_optimizer(groups, cfg.optim, capturable=capturable)
         super().__init__(model, optimizer, device, capturable=capturable)
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -187,25 +180,19 @@ _LAYER = re.compile(r"\.layers?\.(\d+)\.")
 """number of a block in the names of transformers"""
 
 
-def param_groups(model: FineTuned, cfg: FineTuneConfig) -> Iterable[dict[str, Any]]:
-    """Trained parameters by learning-rate scale and weight decay.
+def lr_scale(cfg: FineTuneConfig) -> Callable[[str], float]:
+    """Name of a parameter -> its factor on the learning rate.
 
     Block i of n (the prenet's come first) learns at layer_decay^(n - i) of the rate; embeddings, extra tokens
-    and the head at all of it (mae_image_classification.py; goldens/finetune.json). Without optim.decay_all
-    biases, 1-D parameters and ALiBi scales are not decayed.
+    and the head at all of it (mae_image_classification.py; goldens/finetune.json).
     """
     depth = cfg.model.prenet_depth + cfg.model.depth
-    groups: dict[tuple[float, float], list[Tensor]] = {}
-    for name, p in model.named_parameters():
-        if not p.requires_grad:
-            continue
+
+    def scale(name: str) -> float:
         number = _block_number(name, cfg)
-        scale = 1.0 if number is None else cfg.train.layer_decay ** (depth - number)
-        exempt = not cfg.optim.decay_all and is_exempt(name, p)
-        decay = 0.0 if exempt else cfg.optim.weight_decay
-        groups.setdefault((scale, decay), []).append(p)
-    for (scale, decay), params in groups.items():
-        yield {"params": params, "lr_scale": scale, "weight_decay": decay}
+        return 1.0 if number is None else cfg.train.layer_decay ** (depth - number)
+
+    return scale
 
 
 def _block_number(name: str, cfg: FineTuneConfig) -> int | None:

@@ -6,8 +6,8 @@ updates done before it, so the first update of a warm-up from 0 runs at 0 (fairs
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,7 @@ from torch import Tensor, nn
 from d2vkern.ops.adamw_ema import AdamWEMA, grad_norm
 from d2vkern.ops.ema import annealed_decay
 
-from ..config.run import Config, EMAConfig, OptimConfig
-
-
-class Teaching(Protocol):
-    """A model with a teacher, such as Data2Vec."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def teacher_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Teacher tensors and, in the same order, the student tensors they follow."""
-        ...
-
+from ..config.run import EMAConfig, OptimConfig
 
 # tri_stage: first learning rate over the peak (fairseq's init_lr_scale).
 _TRI_STAGE_START = 0.01
@@ -51,57 +40,53 @@ def teacher_decay(cfg: EMAConfig, step: int) -> float:
     return annealed_decay(step, cfg.decay, cfg.end_decay, cfg.anneal)
 
 
-def clip_factor(
-    params: Iterable[Tensor], max_norm: float | None, scale: float | Tensor = 1.0
-) -> tuple[Tensor, Tensor]:
+def clip_factor(params: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor]:
     """What gradients must be multiplied by, without touching them.
 
-    scale: factor that the gradients still lack (1 / sample size when losses were summed).
-    Returns (norm, factor), 0-dim on the gradients' device and not read on the host: the L2 norm of the scaled
-    gradients, and scale * min(1, max_norm / norm); max_norm None is no clipping. A NaN or inf gradient shows
-    in the norm.
+    Returns (norm, factor), 0-dim on the gradients' device and not read on the host: their L2 norm, and
+    min(1, max_norm / norm); max_norm None is no clipping. A NaN or inf gradient shows in the norm.
     """
-    norm = grad_norm([p.grad for p in params if p.grad is not None]) * scale
-    factor = torch.ones_like(norm) * scale
+    norm = grad_norm([p.grad for p in params if p.grad is not None])
+    factor = torch.ones_like(norm)
     if max_norm is not None:
         factor = factor * (max_norm / (norm + _CLIP_EPS)).clamp(max=1.0)
     return norm, factor
 
 
-def param_groups(model: nn.Module | Teaching, cfg: OptimConfig) -> list[dict[str, Any]]:
-    """Trained parameters as optimizer groups: one, or without `decay_all` one with and one without decay.
+def param_groups(
+    model: nn.Module, cfg: OptimConfig, lr_scale: Callable[[str], float] = lambda name: 1.0
+) -> list[dict[str, Any]]:
+    """Trained parameters by weight decay and `lr_scale` of their names, which `set_learning_rate` reads.
 
-    Without decay are biases, other 1-D parameters and ALiBi scales: what the original's overrides ask for and
-    its optimizer ignores (fairseq, FairseqCompositeOptimizer).
+    Without `decay_all` biases, other 1-D parameters and ALiBi scales are not decayed: what the original's
+    overrides ask for and its optimizer ignores (fairseq, FairseqCompositeOptimizer).
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if cfg.decay_all:
-        return [{"params": [p for _, p in trained], "weight_decay": cfg.weight_decay}]
-    exempt = [is_exempt(name, p) for name, p in trained]
-    groups = [
-        {
-            "params": [p for (_, p), free in zip(trained, exempt, strict=True) if free == without],
-            "weight_decay": decay,
-        }
-        for without, decay in ((False, cfg.weight_decay), (True, 0.0))
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            exempt = p.dim() == 1 or name.endswith(".bias") or "alibi_scale" in name
+            decay = 0.0 if exempt and not cfg.decay_all else cfg.weight_decay
+            groups.setdefault((decay, lr_scale(name)), []).append(p)
+    return [
+        {"params": some, "weight_decay": decay, "lr_scale": scale} for (decay, scale), some in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
-def is_exempt(name: str, p: Tensor) -> bool:
-    """Whether a parameter is not decayed without `decay_all`."""
-    return p.dim() == 1 or name.endswith(".bias") or "alibi_scale" in name
-
-
-def build_optimizer(model: Teaching, cfg: Config, *, capturable: bool = False) -> AdamWEMA:
-    """The run's optimizer over `param_groups`, wired to the teacher of `model.teacher_pairs()`."""
-    teacher, student = model.teacher_pairs()
+def build_optimizer(
+    groups: list[dict[str, Any]],
+    cfg: OptimConfig,
+    pairs: tuple[Sequence[Tensor], Sequence[Tensor]] = ((), ()),
+    *,
+    capturable: bool,
+) -> AdamWEMA:
+    """The optimizer over `param_groups`. pairs: the teacher's tensors and the student's that they follow."""
+    teacher, student = pairs
     return AdamWEMA(
-        param_groups(model, cfg.optim),
-        lr=cfg.optim.lr,
-        betas=cfg.optim.betas,
-        eps=cfg.optim.eps,
-        eps_mode=cfg.optim.eps_mode,
+        groups,
+        lr=cfg.lr,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        eps_mode=cfg.eps_mode,
         teacher=dict(zip(student, teacher, strict=True)),
         capturable=capturable,
     )

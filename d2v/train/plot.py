@@ -27,8 +27,8 @@ def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [step for step, _ in finite], [value for _, value in finite]
 
 
-def plot_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
-    """Draw every figure that `run/metrics.jsonl` has values for into `out` (default `run/plots`).
+def plot_run(run: str | Path) -> list[Path]:
+    """Draw every figure that `run/metrics.jsonl` has values for into `run/plots`.
 
     Steps with an alarm are marked red on the variance and rank figures. Returns the files written.
     Raises FileNotFoundError without metrics and ValueError when there is no line yet.
@@ -38,7 +38,7 @@ def plot_run(run: str | Path, out: str | Path | None = None) -> list[Path]:
         raise ValueError(f"plot: {run} has no metrics yet")
     from matplotlib.figure import Figure  # a bare Figure draws with Agg: no display, no global state
 
-    folder = Path(out) if out is not None else Path(run) / "plots"
+    folder = Path(run) / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     parts = sorted({key for row in rows for key in row if key.startswith("loss_")})
     scores = list(dict.fromkeys(key for row in rows for key in row if "/" in key))

@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .cuda_graph import CudaCapture, StepGraphs
 from .health import Alarm, judge, measure
 from .learner import Learner, Outcome
-from .optim import build_optimizer, learning_rate, teacher_decay
+from .optim import build_optimizer, learning_rate, param_groups, teacher_decay
 
 
 class Trainer(Learner[Pretraining]):
@@ -51,7 +51,8 @@ class Trainer(Learner[Pretraining]):
         model.graph_safe = cfg.train.cuda_graph
         if cfg.train.compile:
             compile_regions(model)
-        optimizer = build_optimizer(model, cfg, capturable=capturable)
+        groups = param_groups(model, cfg.optim)
+        optimizer = build_optimizer(groups, cfg.optim, model.teacher_pairs(), capturable=capturable)
         super().__init__(model, optimizer, device, capturable=capturable)
         self.graphs = StepGraphs(self, CudaCapture(device)) if cfg.train.cuda_graph else None
 

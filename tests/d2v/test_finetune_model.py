@@ -32,8 +32,9 @@ from d2v.formats.fairseq_config import translate
 from d2v.model import Data2Vec
 from d2v.model.blocks import Block
 from d2v.model.tuned import FineTuned
-from d2v.train.finetune_step import param_groups
+from d2v.train.finetune_step import lr_scale
 from d2v.train.losses import soft_cross_entropy
+from d2v.train.optim import param_groups
 from tests.d2v.golden_cases import load
 from tests.d2v.tiny_models import make_model, make_source
 
@@ -95,7 +96,11 @@ def test_drop_path_and_layer_decay_are_the_originals(goldens: Path) -> None:
     assert rates(model.backbone.blocks) == facts["drop_path_actual"]["main"]
     cfg = FineTuneConfig(recipe="x", head=model.head_cfg, model=model.cfg, train=TuneConfig(layer_decay=0.65))
     names = {p: name for name, p in model.named_parameters()}
-    scale = {names[p]: group["lr_scale"] for group in param_groups(model, cfg) for p in group["params"]}
+    scale = {
+        names[p]: group["lr_scale"]
+        for group in param_groups(model, cfg.optim, lr_scale(cfg))
+        for p in group["params"]
+    }
     for name, overrides in facts["optim_overrides_examples"].items():
         assert scale[name] == pytest.approx(overrides.get("lr_scale", 1.0)), name
     assert scale["head.weight"] == 1.0 and len(scale) == sum(p.requires_grad for p in model.parameters())

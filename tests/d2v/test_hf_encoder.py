@@ -22,7 +22,8 @@ from d2v.evaluate.scores import run_eval
 from d2v.formats.open import load_run, open_encoder, open_model
 from d2v.model.huggingface import HuggingFaceBackbone, HuggingFaceEncoder
 from d2v.model.tuned import build_tuned
-from d2v.train.finetune_step import param_groups
+from d2v.train.finetune_step import lr_scale
+from d2v.train.optim import param_groups
 from tests.d2v.test_online_probe import stripes
 from tests.d2v.test_resume import assert_same_run
 from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune
@@ -206,7 +207,11 @@ def test_layers_learn_at_their_own_rates(tmp_path: Path) -> None:
         train=dataclasses.replace(tune.train, layer_decay=0.5),
     )  # fmt: skip
     model = build_tuned(tune, tune.drop)
-    scales = {id(p): group["lr_scale"] for group in param_groups(model, tune) for p in group["params"]}
+    scales = {
+        id(p): group["lr_scale"]
+        for group in param_groups(model, tune.optim, lr_scale(tune))
+        for p in group["params"]
+    }
     rates = {name: scales[id(p)] for name, p in model.named_parameters()}
     assert {rate for name, rate in rates.items() if ".layers.0." in name} == {0.25}
     assert {rate for name, rate in rates.items() if ".layers.1." in name} == {0.5}

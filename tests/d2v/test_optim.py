@@ -135,14 +135,6 @@ def test_clip_factor_is_torchs_clipping_without_touching_gradients(max_norm: flo
     assert (3.0 * factor).item() == pytest.approx(params[0].grad[0].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_clip_factor_with_gradients_of_a_sum(as_tensor: bool) -> None:
-    params = with_grads([30.0], [40.0])
-    norm, factor = clip_factor(params, 2.5, scale=torch.tensor(0.1) if as_tensor else 0.1)
-    assert norm.item() == pytest.approx(5.0) and factor.item() == pytest.approx(0.05)
-    assert clip_factor(params, 50.0, scale=0.1)[1].item() == pytest.approx(0.1)
-
-
 def test_clip_factor_shows_bad_gradients_and_takes_none() -> None:
     assert clip_factor(with_grads([1.0, math.nan]), 1.0)[0].isnan()
     assert clip_factor(with_grads([1.0, math.inf]), 1.0)[0].isinf()
@@ -170,7 +162,8 @@ def test_parameter_groups() -> None:
     model = Model()
     (group,) = param_groups(model, OptimConfig(weight_decay=0.05))
     assert group["weight_decay"] == 0.05 and len(group["params"]) == 5
-    decayed, exempt = param_groups(model, OptimConfig(weight_decay=0.05, decay_all=False))
+    groups = param_groups(model, OptimConfig(weight_decay=0.05, decay_all=False))
+    decayed, exempt = sorted(groups, key=lambda group: -group["weight_decay"])
     assert decayed["weight_decay"] == 0.05 and [id(p) for p in decayed["params"]] == [id(model.linear.weight)]
     assert exempt["weight_decay"] == 0.0 and len(exempt["params"]) == 4
 
@@ -184,7 +177,8 @@ def make_config(**optim: object) -> Config:
 def test_build_optimizer_is_wired_to_the_teacher() -> None:
     model = Model()
     cfg = make_config(lr=0.1, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.5, eps_mode="fairseq")
-    optimizer = build_optimizer(model, cfg)
+    groups = param_groups(model, cfg.optim)
+    optimizer = build_optimizer(groups, cfg.optim, model.teacher_pairs(), capturable=False)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.9), 1e-3)
     assert (group["weight_decay"], group["eps_mode"]) == (0.5, "fairseq")

@@ -41,8 +41,7 @@ def test_skipped_steps_and_alarms_and_one_line_are_drawn(tmp_path):
     write(tmp_path / "a", [row(1, alarms=["front_rank"], front_rank=2.0), row(2, loss=None, grad_norm=None)])
     write(tmp_path / "b", [row(1)])
     assert "rank.png" in [p.name for p in plot_run(tmp_path / "a")]
-    assert len(plot_run(tmp_path / "b", tmp_path / "elsewhere")) == 3
-    assert (tmp_path / "elsewhere" / "loss.png").exists()
+    assert len(plot_run(tmp_path / "b")) == 3
 
 
 def test_alarms_change_the_picture(tmp_path):
