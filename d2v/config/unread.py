@@ -39,7 +39,7 @@ Unread = dict[str, str]
 
 def unread_in_pretraining(cfg: Config) -> Unread:
     """Of `d2v train`."""
-    found = _model(cfg.model) | _data(cfg.data, cfg.model.modality) | _schedule(cfg.optim)
+    found = _model(cfg.model) | _data(cfg.model.modality) | _schedule(cfg.optim)
     if not cfg.probe.every and cfg.model.modality == "text":
         found["data.label_column"] = "with --probe.every 0"
     if not cfg.probe.every:
@@ -50,7 +50,7 @@ def unread_in_pretraining(cfg: Config) -> Unread:
 def unread_in_race(cfg: Config) -> Unread:
     """Of `d2v race`, which has its own seeds, writes no checkpoints and no metrics, and probes all blocks as
     often as --evaluations says."""
-    found = _data(cfg.data, cfg.model.modality) | _schedule(cfg.optim)
+    found = _data(cfg.model.modality) | _schedule(cfg.optim)
     return found | dict.fromkeys((*OF_RUNS, "train.seed", "probe.every", "probe.layers"), "in a race")
 
 
@@ -58,7 +58,7 @@ def unread_in_profile(cfg: Config, *, on_data: bool, short: tuple[str, ...] = ()
     """Of `d2v profile`. on_data: whether --data is given. short: settings that have their own flag, given."""
     found = _model(cfg.model) | _schedule(cfg.optim) | dict.fromkeys(OF_RUNS, "in a profile")
     if on_data:
-        found |= _data(cfg.data, cfg.model.modality)
+        found |= _data(cfg.model.modality)
     else:
         sizes = {"batch", {"image": "batch", "audio": "max_seconds", "text": "block"}[cfg.model.modality]}
         found |= _each("data.", _names(DataConfig) - sizes, "without --data")
@@ -68,7 +68,7 @@ def unread_in_profile(cfg: Config, *, on_data: bool, short: tuple[str, ...] = ()
 def unread_in_finetuning(cfg: FineTuneConfig, *, ours: bool = True) -> Unread:
     """Of `d2v finetune`. ours: whether the encoder is one of ours, not of transformers."""
     task, modality = cfg.head.task, cfg.model.modality
-    found = _data(cfg.data, modality) | _schedule(cfg.optim)
+    found = _data(modality) | _schedule(cfg.optim)
     found["data.tokenizer"] = "for fine-tuning, which takes the encoder's"
     if task != "ctc":
         found |= dict.fromkeys(("span.", "vocabulary"), f"for task {task}")
@@ -96,13 +96,11 @@ def _each(section: str, names: Iterable[str], reason: str) -> Unread:
     return dict.fromkeys((f"{section}{name}" for name in names), reason)
 
 
-def _data(data: DataConfig, modality: Modality) -> Unread:
+def _data(modality: Modality) -> Unread:
     found: Unread = {}
     for other, fields in OF_MODALITY.items():
         if other != modality:
             found |= _each("data.", fields, f"for {NAMES[modality]}: {NAMES[other]} alone read it")
-    if not data.workers:
-        found["data.prefetch"] = "with --data.workers 0"
     return found
 
 

@@ -54,7 +54,6 @@ from tests.d2v.tiny_tuning import config
         ("race text_tiny --data.pad", "for text: speech alone read it"),
         ("race text_tiny --optim.power 2", "with --optim.schedule cosine"),
         ("race image_tiny --search-minutes 1 --lr-scales 2", "with one of --lr-scales: nothing is searched"),
-        ("train image_tiny --data.prefetch 3", "with --data.workers 0"),
         ("train image_tiny --profile-steps 3:4", "without --profile"),
         ("train image_tiny --optim.min-lr 1e-5 --optim.schedule constant", "with --optim.schedule constant"),
         ("train text_tiny --model.mask.length 2", "for random masks"),
@@ -174,7 +173,7 @@ COPIES = ("dataclasses.py", "toml.py", "unread.py")
 CHECKS = ("__post_init__", "check_sizes", "tuned_model_config", "with_drops")
 LOOKED_AT = {
     "ema.decay", "ema.end_decay", "ema.anneal", "model.decoder.projection_ratio", "data.wave_norm",
-    "data.pad", "data.prefetch", "augment.mix_batch", "train.seed",
+    "data.pad", "augment.mix_batch", "train.seed",
 }  # fmt: skip
 """read where it changes nothing: multiplied by nothing, never used, or replaced first"""
 
