@@ -16,11 +16,11 @@ from .toml import flatten, to_dict
 from .tune import AugmentConfig, DropConfig, FineTuneConfig
 
 OF_MODALITY = {
-    "image": ("crop_scale", "flip", "mean", "std", "max_pixels"),
+    "image": ("crop_scale", "flip", "mean", "std", "max_pixels", "label_column"),
     "audio": ("max_seconds", "min_seconds", "pad", "wave_norm", "channels", "bucket_seconds"),
     "text": ("text_column", "label_column", "block", "tokenizer"),
 }
-"""fields of `data` that one modality alone reads"""
+"""fields of `data` that not every modality reads"""
 OF_SCHEDULE = {
     "cosine": ("warmup", "min_lr"),
     "tri_stage": ("stages", "end_scale"),
@@ -98,9 +98,11 @@ def _each(section: str, names: Iterable[str], reason: str) -> Unread:
 
 def _data(modality: Modality) -> Unread:
     found: Unread = {}
-    for other, fields in OF_MODALITY.items():
-        if other != modality:
-            found |= _each("data.", fields, f"for {NAMES[modality]}: {NAMES[other]} alone read it")
+    for name in {name for fields in OF_MODALITY.values() for name in fields}.difference(
+        OF_MODALITY[modality]
+    ):
+        readers = " and ".join(NAMES[other] for other, fields in OF_MODALITY.items() if name in fields)
+        found[f"data.{name}"] = f"for {NAMES[modality]}: {readers} alone read it"
     return found
 
 
