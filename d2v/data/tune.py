@@ -78,9 +78,9 @@ def open_to_score(path: str, cfg: FineTuneConfig, names: Sequence[str], *, run_d
         labelled = open_labelled(path, as_pretraining(cfg), run_dir=run_dir, classes=names)
         return dict(_by_sample(labelled, path))
     if cfg.head.task == "sentence":
-        found, _ = read_labelled(path, cfg.glue, numbers=cfg.head.regression, score=True, data=cfg.data)
+        found, report = read_labelled(path, cfg.glue, numbers=cfg.head.regression, score=True, data=cfg.data)
         encoded, pad = _encoded(path, cfg, found, Targets(list(names)), run_dir / "tokenizer.json")
-        return {name: SentencePart(*some, pad) for name, some in to_score(encoded).items()}
+        return {name: SentencePart(*some, pad, report) for name, some in to_score(encoded).items()}
     base, rate = _padded(cfg)
     spoken = to_score(read_spoken(path, base, rate, score=True))
     vocabulary = Vocabulary(tuple(names))
@@ -157,7 +157,7 @@ def _sentences(
     source = SentenceSource(path, [tokens[i] for i in keep], cfg.train.seed, cfg.data.batch, pad)
     kept = torch.from_numpy(labels[keep])
     parts: dict[str, Part] = {
-        name: SentencePart(*some, pad) for name, some in encoded.items() if name != "train"
+        name: SentencePart(*some, pad, report) for name, some in encoded.items() if name != "train"
     }
     return TuneData(
         Loader(source, cfg.data, device, report),

@@ -155,6 +155,15 @@ class Report:
         ]
 
 
+def unused(parts: Iterable[Any]) -> list[str]:
+    """What the parts of a data set leave out, a line for each kind; parts may share a report."""
+    found: list[str] = []
+    for part in parts:
+        report = getattr(part, "report", None) or getattr(getattr(part, "loader", None), "report", None)
+        found += [] if report is None else report.lines()
+    return list(dict.fromkeys(found))
+
+
 def by_kind(reasons: Mapping[str, str], most: int = EXAMPLES) -> list[str]:
     """A line for all names whose reasons differ in nothing but numbers: count, first reason, `most` names."""
     kinds: dict[str, tuple[str, list[str]]] = {}

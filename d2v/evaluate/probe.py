@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config.fronts import TextFront
 from ..config.run import Config
 from ..data.open import open_labelled
-from ..data.types import DataError, Labelled, Split
+from ..data.types import DataError, Labelled, Split, unused
 from ..formats.open import open_encoder
 from ..model import Pretraining
 from ..model.finite import check_finite
@@ -228,7 +228,7 @@ def run_probe(
     with use_backends_of(cfg.train.backend, backend):
         found = {**probe_model(model, labelled, layer=layer, weights=weights, kinds=kinds), "path": str(path)}
     found["raw"] = probe_raw(labelled, kinds)
-    print("\n".join(_table(found, kinds)))
+    print("\n".join((*_table(found, kinds), *unused(labelled.splits.values()))))
     return found
 
 

@@ -18,7 +18,7 @@ from ..config.tune import FineTuneConfig
 from ..data.normalisation import Normalisation, normalised
 from ..data.speech.transcripts import SpokenPart, Vocabulary
 from ..data.tune import Part, open_to_score, open_tune_data
-from ..data.types import DataError
+from ..data.types import DataError, unused
 from ..formats.open import load_run
 from ..model.finite import check_finite
 from ..model.tuned import FineTuned
@@ -152,10 +152,8 @@ def run_eval(
     for name, score in scores.items():
         count = len(parts[name.rpartition("/")[0]])
         print(f"{name:<28} {score:.4f}  ({count:,} samples)")
-    for part in parts.values():
-        if (loader := getattr(part, "loader", None)) is not None:
-            for line in loader.report.lines():
-                print(line)
+    for line in unused(parts.values()):
+        print(line)
     return scores
 
 

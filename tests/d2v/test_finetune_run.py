@@ -26,7 +26,7 @@ from d2v.model.tuned import FineTuned
 from d2v.train.finetune_step import Tuner
 from d2v.train.progress import read_metrics
 from tests.d2v.test_resume import assert_same_run
-from tests.d2v.tiny_runs import make_data, resume_finetune, run_finetune
+from tests.d2v.tiny_runs import LINES, make_data, resume_finetune, run_finetune
 from tests.d2v.tiny_tuning import RECIPES, config
 from tests.d2v.transfers import no_transfers
 
@@ -379,3 +379,32 @@ def test_default_recipes() -> None:
         "image_tiny", "imagenet_base", "imagenet_large", "sound_tiny", "librispeech_100h_base",
         "librispeech_100h_large", "speech_tiny", "glue_sst2", "text_tiny",
     ]  # fmt: skip
+
+
+def test_columns_hold_from_check_to_eval(
+    encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One pair of options for two tables; without them a line says what is missing."""
+    rows = [f'{n},"{LINES[n % 4]}, {LINES[n % 3]}",{"ab"[n % 4 // 2]}' for n in range(48)]
+    for part in ("train", "dev"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{part}.csv").write_text("\n".join(["id,review,stars", *rows]) + "\n")
+    data, run, tuned = str(tmp_path / "data"), str(encoders["text"]), str(tmp_path / "tuned")
+    columns = ["--data.text-column", "review", "--data.label-column", "stars"]
+    assert main(["check", "--data", data, "--preset", "text_tiny", *columns[:2]]) == 1  # few
+    assert "48 samples, 48 usable, 0 unreadable, 0 skipped" in capsys.readouterr().out
+    assert main(["check", "--data", data, "--preset", "text_tiny"]) == 1
+    assert "has no column 'text', its columns: id, review, stars" in capsys.readouterr().out
+    assert main(["probe", run, "--data", data, "--kind", "knn", *columns]) == 0
+    assert "knn, features" in capsys.readouterr().out
+    small = ["--train.steps", "1", "--data.batch", "2", "--data.block", "16"]
+    tune = ["finetune", run, "--task", "sentence", "--data", data, "--out", tuned, *small]
+    assert main([*tune, *columns]) == 0
+    assert main(["eval", tuned, "--data", data]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert main(["probe", run, "--data", data, *columns[:2]]) == 2
+    assert 'has no "label" that is a string or a number' in capsys.readouterr().err
+    assert main(["probe", str(encoders["image"]), "--data", "digits", *columns[2:]]) == 2
+    assert "--data.label-column has no effect for image" in capsys.readouterr().err
+    assert main([*tune, "--glue", "rte", *columns[:2], "--out", f"{tuned}2"]) == 2
+    assert "--data.text-column has no effect" in capsys.readouterr().err

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from d2v.cli.main import main
 from d2v.config.run import DataConfig
 from d2v.data.text.labelled import Sentence, read_labelled
 from d2v.data.text.sentences import targets_of
@@ -143,30 +142,34 @@ def test_header_only_tables(tmp_path: Path) -> None:
         read_labelled(str(tmp_path))
 
 
+def test_tests_without_labels_are_left_out_by_name(tmp_path: Path) -> None:
+    """As those of GLUE; where it is the part to train on, that is an error."""
+    for part in ("train", "dev"):
+        write(tmp_path / f"{part}.tsv", "sentence\tlabel\na\t0\nb\t1\n")
+    bare = write(tmp_path / "test.tsv", "index\tsentence\n0\ta\n1\tb\n")
+    data = DataConfig(text_column="sentence")
+    found, report = read_labelled(str(tmp_path), data=data)
+    assert list(found) == ["train", "dev"] and report.total == 4
+    assert report.left_out == {"held out without a column 'label'": [str(bare)]}
+    write(tmp_path / "train.tsv", "index\tsentence\n0\ta\n1\tb\n")
+    with pytest.raises(DataError, match=r"labels missing: .*train.tsv:2"):
+        read_labelled(str(tmp_path), data=data)
+
+
+def test_what_is_left_out_is_said_with_the_scores(tmp_path: Path) -> None:
+    from d2v.config.presets import preset
+    from d2v.data.open import open_labelled
+    from d2v.data.types import unused
+
+    lines = [json.dumps({"text": LINES[n % 4], "label": n % 2}) for n in range(30)]
+    write(tmp_path / "a.jsonl", "\n".join([*lines, "no json"]))
+    parts = open_labelled(str(tmp_path), preset("text_tiny"), run_dir=tmp_path / "run").splits
+    (line,) = unused(parts.values())
+    assert line.startswith(f"unreadable {tmp_path / 'a.jsonl'}:31: not JSON")
+
+
 def test_second_texts_are_texts(tmp_path: Path) -> None:
     for second in (1, [], "\ud800"):
         line = json.dumps({"text": "a", "text2": second, "label": "x"})
         with pytest.raises(DataError, match=r'a.jsonl:1: .*"text2"'):
             read_labelled(str(write(tmp_path / "a.jsonl", line)))
-
-
-def test_columns_hold_from_pretraining_to_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """check, train, probe, finetune and eval of two tables, with one pair of options."""
-    rows = [f'{n},"{LINES[n % 4]}, {LINES[n % 3]}",{"ab"[n % 4 // 2]}' for n in range(48)]
-    for part in ("train", "dev"):
-        write(tmp_path / "data" / f"{part}.csv", "\n".join(["id,review,stars", *rows]) + "\n")
-    data, run, tuned = (str(tmp_path / name) for name in ("data", "run", "tuned"))
-    columns = ["--data.text-column", "review", "--data.label-column", "stars"]
-    assert main(["check", "--data", data, "--preset", "text_tiny", *columns[:2]]) == 1  # few
-    assert "48 samples, 48 usable, 0 unreadable, 0 skipped" in capsys.readouterr().out
-    small = ["--train.steps", "1", "--data.batch", "2", "--data.block", "16"]
-    model = ["--model.front.vocab-size", "300"]
-    assert main(["train", "text_tiny", "--data", data, "--out", run, *small, *model, *columns[:2]]) == 0
-    assert main(["probe", run, "--data", data, "--data.label-column", "stars"]) == 0
-    assert "linear, features" in capsys.readouterr().out
-    tune = ["finetune", run, "--task", "sentence", "--data", data, "--out", tuned, *small, *columns]
-    assert main(tune) == 0
-    assert main(["eval", tuned, "--data", data]) == 0
-    assert "accuracy" in capsys.readouterr().out
-    assert main(["probe", run, "--data", data]) == 2
-    assert 'has no "label" that is a string or a number' in capsys.readouterr().err

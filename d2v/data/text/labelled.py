@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ...config.run import DataConfig
 from ..embedded import text as stdlib
-from ..splits import divide, to_divide, to_score
+from ..splits import WHOLE, divide, to_divide, to_score
 from ..types import DataError, Report
 from .corpus import Files
-from .records import kind_of, records, split_rows, text_or_reason
+from .records import has_column, kind_of, records, split_rows, text_or_reason
 
 SECOND = "text2"
 """key or column of the second text of a pair"""
@@ -105,12 +105,25 @@ def _read_lines(path: str, report: Report, numbers: bool, data: DataConfig) -> d
             f"labels missing: {path}: labels come from .jsonl lines, .csv, .tsv, .parquet or .arrow with "
             f'"{data.text_column}" and "{data.label_column}"'
         )
-    return {part: _sentences(files, report, numbers, data) for part, files in parts.items()}
+    found_in = {
+        part: _sentences(files, report, numbers, data, held_out=part not in ("train", WHOLE))
+        for part, files in parts.items()
+    }
+    return {part: some for part, some in found_in.items() if some is not None}
 
 
-def _sentences(files: Iterable[Path], report: Report, numbers: bool, data: DataConfig) -> list[Sentence]:
+def _sentences(
+    files: Iterable[Path], report: Report, numbers: bool, data: DataConfig, *, held_out: bool
+) -> list[Sentence] | None:
+    """Of one part; None for a part that is held out in tables without labels, as GLUE's tests are."""
     found = []
     names = (data.text_column,), (data.label_column, SECOND)
+    files = list(files)
+    if held_out and (bare := [file for file in files if not has_column(file, data.label_column)]):
+        report.leave_out(f"held out without a column {data.label_column!r}", list(map(str, bare)))
+        files = [file for file in files if file not in bare]
+        if not files:
+            return None
     for name, entry in (record for file in files for record in records(file, report, *names)):
         text, reason = text_or_reason(entry.get(data.text_column), data.text_column)
         if reason:

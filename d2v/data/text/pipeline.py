@@ -209,6 +209,8 @@ class TextSplit(Split):
         encoded = encode_beginnings(texts, tokenizer, block)
         self.tokens = [np.array([begin, *ids[: block - 2], end]) for ids in encoded]
         self.labels = labels
+        self.report: Report | None = None
+        """on the data set that it is a part of"""
         self.counted = np.empty(0, dtype=np.int64)
         """tokens that `raw` counts: the same for all splits"""
 
@@ -240,10 +242,10 @@ def open_labelled(
     """See `d2v.data.open.open_labelled`. Labels: see `read_labelled`; of the embedded text, the areas of
     the library."""
     _front(cfg)
-    parts, classes = _labelled_parts(path, cfg.data)
+    parts, classes, report = _labelled_parts(path, cfg.data)
     corpus = open_corpus(path, Report.of(path, cfg.data), column=cfg.data.text_column)
     tokenizer, file = _tokenizer(corpus, cfg, run_dir, default_cache())
-    splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS))
+    splits = _splits(parts, classes, tokenizer, cfg.data.block, (BOS, PAD, EOS), report)
     return Labelled(splits, classes, "sample", {"tokenizer": str(file)})
 
 
@@ -251,17 +253,18 @@ def open_tokenized(
     path: str, tokenizer: Tokenizer, data: DataConfig, specials: tuple[int, int, int]
 ) -> Labelled:
     """As `open_labelled`, in the tokens of any tokenizer. specials: its ids of begin, padding and end."""
-    parts, classes = _labelled_parts(path, data)
-    return Labelled(_splits(parts, classes, tokenizer, data.block, specials), classes, "sample")
+    parts, classes, report = _labelled_parts(path, data)
+    return Labelled(_splits(parts, classes, tokenizer, data.block, specials, report), classes, "sample")
 
 
-def _labelled_parts(path: str, data: DataConfig) -> tuple[dict[str, tuple[list[str], list[str]]], list[str]]:
-    """Texts and labels of each part, and the classes."""
-    found, _ = read_labelled(path, data=data)
+def _labelled_parts(
+    path: str, data: DataConfig
+) -> tuple[dict[str, tuple[list[str], list[str]]], list[str], Report]:
+    """Texts and labels of each part, the classes, and the report."""
+    found, report = read_labelled(path, data=data)
     parts = {part: ([s.texts[0] for s in some], [s.label for s in some]) for part, some in found.items()}
-    return parts, training_classes(
-        {part: number_classes(names)[0] for part, (_, names) in parts.items()}, path
-    )
+    classes = {part: number_classes(names)[0] for part, (_, names) in parts.items()}
+    return parts, training_classes(classes, path), report
 
 
 def _splits(
@@ -270,6 +273,7 @@ def _splits(
     tokenizer: Tokenizer,
     block: int,
     specials: tuple[int, int, int],
+    report: Report,
 ) -> dict[str, TextSplit]:
     number = {name: i for i, name in enumerate(classes)}
     splits = {
@@ -278,6 +282,7 @@ def _splits(
     }
     seen, counts = np.unique(np.concatenate(splits["train"].tokens), return_counts=True)
     for split in splits.values():
+        split.report = report
         split.counted = np.sort(seen[np.argsort(-counts, kind="stable")[:RAW_TOKENS]])
     return splits
 

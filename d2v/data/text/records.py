@@ -182,6 +182,14 @@ def records(
             yield name, values
 
 
+def has_column(file: Path, column: str) -> bool:
+    """Whether the records of a file may have a column, by the first row of a table."""
+    if kind_of(file.name) == ".jsonl":
+        return True
+    first = next(records(file, Report(str(file), 0), (), (column,)), None)
+    return first is None or column in first[1]
+
+
 def text_or_reason(value: Any, column: str) -> tuple[str, str | None]:
     """A record's text, and why it cannot be read."""
     if not isinstance(value, str):

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..loader import Source, number_classes
-from ..types import Batch, DataError, LabelledBatch
+from ..types import Batch, DataError, LabelledBatch, Report
 from .labelled import Sentence
 from .tokenizer import BOS, EOS, PAD, encode_beginnings
 
@@ -120,8 +120,11 @@ class SentenceSource(Source):
 class SentencePart:
     """A held-out part, in order."""
 
-    def __init__(self, tokens: list[np.ndarray], labels: np.ndarray, pad_id: int = PAD) -> None:
-        self.tokens, self.labels, self.pad_id = tokens, labels, pad_id
+    def __init__(
+        self, tokens: list[np.ndarray], labels: np.ndarray, pad_id: int = PAD, report: Report | None = None
+    ) -> None:
+        """report: on the data set that it is a part of."""
+        self.tokens, self.labels, self.pad_id, self.report = tokens, labels, pad_id, report
 
     def __len__(self) -> int:
         return len(self.tokens)
