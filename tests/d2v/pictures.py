@@ -50,8 +50,11 @@ def write(path: Path, data: bytes) -> Path:
 
 
 def tiff(data: bytes, width: int, height: int, **tags: int) -> bytes:
-    """A little-endian grey TIFF of one strip. tags: by their names in the specification, in camel case."""
-    numbers = {"bits_per_sample": 258, "photometric": 262, "max_sample_value": 281}
+    """A little-endian TIFF of one strip, grey by default. tags: by their names in the specification."""
+    numbers = {
+        "bits_per_sample": 258, "compression": 259, "photometric": 262, "samples_per_pixel": 277,
+        "max_sample_value": 281,
+    }  # fmt: skip
     given = {256: width, 257: height, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
     entries = sorted((given | {numbers[name]: value for name, value in tags.items()}).items())
     directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)

@@ -224,6 +224,36 @@ def test_grey_of_16_bits_spans_what_is_used(tmp_path: Path, name: str, bits: int
     assert any("fewer are used" in note for note in notes) == (bits < 16)
 
 
+@pytest.mark.parametrize("alpha", ["none", "as deep", "full"])
+@pytest.mark.parametrize("bits", [10, 12, 16])
+@pytest.mark.parametrize("kind", ["png", "tiff", "deflated"])
+def test_colours_of_16_bits_span_what_is_used(tmp_path: Path, kind: str, bits: int, alpha: str):
+    """Solid ones, of 12 bits where no more are used, or as the header says; Pillow keeps the upper 8."""
+    colours = np.stack([RAMP, RAMP[::-1], RAMP.T * 0.5], 2)
+    values = np.round(colours * ((1 << bits) - 1)).astype(">u2")
+    if alpha != "none":
+        solid = np.full((16, 16, 1), (1 << (bits if alpha == "as deep" else 16)) - 1)
+        values = np.concatenate([values, solid], 2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    if kind == "png":
+        head = b"\0\0\0\x10\0\0\0\x10\x10" + (b"\x02" if alpha == "none" else b"\x06") + bytes(3)
+        chunks = {b"IHDR": head, b"IDAT": zlib.compress(rows), b"IEND": b""}
+        data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*item) for item in chunks.items())
+        data = with_significant(data, 10) if bits == 10 else data
+    else:
+        packed = values.astype("<u2").tobytes()
+        size = {"max_sample_value": 1023} if bits == 10 else {}
+        how = {"photometric": 2, "samples_per_pixel": values.shape[2], "bits_per_sample": 16}
+        if kind == "deflated":
+            packed, how["compression"] = zlib.compress(packed), 8
+        data = tiff(packed, 16, 16, **how, **size)
+    write(tmp_path / f"a.{kind[:3].replace('def', 'tif')}", data)
+    made = read(tmp_path)
+    assert abs(made - colours * 255).max() <= 1
+    notes = check_data(str(tmp_path), config()).notes
+    assert any("fewer are used" in note for note in notes) == (bits < 16)
+
+
 @pytest.mark.parametrize("bits", [8, 12, 16])
 def test_white_is_zero(tmp_path: Path, bits: int):
     values = np.round((1 - RAMP) * ((1 << bits) - 1)).astype(np.uint8 if bits == 8 else np.uint16)

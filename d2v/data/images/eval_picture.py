@@ -7,6 +7,9 @@ NumPy, Pillow and torch alone.
 
 from __future__ import annotations
 
+import io
+import re
+import sys
 from typing import IO
 
 import numpy as np
@@ -39,6 +42,7 @@ _TURNS = {
 }
 """EXIF orientation -> what puts the picture upright"""
 _GREY = ("1", "L", "LA", "La")
+_DEEP_COLOURS = re.compile(r"RGB[AX]?;16[BLN]$")
 
 TURNED = "turned upright by their EXIF orientation"
 SHALLOW = "of 16 bits, of which fewer are used: these are scaled to all of black to white"
@@ -88,7 +92,7 @@ def upright(picture: Image.Image, channels: int, done: list[str] | None = None) 
     """A Pillow image as it is meant to be seen, in mode L, RGB or RGBA for 1, 3 or 4 channels.
 
     It is turned as its EXIF orientation says. Transparent pixels are put on white, except for 4 channels.
-    Colour becomes grey, grey becomes three equal channels. Grey of 16 bits is scaled by the bits that are
+    Colour becomes grey, grey becomes three equal channels. What has 16 bits is scaled by the bits that are
     used: TIFF's BitsPerSample or MaxSampleValue, PNG's sBIT, else 12 where no pixel is above 4,095, as
     cameras and scanners of 12 bits write them, else 16. Of an animation the first frame is taken.
 
@@ -98,14 +102,18 @@ def upright(picture: Image.Image, channels: int, done: list[str] | None = None) 
     done = [] if done is None else done
     if channels not in _MODES:
         raise WrongChannels(len(picture.getbands()), channels)
-    bits = _stated_bits(picture) if _is_deep(picture) else None
     try:
+        deep = _deep_colours(picture)
+        bits = _stated_bits(picture) if deep is not None or _is_deep(picture) else None
         picture.load()
+        low = _lower_bytes(picture, bits, deep)
     except Exception as error:  # plugins raise nearly everything on damaged files, also without a message
         raise Damaged(reason(error)) from error
     image = picture
     if _is_deep(picture):
         image = _of_8_bits(picture, bits, done)
+    elif low is not None:
+        image = _colours_of_8_bits(picture, low, bits, done)
     elif picture.mode in ("I", "F"):
         raise ValueError(f"32-bit pixels (Pillow mode {picture.mode}); use .npz for them")
     grey, clear = image.mode in _GREY, image.has_transparency_data
@@ -171,15 +179,64 @@ def _significant_bits(file: IO[bytes]) -> int | None:
         file.seek(place)
 
 
+def _used_bits(values: np.ndarray, stated: int | None) -> int:
+    """8 to 16, of values of 16 bits."""
+    top = int(values.max(initial=0))
+    bits = 12 if stated is None and top < 1 << 12 else stated
+    return 16 if bits is None or not 8 <= bits < 16 or top >= 1 << bits else bits
+
+
+def _deep_colours(picture: Image.Image) -> bytes | None:
+    """The file of a picture with colours of 16 bits, before Pillow decodes it and drops the lower 8."""
+    tiles, file = getattr(picture, "tile", None), getattr(picture, "fp", None)
+    if not tiles or file is None or not _DEEP_COLOURS.match(_raw_mode(tiles[0][3])):
+        return None
+    place = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(place)
+    return data
+
+
+def _raw_mode(arguments: object) -> str:
+    """How a decoder of Pillow is told that pixels lie in a file."""
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _lower_bytes(picture: Image.Image, bits: int | None, data: bytes | None) -> np.ndarray | None:
+    """[h,w,C] of `data`, by decoding it with its bytes swapped, where the upper ones do not say enough."""
+    if data is None or (bits is None and np.asarray(picture)[..., :3].max(initial=0) >= 1 << 4):
+        return None
+    again = Image.open(io.BytesIO(data))
+    for i, (codec, extents, offset, arguments) in enumerate(again.tile):
+        raw = _raw_mode(arguments)
+        swapped = raw[:-1] + ("L" if raw[-1] == "B" or raw[-1] == "N" and sys.byteorder == "big" else "B")
+        rest = (swapped, *arguments[1:]) if isinstance(arguments, tuple) else swapped
+        again.tile[i] = type(again.tile[i])(codec, extents, offset, rest)
+    return np.asarray(again)
+
+
+def _colours_of_8_bits(
+    picture: Image.Image, low: np.ndarray, bits: int | None, done: list[str]
+) -> Image.Image:
+    """A picture of the upper bytes of 16 bits with the bits that are used; alpha by those that it uses."""
+    values = np.asarray(picture).astype(np.uint16) << 8 | low
+    used = _used_bits(values[..., :3], bits)
+    if used == 16:
+        return picture
+    done.append(SHALLOW)
+    shifts = [used - 8] * 3 + [_used_bits(values[..., 3:], bits) - 8] * (values.shape[2] - 3)
+    image = Image.fromarray((values >> np.array(shifts, np.uint16)).astype(np.uint8))
+    if isinstance(key := picture.info.get("transparency"), tuple):
+        image.info["transparency"] = tuple(value >> used - 8 for value in key)
+    return image
+
+
 def _of_8_bits(picture: Image.Image, bits: int | None, done: list[str]) -> Image.Image:
     """Grey of 16 bits as mode L, or LA where a value of it is transparent."""
     values = np.asarray(picture)
-    top = int(values.max(initial=0))
-    if bits is None and top < 1 << 12:
-        bits = 12
-    if bits is None or not 8 <= bits < 16 or top >= 1 << bits:
-        bits = 16
-    else:
+    bits = _used_bits(values, bits)
+    if bits < 16:
         done.append(SHALLOW)
     pixels = (values >> (bits - 8)).astype(np.uint8)
     if getattr(picture, "tag_v2", {}).get(_PHOTOMETRIC) == 0:  # WhiteIsZero, which Pillow heeds up to 8 bits
