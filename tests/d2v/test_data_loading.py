@@ -162,7 +162,7 @@ import d2v
 from tests.d2v.tiny_runs import tiny
 cfg = tiny("image", data={"workers": 1})
 try:
-    d2v.run(cfg, "digits", sys.argv[1])
+    d2v.run(cfg, "x.npz", sys.argv[1])
 except d2v.data.types.DataError as error:
     print(error)
 """
@@ -170,11 +170,12 @@ except d2v.data.types.DataError as error:
 
 def test_a_script_that_workers_import_is_told_of_the_guard(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text(SCRIPT)
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 24, 24), np.uint8))
     found = {"PYTHONPATH": str(Path(d2v.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "train.py", "run"], cwd=tmp_path, text=True, capture_output=True,
         env={**os.environ, **found}, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and "holds a run already" not in done.stdout + done.stderr, done.stderr
-    assert 'must do so under `if __name__ == "__main__":`' in done.stdout and done.stdout.count("\n") == 1
+    assert 'must do so under `if __name__ == "__main__":`' in done.stdout.splitlines()[-1]
     assert not (tmp_path / "run").exists()
