@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..data.types import Report
+from ..data.types import Report, by_kind
 from .progress import Progress
 
-MOST_NAMED = 20
-"""unreadable samples named while running"""
+MOST_SAID = 20
+"""lines about unreadable samples while running, each of one sample or of several of a kind"""
 DATA = "data.json"
 """file of a run: what the data set holds, what was left out and why, and what was measured on it"""
 
 
 class SaidOfData:
-    """Says once which samples cannot be read, of which data.json lists all, and what is done to others."""
+    """Says once what is left out, of which data.json lists all, and what is done to other samples."""
 
     def __init__(self, report: Report) -> None:
-        self.report, self._named, self._noted = report, 0, 0
+        self.report, self._named, self._noted, self._said = report, 0, 0, 0
+
+    def begin(self, progress: Progress) -> None:
+        """Say what is known before the first step: a line for each kind of what is left out."""
+        for line in replace(self.report, unreadable={}).lines():
+            progress.say(line)
+        self.catch_up(progress)
 
     def catch_up(self, progress: Progress) -> None:
         """Say what is new."""
@@ -27,11 +35,14 @@ class SaidOfData:
         for line in notes[self._noted :]:
             progress.say(line)
         self._noted = len(notes)
-        for name in list(unreadable)[self._named : MOST_NAMED]:
-            progress.say(f"warning: {name} cannot be read, it is left out: {unreadable[name]}")
-        if self._named <= MOST_NAMED < len(unreadable):
-            progress.say(f"warning: further unreadable samples are listed in {DATA} only")
+        new = dict(islice(unreadable.items(), self._named, None))
         self._named = len(unreadable)
+        for line in by_kind(new):
+            if self._said < MOST_SAID:
+                progress.say(f"warning: cannot be read, left out: {line}")
+            elif self._said == MOST_SAID:
+                progress.say(f"warning: further unreadable samples are listed in {DATA} only")
+            self._said += 1
 
 
 def check_same_data(out: Path, path: str, found: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ class Run(ABC, Generic[P]):
         with StopRequest() as request, self.progress() as progress, profiler:
             for line in self.opening():
                 progress.say(line)
-            self._said.catch_up(progress)
+            self._said.begin(progress)
             if unheard is not None:
                 progress.say(f"warning: {unheard}")
             profiler.reach(place.step)

@@ -159,8 +159,9 @@ class PretrainingRun(Run[PretrainingPlace]):
 
     def opening(self) -> list[str]:
         report = self.pipeline.report
+        skipped = sum(map(len, report.skipped.values()))
         return [
-            f"data {report.path}: {report.total:,} samples, skipped: {report.skipped or 'none'}",
+            f"data {report.path}: {report.total:,} samples, {skipped:,} skipped",
             equation(self.settings, self.place.micro_batch),
         ]
 

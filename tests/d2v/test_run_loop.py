@@ -19,10 +19,11 @@ from PIL import Image
 from d2v.cli.main import main
 from d2v.config.run import ProbeConfig
 from d2v.data.loader import Loader
-from d2v.data.types import Batch, DataError, Position
+from d2v.data.types import Batch, DataError, Position, Report
 from d2v.evaluate.scores import evaluate, run_eval
 from d2v.model import Pretraining
 from d2v.train.checkpoint import latest_checkpoint, load_checkpoint
+from d2v.train.data_record import MOST_SAID, SaidOfData
 from d2v.train.finetune import TuningRun
 from d2v.train.loop import RunError, claim
 from d2v.train.pretrain import Scores, run
@@ -109,7 +110,8 @@ def test_fine_tuning_names_what_it_cannot_read_and_records_its_data(
     steps = {"image": 7, "audio": 14, "text": 1}[modality]  # more than an epoch
     cfg = config(encoders[modality], modality, name=recipe, steps=steps, evaluate_every=100)
     run_finetune(cfg, encoders[modality], str(tmp_path / "data"), tmp_path / "run")
-    assert capsys.readouterr().out.count(f"{bad.name}{line} cannot be read, it is left out") == 1
+    said = [x for x in capsys.readouterr().out.splitlines() if "cannot be read, left out: " in x]
+    assert len(said) == 1 and f"{bad.name}{line}: " in said[0]
     record = json.loads((tmp_path / "run" / "data.json").read_text())
     assert [Path(name).name for name in record["unreadable"]] == [f"{bad.name}{line}"]
     assert record["total"] == (106 if line else 104)  # of texts the lines of all parts
@@ -377,3 +379,39 @@ def test_the_folder_of_a_run_is_told_how_it_goes_on(
             ValueError, match=f"holds a run already: continue it with `d2v {command} --resume"
         ):
             claim(folder)
+
+
+def test_a_line_for_each_kind_of_what_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a count and three names; later ones as they come, until there were enough lines."""
+    report = Report(
+        "set", 1_000, skipped={"too short": ["a", "b", "c", "d"]}, left_out={"no suffix": ["README"]}
+    )
+    report.unreadable = {f"{i}.wav": f"truncated: {i} bytes announced" for i in range(400)}
+    said, progress = SaidOfData(report), Said()
+    said.begin(progress)
+    assert progress.lines == [
+        "skipped 4: too short: a, b, c and 1 more",
+        "left out README: no suffix",
+        "warning: cannot be read, left out: 400: truncated: 0 bytes announced: 0.wav, 1.wav, 2.wav "
+        "and 397 more",
+    ]
+    progress.lines.clear()
+    said.catch_up(progress)
+    assert not progress.lines
+    for i in range(30):
+        report.unreadable[f"later{i}.wav"] = "empty"
+        said.catch_up(progress)
+    assert progress.lines[0] == "warning: cannot be read, left out: later0.wav: empty"
+    assert len(progress.lines) == MOST_SAID and progress.lines[-1].endswith("listed in data.json only"), (
+        progress.lines
+    )
+
+
+class Said:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
