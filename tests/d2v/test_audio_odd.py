@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import sys
@@ -155,6 +156,12 @@ def test_next_to_no_sound(samples: int, tmp_path: Path) -> None:
         open_data(str(tmp_path), config())
 
 
+def test_gsm_that_cannot_be_sought_in(tmp_path: Path) -> None:
+    path = tmp_path / "a.gsm"
+    soundfile.write(path, melody(3, 8_000), 8_000, format="RAW", subtype="GSM610")
+    assert heard(path) == [0, 1, 2]
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.wav").write_bytes(riff(pcm(melody(2))))
     name = tmp_path / os.fsdecode(b"\xff\xe9.wav")
@@ -168,7 +175,7 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 RATES = {"ac3": 32_000, "webm": 48_000, "mka": 48_000, "wma": 44_100}
 CODECS = {
     "m4a": "aac", "aac": "aac", "webm": "libopus", "mka": "libopus", "wma": "wmav2", "ac3": "ac3",
-    "tta": "tta", "wv": "wavpack", "g722": "g722", "mp2": "mp2",
+    "tta": "tta", "wv": "wavpack", "g722": "g722", "mp2": "mp2", "3gp": "aac",
 }  # fmt: skip
 
 
@@ -338,9 +345,16 @@ def test_half_of_every_container_is_named(suffix: str, tmp_path: Path) -> None:
     assert reason(path).startswith(f"truncated: {announced} bytes of sound announced, 5")
 
 
+def flac_of(wave: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, wave, RATE, format="FLAC")
+    return file.getvalue()
+
+
 BAD: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "rate of 2^31": ("a.wav", lambda: riff(pcm(melody(1)), rate=2**31 - 1), "sample rate of 2147483647 Hz"),
     "two files": ("a.wav", lambda: riff(pcm(melody(1))) * 2, "holds another file behind its sound"),
+    "two flacs": ("a.flac", lambda: flac_of(melody(1)) * 2, "holds another file behind its sound"),
     "text": ("a.wav", lambda: b"no sound at all\n" * 99, "Format not recognised"),
     "a page": ("a.mp3", lambda: b"<!DOCTYPE html>\n" * 99, "Invalid data found"),
     "a list of files": ("a.m4a", lambda: b"#EXTM3U\n#EXTINF:1,\n/etc/hostname\n", "Format not recognised"),

@@ -26,6 +26,8 @@ MP3_ESTIMATED = 0.01
 MP3_TAIL = 1 << 16
 """bytes that may follow the sound of an MP3, its other tags, before its Xing header is not believed"""
 
+ANOTHER = "holds another file behind its sound"
+
 
 @dataclass(frozen=True)
 class Container:
@@ -66,7 +68,7 @@ def _checked(file: BinaryIO, head: bytes, announced: int, start: int, size: int)
     file.seek(start + announced + announced % 2)
     behind = file.read(12)
     if behind[:4] == head[:4] and behind[8:] == head[8:12]:
-        return Container("holds another file behind its sound")
+        return Container(ANOTHER)
     if head[:4] == b"RIFF" and not announced and there:
         # a recorder that ended before it wrote the size, unless what follows is a chunk
         length = struct.unpack("<I", behind[4:8])[0] if len(behind) >= 8 else size
@@ -150,6 +152,13 @@ def _ogg(file: BinaryIO) -> Container:
                 starts.append(at)
             begun, at = begins, end
     return Container(kind="ogg", links=tuple(starts) if len(starts) > 1 else ())
+
+
+def holds_another_flac(path: Path) -> bool:
+    """Whether a second FLAC file begins within one, of which libFLAC reads nothing. All of it is searched."""
+    start = b"fLaC\0\0\0\x22"  # and the length of the block that comes first in every file
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(start, data.find(start) + 1) > 0
 
 
 def _mp3(path: Path, file: BinaryIO, size: int) -> Container:

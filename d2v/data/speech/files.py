@@ -26,7 +26,7 @@ from .reading import Header, read_header, read_wave
 SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".spx", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd",
     ".caf", ".w64", ".rf64", ".sph", ".nist", ".wv1", ".wv2", ".m4a", ".m4b", ".aac", ".ac3", ".webm",
-    ".weba", ".mka", ".wma", ".amr", ".awb", ".gsm", ".g722", ".tta", ".wv",
+    ".weba", ".mka", ".wma", ".amr", ".awb", ".3gp", ".3ga", ".gsm", ".g722", ".tta", ".wv",
 )  # fmt: skip
 T = TypeVar("T")
 R = TypeVar("R")

@@ -21,7 +21,7 @@ import soundfile
 from ...config.run import Channels
 from ..types import Unreadable
 from . import ffmpeg
-from .containers import Container, look_into
+from .containers import ANOTHER, Container, holds_another_flac, look_into
 
 MIN_RATE, MAX_RATE = 4_000, 768_000
 """Hz; outside of these a file is not speech but a mistake"""
@@ -106,6 +106,8 @@ def read_wave(path: Path, expected: Header, rate: int, channels: Channels = "mix
         raise Unreadable(problem)
     if not header.measured and (header.frames, header.rate) != (expected.frames, expected.rate):
         raise Unreadable(_disagrees(header.frames, header.rate, expected))
+    if header.format.startswith("FLAC") and holds_another_flac(path):
+        raise Unreadable(ANOTHER)
     segments: list[tuple[int, list[np.ndarray]]] = []
     got = 0
     for found, block in _blocks(path, header):
@@ -234,7 +236,8 @@ def _blocks(path: Path, header: Header) -> Iterator[tuple[int, np.ndarray]]:
         for piece in _pieces(path, header.container):
             with soundfile.SoundFile(piece) as file:
                 frames = max(1, BLOCK // file.channels)
-                file.seek(0)  # as soundfile.read does: bits of MP3 depend on it
+                if file.seekable():
+                    file.seek(0)  # as soundfile.read does: bits of MP3 depend on it
                 while len(block := file.read(frames, dtype="float32", always_2d=True)):
                     yield file.samplerate, block
     except soundfile.SoundFileError as error:
