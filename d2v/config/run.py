@@ -91,7 +91,7 @@ class DataConfig:
     """image: per channel; none: ImageNet's for 3 channels, measured on the data otherwise"""
     std: tuple[float, ...] | None = None
     max_pixels: int = 80_000_000
-    """image: files whose header says more are unreadable, and not decoded (320 MB)"""
+    """image: files whose header says more are not decoded but unreadable; this many take up to 0.9 GB"""
     max_seconds: float = 15.6
     """audio: longer utterances are cropped at random"""
     min_seconds: float = 0.5
