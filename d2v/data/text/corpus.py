@@ -10,7 +10,6 @@ import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,17 @@ from ..embedded import text as stdlib
 from ..splits import NO_PART, WHOLE, for_training, in_no_part, parts_of
 from ..types import DataError, Report
 from ..walk import walk
-from .records import COMPRESSED, EXTENSIONS, cut, kind_of, pieces_of, records, text_or_reason, why_unreadable
+from .records import (
+    COMPRESSED,
+    EMPTY,
+    EXTENSIONS,
+    cut,
+    kind_of,
+    pieces_of,
+    records,
+    text_or_reason,
+    why_unreadable,
+)
 
 UNPACKED = 4
 """about how many times as large a compressed text is"""
@@ -84,28 +93,27 @@ class Files(Corpus):
 
     def documents(self, report: Report) -> Iterator[Iterator[str]]:
         for file in self.files:
-            for name, pieces in self._documents(file, report):
-                first = next(pieces, "")
-                following = None if first.strip() else next(pieces, None)
-                if first.strip() or following is not None:
-                    yield chain([first], () if following is None else (following,), pieces)
-                else:
-                    report.skip("empty", [name])
+            yield from self._documents(file, report)
 
-    def _documents(self, file: Path, report: Report) -> Iterator[tuple[str, Iterator[str]]]:
+    def _documents(self, file: Path, report: Report) -> Iterator[Iterator[str]]:
         if kind_of(file.name) == ".txt":
             report.total += 1
-            if reason := why_unreadable(file):
+            reason = why_unreadable(file)
+            if reason == EMPTY:
+                report.skip(EMPTY, [str(file)])
+            elif reason:
                 report.unreadable[str(file)] = reason
             else:
-                yield str(file), pieces_of(file)
+                yield pieces_of(file)
             return
         for name, values in records(file, report, (self.column,)):
             text, reason = text_or_reason(values.get(self.column), self.column)
             if reason:
                 report.unreadable[name] = reason
+            elif not text.strip():
+                report.skip(EMPTY, [name])
             else:
-                yield name, cut(text)
+                yield cut(text)
 
 
 class StandardLibrary(Corpus):

@@ -30,6 +30,8 @@ last space"""
 LONGEST = 1 << 27
 """bytes of a line of JSON or of a table; reading one takes some eight times as much"""
 
+EMPTY = "empty"
+"""why a text without a character is skipped"""
 KINDS = (".txt", ".jsonl", ".csv", ".tsv")
 COMPRESSED = (".gz", ".zst")
 EXTENSIONS = (*KINDS, *TABLES, *(f"{kind}{packed}" for kind in KINDS for packed in COMPRESSED))
@@ -105,20 +107,21 @@ class _Zstd(io.RawIOBase):
 
 
 def why_unreadable(file: Path) -> str | None:
-    """What is wrong with a text file, which is read whole for it."""
+    """What is wrong with a text file, which is read whole for it: `EMPTY` if it holds nothing but space."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset = 0
+    offset, empty = 0, True
     try:
         with opened(file) as (stream, offset):
             while chunk := stream.read(PIECE):
                 offset += len(chunk)
-                decoder.decode(chunk)
+                text = decoder.decode(chunk)
+                empty = empty and not text.strip()
             decoder.decode(b"", True)
     except UnicodeDecodeError as error:
         return not_utf8(error, offset - len(error.object))
     except Unreadable as error:
         return str(error)
-    return None
+    return EMPTY if empty else None
 
 
 def pieces_of(file: Path) -> Iterator[str]:
@@ -246,7 +249,7 @@ def _lines_of_json(
             except RecursionError:
                 yield name, "not JSON that can be read: brackets in too many brackets"
             except json.JSONDecodeError as error:
-                yield name, f"not JSON: {error}"
+                yield name, f"not JSON: {error.msg} at character {error.pos + 1}"
             except ValueError as error:  # of a key that stands twice, or of a number with thousands of digits
                 yield name, f"not JSON that can be read: {str(error).partition(';')[0]}"
 
