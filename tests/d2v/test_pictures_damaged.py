@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import struct
 import tracemalloc
 import warnings
@@ -221,3 +222,12 @@ def test_arrays_are_shared_between_processes(tmp_path: Path):
     handles = [len(ForkingPickler.dumps(store)) for _ in range(2)]
     assert max(handles) < 10_000
     assert np.array_equal(store.load(5)[..., 0], images[5]) and store.images.shape == images.shape
+
+
+def test_arrays_are_copied_where_shared_memory_is_too_small(monkeypatch: pytest.MonkeyPatch):
+    def full(tensor: torch.Tensor) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
+    store = ArrayStore("d", pixels(3, 8, 8))
+    assert np.array_equal(pickle.loads(pickle.dumps(store)).images, store.images)

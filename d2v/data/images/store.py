@@ -133,15 +133,21 @@ class ArrayStore(Store):
             self.classes, self.labels = number_classes([str(label) for label in labels.tolist()])
 
     def __getstate__(self) -> dict[str, Any]:
-        """A tensor in shared memory goes to each process as a handle, where an array would be copied."""
+        """A tensor in shared memory goes to each process as a handle; an array would be copied, which is done
+        where the system's shared memory is too small."""
         if self._shared is None:
-            self._shared = torch.from_numpy(np.require(self.images, requirements=["C", "W"])).share_memory_()
+            pixels = torch.from_numpy(np.require(self.images, requirements=["C", "W"]))
+            try:
+                self._shared = pixels.share_memory_()
+            except RuntimeError:
+                return dict(self.__dict__)
             self.images = self._shared.numpy()
         return {**self.__dict__, "images": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.images = state["_shared"].numpy()
+        if self._shared is not None:
+            self.images = self._shared.numpy()
 
     def __len__(self) -> int:
         return len(self.images)
