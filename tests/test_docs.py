@@ -99,9 +99,10 @@ def make_data(folder: Path) -> None:
             pixels = rng.integers(0, 255, (30 + i, 40, 3), np.uint8)
             Image.fromarray(pixels).save(folder / place / f"{i:02}.{('png', 'jpg')[i % 2]}")
     (folder / "speech").mkdir()
-    t = np.arange(9_600) / 16_000
     for i in range(20):
-        stereo = np.stack([0.3 * np.sin(2 * np.pi * (200 + 40 * i) * t), 0.1 * rng.standard_normal(9_600)], 1)
+        t = np.arange(9_600 if i else 33_600) / 16_000  # the first is long enough for the published presets
+        left = 0.3 * np.sin(2 * np.pi * (200 + 40 * i) * t)
+        stereo = np.stack([left, 0.1 * rng.standard_normal(len(t))], 1)
         soundfile.write(folder / "speech" / f"{i:02}.{('wav', 'flac')[i % 2]}", stereo, 16_000)
         (folder / "speech" / f"{i:02}.txt").write_text("AB BA"[: 2 + i % 4])
     (folder / "books").mkdir()

@@ -31,7 +31,8 @@ class CheckOptions:
     preset: Annotated[str | None, arg(metavar="NAME")] = None
     """whose front end reads the data (channels, sample rate, tokenizer)"""
     modality: Literal["image", "audio", "text"] | None = None
-    """in place of a preset: the published base preset of this modality; none: what most files are"""
+    """in place of a preset: the published base preset of this modality, whose batch may be larger than the
+    data set; none: what most files are"""
     text_column: TextColumn = None
     """of texts: key or column of the text; none: text"""
     verbose: bool = False
@@ -54,7 +55,7 @@ def check(arguments: Sequence[str]) -> int:
         if cfg.model.modality != "text":
             raise UsageError(f"d2v check: --data.text-column has no effect for {cfg.model.modality}")
         cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, text_column=given.text_column))
-    report = check_data(given.data, cfg)
+    report = check_data(given.data, cfg, any_batch=not name)  # without a preset no size is meant
     if given.json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:

@@ -76,12 +76,15 @@ def open_labelled(
     return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir), classes=classes)
 
 
-def check_data(path: str, cfg: Config) -> Report:
+def check_data(path: str, cfg: Config, *, any_batch: bool = False) -> Report:
     """Read everything once that training would read: counts, sizes, histograms, every file that is not used
-    with its reason, and in `refused` why training would stop."""
+    with its reason, and in `refused` why training would stop.
+
+    any_batch: whether a data set may be smaller than `data.batch`.
+    """
     report, module = Report.of(path, cfg.data), _module(path, cfg)
     try:
-        module.check_data(path, cfg, report)
+        module.check_data(path, cfg, report, any_batch)
     except DataError as error:
         report.refused = str(error)
     return report

@@ -103,11 +103,13 @@ def _classes(
     keep = choose(labels, cfg.data_limit, cfg.train.seed)
     chosen = train.select(keep)
     source: Source = chosen.source
+    report = train.loader.report
     if isinstance(chosen, ImageSplit):
         source = AugmentedImages(chosen.source, cfg.augment)
+        report = replace(report, total=len(chosen))
     kept = torch.from_numpy(labels[keep])
     return TuneData(
-        Loader(source, cfg.data, device, chosen.loader.report),
+        Loader(source, cfg.data, device, report),
         lambda ids: kept[ids].to(device, non_blocking=True),
         dict(held),
         len(labelled.classes),

@@ -159,6 +159,17 @@ def test_check_refuses_what_training_refuses(
     )
 
 
+def test_without_a_preset_the_size_of_a_batch_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "pictures", 3)
+    sounds(tmp_path / "sounds", 3, seconds=3)
+    for name, base, batch in (("pictures", "image_base", "3 samples"), ("sounds", "audio_base", "9.0 s")):
+        assert main(["check", "--data", str(tmp_path / name)]) == 0
+        assert main(["check", "--data", str(tmp_path / name), "--preset", base]) == 1
+        assert f"training would stop: data: {tmp_path / name}: {batch}" in capsys.readouterr().out
+
+
 def refusal(root: Path, cfg: Config) -> str:
     """Why training stops within its first two epochs."""
     try:

@@ -104,6 +104,7 @@ def test_fine_tuning_names_what_it_cannot_read_and_records_its_data(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bad = make(tmp_path / "data")
+    (tmp_path / "data" / "notes.docx").write_bytes(b"")
     line = ":104" if make is texts else ""
     if not line:
         spoil(bad)
@@ -113,6 +114,7 @@ def test_fine_tuning_names_what_it_cannot_read_and_records_its_data(
     said = [x for x in capsys.readouterr().out.splitlines() if "cannot be read, left out: " in x]
     assert len(said) == 1 and f"{bad.name}{line}: " in said[0]
     record = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert record["left_out"] == {"suffix .docx is not read": ["notes.docx"]}
     assert [Path(name).name for name in record["unreadable"]] == [f"{bad.name}{line}"]
     assert record["total"] == (106 if line else 104)  # of texts the lines of all parts
     parts, labels = {

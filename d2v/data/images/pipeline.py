@@ -135,7 +135,7 @@ def open_labelled(
     return Labelled(splits, classes, "sample", train.meta)
 
 
-def check_data(path: str, cfg: Config, report: Report) -> None:
+def check_data(path: str, cfg: Config, report: Report, any_batch: bool) -> None:
     """See `d2v.data.open.check_data`: sizes and classes of the pictures."""
     source = _open(path, cfg, "train", report)
     store = source.store
@@ -168,4 +168,6 @@ def check_data(path: str, cfg: Config, report: Report) -> None:
         counts = np.bincount(store.labels, minlength=len(store.classes)).tolist()
         report.facts["classes"] = dict(zip(store.classes, counts, strict=True))
     report.stop_if_too_many()
-    Loader(source.prepare(cfg.data), cfg.data, torch.device("cpu")).check_batch()
+    source.prepare(cfg.data)
+    if not any_batch:
+        Loader(source, cfg.data, torch.device("cpu")).check_batch()

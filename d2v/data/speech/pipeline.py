@@ -283,7 +283,7 @@ def _classes(path: str, utterances: Utterances, level: int) -> list[str]:
     return [Path(name).parts[level] for name in utterances.names]
 
 
-def check_data(path: str, cfg: Config, report: Report) -> None:
+def check_data(path: str, cfg: Config, report: Report, any_batch: bool) -> None:
     """See `d2v.data.open.check_data`: rates, channels, formats and lengths of the sounds."""
     rate = _front(cfg).sample_rate
     utterances = _open(path, cfg, "train", report)
@@ -305,4 +305,5 @@ def check_data(path: str, cfg: Config, report: Report) -> None:
         if n
     }
     report.stop_if_too_many()
-    _check_batch(AudioSource(path, utterances, cfg), cfg.data)
+    if not any_batch:
+        _check_batch(AudioSource(path, utterances, cfg), cfg.data)

@@ -287,7 +287,7 @@ def _splits(
     return splits
 
 
-def check_data(path: str, cfg: Config, report: Report) -> None:
+def check_data(path: str, cfg: Config, report: Report, any_batch: bool) -> None:
     """See `d2v.data.open.check_data`: a histogram of the documents' lengths."""
     _front(cfg)
     corpus = open_corpus(path, report, column=cfg.data.text_column)
@@ -302,4 +302,6 @@ def check_data(path: str, cfg: Config, report: Report) -> None:
     }
     report.stop_if_too_many()
     if characters < ENOUGH * cfg.data.batch * cfg.data.block:  # else a token would have as many characters
-        open_data(path, cfg, device=torch.device("cpu"), purpose="train", run_dir=None).check_batch()
+        loader = open_data(path, cfg, device=torch.device("cpu"), purpose="train", run_dir=None)
+        if not any_batch:
+            loader.check_batch()
