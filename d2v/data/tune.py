@@ -215,15 +215,17 @@ def _spoken(
 ) -> TuneData:
     base, rate = _padded(cfg)
     found = read_spoken(path, base, rate)
-    train = found.pop("train")
+    given = None if cfg.vocabulary is None else Vocabulary.read(Path(cfg.vocabulary))
+    front = cfg.model.front
+    assert isinstance(front, (WaveformFront, LogMelFront))
+    train = found.pop("train").that_fits(path, front, given)
     if cfg.data_limit is not None and cfg.data_limit < len(train.texts):
         train = train.select(choose(np.zeros(len(train.texts), int), cfg.data_limit, cfg.train.seed))
     file = run_dir / "vocabulary.json"
     if file.is_file():
         vocabulary = Vocabulary.read(file)
     else:
-        given = cfg.vocabulary
-        vocabulary = Vocabulary.of(train.texts) if given is None else Vocabulary.read(Path(given))
+        vocabulary = given or Vocabulary.of(train.texts)
         vocabulary.write(file)
     letters = [vocabulary.encode(text) for text in train.texts]
     source = AudioSource(path, train.utterances, base)

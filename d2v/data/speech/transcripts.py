@@ -8,6 +8,7 @@ dev*, valid*, val* or test* are held out, each under its name; without them a fi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections import Counter
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...config.atomic import write_json
+from ...config.fronts import LogMelFront, WaveformFront
 from ...config.run import Channels, Config
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
@@ -93,6 +95,23 @@ class Spoken:
 
     def select(self, keep: np.ndarray) -> Spoken:
         return Spoken(self.utterances.select(keep), [self.texts[i] for i in keep], self.report)
+
+    def that_fits(self, path: str, front: WaveformFront | LogMelFront, given: Vocabulary | None) -> Spoken:
+        """Those that CTC can align, the others named: it needs a frame for each letter and one more
+        between equal ones, else its loss is infinite (and zero_infinity makes it 0).
+
+        given: the vocabulary, else it is counted on the texts. Raises DataError for none.
+        """
+        fits = []
+        for text, length in zip(self.texts, self.utterances.lengths.tolist(), strict=True):
+            letters = to_letters(normalise(text)) if given is None else given.encode(text).tolist()
+            repeats = sum(a == b for a, b in itertools.pairwise(letters))
+            fits.append(len(letters) + repeats <= front.frames(length))
+        reason = "transcript is longer than its frames"
+        self.report.skip(reason, [self.utterances.names[i] for i, fit in enumerate(fits) if not fit])
+        if not any(fits):
+            raise DataError(f"data: {path}: no utterance can be trained on: {'; '.join(self.report.lines())}")
+        return self if all(fits) else self.select(np.flatnonzero(fits))
 
 
 def read_spoken(path: str, cfg: Config, rate: int, *, score: bool = False) -> dict[str, Spoken]:
