@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import json
 import unicodedata
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +18,7 @@ from d2v.config.presets import preset
 from d2v.config.recipes import RECIPES, recipe
 from d2v.config.tune import FineTuneConfig
 from d2v.data.speech import letters
-from d2v.data.speech.transcripts import Vocabulary
+from d2v.data.speech.transcripts import Vocabulary, read_parts
 from d2v.data.tune import open_tune_data
 from d2v.data.types import DataError
 
@@ -106,3 +108,36 @@ def test_transcripts_longer_than_their_frames_are_left_out_of_training(tmp_path:
             encoder_dir=None,
             run_dir=tmp_path / "run",
         )
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_metadata_of_an_audiofolder(suffix: str, tmp_path: Path) -> None:
+    cfg = preset("audio_base")
+    _corpus(tmp_path, {"train/a": "", "train/b": "", "dev/c": "from beside"})
+    table = tmp_path / "train" / f"metadata.{suffix}"
+    rows = [("a.wav", 'says, "well"'), ("gone.wav", "x")]
+
+    def write() -> None:
+        if suffix == "csv":
+            with table.open("w", newline="") as file:
+                csv.writer(file).writerows([("file_name", "transcription"), *rows])
+        else:
+            lines = (json.dumps({"file_name": name, "transcription": text}) for name, text in rows)
+            table.write_text("\n".join(lines))
+
+    write()
+    found = read_parts(str(tmp_path), cfg, 16_000)
+    assert {part: some.texts for part, some in found.items()} == {
+        "train": ['says, "well"'],
+        "dev": ["from beside"],
+    }
+    report = found["train"].report
+    assert report.left_out == {"named in a table but not there": ["train/gone.wav"]}
+    assert report.skipped == {"no transcript": ["train/b.wav"]}
+    rows.append(("a.wav", "something else"))
+    write()
+    with pytest.raises(DataError, match=r"a second transcript of a\.wav"):
+        read_parts(str(tmp_path), cfg, 16_000)
+    table.write_text("no_name\n1\n" if suffix == "csv" else "{")
+    with pytest.raises(DataError, match=f"metadata.{suffix}: "):
+        read_parts(str(tmp_path), cfg, 16_000)

@@ -1,13 +1,15 @@
 """Speech with what was said: where transcripts lie, and letters for CTC.
 
 Known layouts: Librispeech (`*.trans.txt` of lines `ID TEXT` beside ID.flac), a text file beside every audio
-file (`x.txt` beside `x.wav`), fairseq's manifests (`train.tsv` with `train.wrd` or `train.ltr`), and the
-embedded "speech". In a folder, subfolders (manifests: files) called train* are for training and those called
-dev*, valid*, val* or test* are held out, each under its name; without them a fifth of all is.
+file (`x.txt` beside `x.wav`), Hugging Face's audiofolder (`metadata.csv` or `.jsonl`), fairseq's manifests
+(`train.tsv` with `train.wrd` or `train.ltr`), and the embedded "speech". In a folder, subfolders
+(manifests: files) called train* are for training and those called dev*, valid*, val* or test* are held out,
+each under its name; without them a fifth of all is.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
@@ -33,6 +35,11 @@ from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, r
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
 from .pipeline import find_usable, read_index
 from .source import AudioSource, SpeechUtterances
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""of a Hugging Face audiofolder: file_name, relative to the table, and a transcript"""
+TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence")
+"""that hold a transcript, the first that is there"""
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
             said |= {str((folder / file).absolute()): text for file, text in zip(files, texts, strict=True)}
         return of_manifests(root, manifests), said
     listing = list_audio(root, report)
-    return listing, _folder_texts(listing.root, listing.names)
+    return listing, _folder_texts(listing.root, listing.names, report)
 
 
 def _part(listing: Listing, said: dict[str, str], rate: int, channels: Channels, report: Report) -> Spoken:
@@ -205,8 +212,18 @@ def _part(listing: Listing, said: dict[str, str], rate: int, channels: Channels,
     return Spoken(utterances, [said[name] for name in utterances.names], report)
 
 
-def _folder_texts(root: Path, files: list[str]) -> dict[str, str]:
-    """Transcripts of files, from Librispeech's lists or text files beside them."""
+def _folder_texts(root: Path, files: list[str], report: Report) -> dict[str, str]:
+    """Transcripts of files, from Librispeech's lists, else metadata files, else text files beside them."""
+    tables = walk(root, (".csv", ".jsonl")).files
+    tables = [name for name in tables if os.path.basename(name).lower() in METADATA]
+    in_metadata: dict[str, str] = {}
+    for table in tables:
+        for name, text in _metadata(root / table):
+            file = os.path.normpath(os.path.join(os.path.dirname(table), name))
+            if in_metadata.setdefault(file, text) != text:
+                raise DataError(f"data: {root / table}: a second transcript of {name}")
+    there = set(files)
+    report.leave_out("named in a table but not there", sorted(in_metadata.keys() - there))
     listed: dict[str, str] = {}
     for table in walk(root, (".txt",)).files:
         if table.endswith(".trans.txt"):
@@ -218,9 +235,29 @@ def _folder_texts(root: Path, files: list[str]) -> dict[str, str]:
         stem = os.path.splitext(file)[0]
         if stem in listed:
             said[file] = listed[stem]
+        elif file in in_metadata:
+            said[file] = in_metadata[file]
         elif (beside := root / f"{stem}.txt").is_file():
             said[file] = " ".join(_lines(beside))
     return said
+
+
+def _metadata(file: Path) -> Iterator[tuple[str, str]]:
+    """Names and transcripts of a metadata file; nothing of one without transcripts."""
+    lines = _lines(file)
+    try:
+        if file.suffix.lower() == ".csv":
+            rows = list(csv.DictReader(f"{line}\n" for line in lines))
+        else:
+            rows = [json.loads(line) for line in lines if line.strip()]
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+                raise DataError(f"data: {file}: row {number} has no file_name")
+            text = next((row[name] for name in TEXT_COLUMNS if name in row), None)
+            if isinstance(text, str):
+                yield row["file_name"], text
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"data: {file}: {error}") from None
 
 
 def _texts_of(manifest: Path) -> Path | None:
