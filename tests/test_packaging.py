@@ -146,8 +146,9 @@ def test_installed_wheel_finds_kernels_without_the_checkout(wheel: Path, tmp_pat
         "print(importlib.util.find_spec('d2vkern.kernels._common').origin)\n"
         "assert importlib.util.find_spec('kernels') is None\n"
     )
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True
+        [sys.executable, "-c", program], cwd=tmp_path, check=True, capture_output=True, text=True, env=alone
     )
     package, kernels = run.stdout.split()
     assert package == str(tmp_path / "d2vkern" / "__init__.py")
