@@ -108,6 +108,20 @@ def mean_near(total, D: tl.constexpr):
 
 
 @triton.jit
+def deviations(values, mean, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Chunks of a row less its mean [BLOCK_R, 1], 0 beyond the last column, and their variance [BLOCK_R]."""
+    centred = ()
+    total = tl.zeros_like(values[0])
+    for chunk in tl.static_range((D + CHUNK - 1) // CHUNK):
+        deviation = values[chunk] - mean
+        if D % CHUNK != 0:
+            deviation = tl.where((chunk * CHUNK + tl.arange(0, CHUNK) < D)[None, :], deviation, 0.0)
+        centred = centred + (deviation,)
+        total += deviation * deviation
+    return centred, tl.sum(total, 1) / D
+
+
+@triton.jit
 def load_vector(vector_ptr, column, D: tl.constexpr, BLOCK_R: tl.constexpr):
     """fp32 [BLOCK_R, CHUNK]: a vector over the columns, once for each row, in the layout of the rows."""
     at = column + tl.zeros([BLOCK_R, 1], tl.int32)

@@ -12,7 +12,7 @@ from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
 from d2vkern.kernels._common import gelu_grad
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import chunk_width, mean_near, mean_of, replaced, tile_columns
+from d2vkern.kernels._rows import chunk_width, deviations, mean_near, mean_of, replaced, tile_columns
 from d2vkern.kernels._taps import Places, Taps, share_of
 from d2vkern.kernels._taps_tiles import launch_tiles
 from d2vkern.kernels._taps_weight import weight_gradient
@@ -61,19 +61,10 @@ def conv_block_bwd_kernel_rows(
             dy = tl.load(dy_ptr + from_ + column, mask=inside, other=0.0).to(tl.float32)
             gradients = gradients + (dy,)
             total += values[chunk]
-        # [BLOCK_R, 1]
-        mean = mean_of(total, D)
-        total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            column, inside = tile_columns(chunk * CHUNK, made, D, CHUNK)
-            centred = values[chunk] - mean
-            if D % CHUNK != 0:
-                centred = tl.where(column < D, centred, 0.0)
-            values = replaced(values, chunk, centred)
-            total += centred * centred
+        # [BLOCK_R, CHUNK] and [BLOCK_R]
+        values, variance = deviations(values, mean_of(total, D), D, CHUNK)
         # Rows without an output have variance 0, of which there is no root.
-        square = tl.where(made, tl.sum(total, 1) / D, 1.0)[:, None]
-        rstd = tl.rsqrt(square + tl.full((), eps, tl.float32))
+        rstd = tl.rsqrt(tl.where(made, variance, 1.0)[:, None] + tl.full((), eps, tl.float32))
         total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
         along = tl.zeros([BLOCK_R, CHUNK], tl.float32)
         for chunk in tl.static_range(CHUNKS):

@@ -10,7 +10,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._common import gelu
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import chunk_width, dense, mean_of, row_config, tile_columns
+from d2vkern.kernels._rows import chunk_width, dense, deviations, mean_of, row_config, tile_columns
 from d2vkern.kernels._taps import Places, Taps, first_places, grouped, packed_weights, tap_bits, taps_product
 from d2vkern.kernels._taps_tiles import launch_tiles, product_config, store_product
 from d2vkern.kernels._tuning import choose, power_of_two_bucket
@@ -44,20 +44,13 @@ def norm_gelu_rows(
         column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
         values = values + (tl.load(r_ptr + row64 + column, mask=inside, other=0.0).to(tl.float32),)
         total += values[chunk]
-    # [BLOCK_R, 1]
-    mean = mean_of(total, D)
-    total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
-        centred = values[chunk] - mean
-        if D % CHUNK != 0:
-            centred = tl.where(column < D, centred, 0.0)
-        total += centred * centred
+    # [BLOCK_R, CHUNK] and [BLOCK_R]
+    centred, variance = deviations(values, mean_of(total, D), D, CHUNK)
     # Rows that are not there have variance 0, of which there is no root.
-    rstd = tl.rsqrt(tl.where(live, tl.sum(total, 1) / D, 1.0)[:, None] + eps)
+    rstd = tl.rsqrt(tl.where(live, variance, 1.0)[:, None] + eps)
     for chunk in tl.static_range(CHUNKS):
         column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
-        y = gelu((values[chunk] - mean) * rstd)
+        y = gelu(centred[chunk] * rstd)
         if skip_ptr is not None:
             at = skip_row.to(tl.int64)[:, None] * D + column
             y += tl.load(skip_ptr + at, mask=inside, other=0.0).to(tl.float32)

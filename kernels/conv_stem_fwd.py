@@ -9,7 +9,7 @@ from d2vkern import _costs
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._common import gelu
 from d2vkern.kernels._launch import launch
-from d2vkern.kernels._rows import chunk_width, dense, load_vector, mean_of, tile_columns
+from d2vkern.kernels._rows import chunk_width, dense, deviations, load_vector, mean_of, tile_columns
 from d2vkern.kernels._stem import (
     WAVE,
     WIDE_ROWS,
@@ -91,20 +91,14 @@ def conv_stem_fwd_kernel(
             total += value
         # [BLOCK_R, 1]
         mean = mean_of(total, OUT)
-        total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
-        for chunk in tl.static_range(CHUNKS):
-            across, within = tile_columns(chunk * CHUNK, own_live, OUT, CHUNK)
-            centred = values[chunk] - mean
-            if OUT % CHUNK != 0:
-                centred = tl.where(across < OUT, centred, 0.0)
-            total += centred * centred
-        rstd = tl.rsqrt((tl.sum(total, 1) / OUT)[:, None] + tl.full((), eps, tl.float32))
+        centred, variance = deviations(values, mean, OUT, CHUNK)
+        rstd = tl.rsqrt(variance[:, None] + tl.full((), eps, tl.float32))
         if mean_ptr is not None:
             tl.store(mean_ptr + own[:, None], mean, mask=own_live[:, None])
             tl.store(rstd_ptr + own[:, None], rstd, mask=own_live[:, None])
         for chunk in tl.static_range(CHUNKS):
             across, within = tile_columns(chunk * CHUNK, own_live, OUT, CHUNK)
-            value = (values[chunk] - mean) * rstd * load_vector(norm_weight_ptr, across, OUT, BLOCK_R)
+            value = centred[chunk] * rstd * load_vector(norm_weight_ptr, across, OUT, BLOCK_R)
             value = gelu(value + load_vector(norm_bias_ptr, across, OUT, BLOCK_R))
             tl.store(y_ptr + own_row + across, value.to(dtype), mask=within)
 

@@ -14,6 +14,7 @@ from d2vkern.kernels._launch import launch
 from d2vkern.kernels._rows import (
     as_rows,
     dense,
+    deviations,
     load_vector,
     mean_of,
     row_config,
@@ -84,20 +85,14 @@ def residual_norm_fwd_kernel(
         total += zs[chunk]
     # [BLOCK_R, 1]
     mean = mean_of(total, D)
-    total = tl.zeros([BLOCK_R, CHUNK], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
-        column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
-        centred = zs[chunk] - mean
-        if D % CHUNK != 0:
-            centred = tl.where(column < D, centred, 0.0)
-        total += centred * centred
-    rstd = tl.rsqrt((tl.sum(total, 1) / D)[:, None] + tl.full((), eps, tl.float32))
+    centred, variance = deviations(zs, mean, D, CHUNK)
+    rstd = tl.rsqrt(variance[:, None] + tl.full((), eps, tl.float32))
     if mean_ptr is not None:
         tl.store(mean_ptr + row[:, None], mean, mask=live[:, None])
         tl.store(rstd_ptr + row[:, None], rstd, mask=live[:, None])
     for chunk in tl.static_range(CHUNKS):
         column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
-        y = (zs[chunk] - mean) * rstd
+        y = centred[chunk] * rstd
         if weight_ptr is not None:
             y *= load_vector(weight_ptr, column, D, BLOCK_R)
         if bias_ptr is not None:
