@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from ..splits import NO_PART, WHOLE, in_no_part, parts_of
 from ..types import DataError, Report, Unreadable
 from ..walk import suffix_of, walk
 from .reading import Header, read_header, read_wave
+from .tables import read_tables
 
 SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".spx", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd",
@@ -98,7 +99,8 @@ class Listing:
 
 
 def list_audio(path: Path, report: Report) -> Listing:
-    """The audio files under a folder at any depth, of fairseq's manifests in it, or of one file or manifest.
+    """The audio files under a folder at any depth, of tables or fairseq's manifests in it, or of one file or
+    manifest.
 
     What is not read is named in `report`. DataError when there are none.
     """
@@ -107,6 +109,8 @@ def list_audio(path: Path, report: Report) -> Listing:
         return Listing(root, names, {WHOLE: np.arange(len(names))}, headers)
     found = walk(path, SUFFIXES)
     report.left_out |= found.left_out
+    if path.is_dir() and (tables := read_tables(path)):
+        return of_tables(path, tables, found.files, report)
     if found.files:
         parts = parts_of(found.files, str(path))
         report.leave_out(NO_PART, in_no_part(found.files, parts))
@@ -116,6 +120,21 @@ def list_audio(path: Path, report: Report) -> Listing:
         left = "".join(f"; {line}" for line in report.lines())
         raise DataError(f"data: {path}: no audio files ({', '.join(s[1:] for s in SUFFIXES)}){left}")
     return of_manifests(path, manifests)
+
+
+def of_tables(path: Path, tables: Mapping[str, Collection[str]], files: list[str], report: Report) -> Listing:
+    """The sounds that tables name, divided by the names of the tables; other files are named in `report`."""
+    parts = parts_of(list(tables), str(path), stems=True)
+    report.leave_out(NO_PART, in_no_part(list(tables), parts))
+    rows, names, numbers = list(tables.values()), dict[str, None](), {}
+    for part, some in parts.items():
+        own = dict.fromkeys(name for table in some.tolist() for name in rows[table])
+        if twice := next((name for name in own if name in names), None):
+            raise DataError(f"data: {path}: {twice} is in {part} and in another part")
+        numbers[part] = np.arange(len(names), len(names) + len(own))
+        names |= own
+    report.leave_out("named in no table", [file for file in files if file not in names])
+    return Listing(path, list(names), numbers)
 
 
 def of_manifests(path: Path, manifests: list[Path]) -> Listing:

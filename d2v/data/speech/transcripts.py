@@ -1,10 +1,11 @@
 """Speech with what was said: where transcripts lie, and letters for CTC.
 
-Known layouts: Librispeech (`*.trans.txt` of lines `ID TEXT` beside ID.flac), a text file beside every audio
-file (`x.txt` beside `x.wav`), Hugging Face's audiofolder (`metadata.csv` or `.jsonl`), fairseq's manifests
-(`train.tsv` with `train.wrd` or `train.ltr`), and the embedded "speech". In a folder, subfolders
-(manifests: files) called train* are for training and those called dev*, valid*, val* or test* are held out,
-each under its name; without them a fifth of all is.
+Known layouts: fairseq's manifests (`train.tsv` with `train.wrd` or `train.ltr`), tables (see `tables`), else
+of each file Librispeech's lists (`*.trans.txt` of lines `ID TEXT` beside ID.flac), Hugging Face's
+audiofolder (`metadata.csv` or `.jsonl`) or a text beside it (`x.txt`, `x.lab` or `x.trn` beside `x.wav`);
+and the embedded "speech". In a folder, subfolders (manifests and tables: files) called train* are for
+training and those called dev*, valid*, val* or test* are held out, each under its name; without them a fifth
+of all is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import csv
 import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -35,9 +37,14 @@ from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, r
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
 from .pipeline import find_usable, read_index
 from .source import AudioSource, SpeechUtterances
+from .tables import read_tables
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 """of a Hugging Face audiofolder: file_name, relative to the table, and a transcript"""
+BESIDE = (".txt", ".lab", ".trn")
+"""suffixes of a transcript beside a sound"""
+_IDENTIFIER = re.compile(r"\s*\([\w./-]+\)\s*$")
+"""what ends a line of .trn: the name of the utterance"""
 TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence")
 """that hold a transcript, the first that is there"""
 
@@ -198,6 +205,8 @@ def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
             said |= {str((folder / file).absolute()): text for file, text in zip(files, texts, strict=True)}
         return of_manifests(root, manifests), said
     listing = list_audio(root, report)
+    if tables := read_tables(root):
+        return listing, {name: text for rows in tables.values() for name, text in rows.items()}
     return listing, _folder_texts(listing.root, listing.names, report)
 
 
@@ -237,8 +246,9 @@ def _folder_texts(root: Path, files: list[str], report: Report) -> dict[str, str
             said[file] = listed[stem]
         elif file in in_metadata:
             said[file] = in_metadata[file]
-        elif (beside := root / f"{stem}.txt").is_file():
-            said[file] = " ".join(_lines(beside))
+        elif beside := next((root / f"{stem}{x}" for x in BESIDE if (root / f"{stem}{x}").is_file()), None):
+            text = " ".join(_lines(beside))
+            said[file] = _IDENTIFIER.sub("", text) if beside.suffix == ".trn" else text
     return said
 
 

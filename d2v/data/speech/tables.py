@@ -1,0 +1,144 @@
+"""Tables that say which sounds a data set has, in which part, and what is said in each.
+
+Read as they are published: Common Voice (`clips/` beside train.tsv, dev.tsv and test.tsv), Kaldi (`wav.scp`
+beside `text` in a folder for each part), and NeMo's manifests (a JSON object a line, with audio_filepath and
+text).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..lines import lines_of, not_utf8
+from ..splits import kind_of
+from ..types import DataError
+from ..walk import walk
+
+PEEK = 1 << 20
+"""bytes of a first line that are looked at to know a table"""
+Rows = dict[str, str]
+"""a sound, relative to the data set's folder or absolute -> its transcript"""
+
+
+def read_tables(root: Path) -> dict[str, Rows]:
+    """The rows of each table in a folder, by the table's name; empty without any.
+
+    Of Common Voice the tables of parts, without them validated.tsv. DataError for damaged tables, for two
+    transcripts of one sound in a table, and for rows that are not whole files.
+    """
+    found: dict[str, Rows] = {}
+    voices: dict[str, Path] = {}
+    for name in walk(root, (".tsv", ".json", ".jsonl", ".scp"), ()).files:
+        file, base = root / name, os.path.basename(name)
+        if base == "wav.scp" and (file.parent / "text").is_file():
+            found[os.path.dirname(name) or name] = _kaldi(root, file)
+        elif base.endswith(".tsv") and {"path", "sentence"} <= set(_first_line(file).split("\t")):
+            voices[name] = file
+        elif base.endswith((".json", ".jsonl")) and _is_nemo(_first_line(file)):
+            found[name] = _nemo(root, file)
+    parts = [name for name in voices if kind_of(_stem(name))]
+    for name in parts or [name for name in voices if _stem(name) == "validated"]:
+        found[name] = _common_voice(root, voices[name])
+    return found
+
+
+def _stem(name: str) -> str:
+    return os.path.basename(name).partition(".")[0]
+
+
+def _first_line(file: Path) -> str:
+    with file.open("rb") as opened:
+        return opened.readline(PEEK).decode(errors="replace").removeprefix("\ufeff").rstrip("\r\n")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return lines_of(file.read_bytes())
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {file}: {not_utf8(error)}") from None
+
+
+def _rows(root: Path, file: Path, pairs: Iterable[tuple[Path, str]]) -> Rows:
+    found: Rows = {}
+    for sound, text in pairs:
+        path = os.path.normpath(sound)
+        name = os.path.relpath(path, root) if Path(path).is_relative_to(root) else os.path.abspath(path)
+        if found.setdefault(name, text) != text:
+            raise DataError(f"data: {file}: a second transcript of {name}")
+    return found
+
+
+def _common_voice(root: Path, file: Path) -> Rows:
+    header, *lines = (line.split("\t") for line in _lines(file) if line)
+    at, said = header.index("path"), header.index("sentence")
+    clips = file.parent / "clips"
+    folder = clips if clips.is_dir() else file.parent
+    pairs = []
+    for number, row in enumerate(lines, start=2):
+        if len(row) <= max(at, said):
+            raise DataError(
+                f"data: {file}, line {number}: {len(row)} columns, {max(at, said) + 1} are needed"
+            )
+        sound = row[at] if os.path.splitext(row[at])[1] else f"{row[at]}.mp3"  # in the first releases
+        pairs.append((folder / sound, row[said]))
+    return _rows(root, file, pairs)
+
+
+def _kaldi(root: Path, file: Path) -> Rows:
+    if (file.parent / "segments").is_file():
+        raise DataError(
+            f"data: {file.parent / 'segments'}: parts of recordings are not read: cut them to files"
+        )
+    sounds: dict[str, str] = {}
+    for number, line in enumerate(_lines(file), start=1):
+        name, _, sound = line.strip().partition(" ")
+        if not sound.strip():
+            continue
+        if sound.rstrip().endswith("|"):
+            raise DataError(
+                f"data: {file}, line {number}: a command, which is not run: give the files it makes"
+            )
+        sounds[name] = sound.strip()
+    texts = dict(line.strip().partition(" ")[::2] for line in _lines(file.parent / "text") if line.strip())
+    return _rows(
+        root, file, ((_found(root, file, sound), texts.get(name, "")) for name, sound in sounds.items())
+    )
+
+
+def _found(root: Path, table: Path, sound: str) -> Path:
+    """A file that a table names relative to itself, to the data set, or to a folder above it."""
+    for folder in (table.parent, root, *root.resolve().parents[:2]):
+        if (folder / sound).exists():
+            return folder / sound
+    return table.parent / sound
+
+
+def _is_nemo(line: str) -> bool:
+    try:
+        first = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and isinstance(first.get("audio_filepath"), str)
+
+
+def _nemo(root: Path, file: Path) -> Rows:
+    pairs = []
+    for number, line in enumerate(_lines(file), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            sound, text, offset = row["audio_filepath"], row.get("text", ""), row.get("offset") or 0
+        except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+            raise DataError(f"data: {file}, line {number}: not an object with audio_filepath") from None
+        if not isinstance(sound, str) or not isinstance(text, str):
+            raise DataError(f"data: {file}, line {number}: audio_filepath and text must be strings")
+        if offset:
+            raise DataError(
+                f"data: {file}, line {number}: parts of recordings are not read: cut them to files"
+            )
+        pairs.append((_found(root, file, sound), text))
+    return _rows(root, file, pairs)
