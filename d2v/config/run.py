@@ -110,7 +110,7 @@ class DataConfig:
     text_column: str = "text"
     """text: key of .jsonl lines and column of .csv, .tsv and .parquet tables that holds the text"""
     label_column: str = "label"
-    """text: that which holds the label, where labels are read"""
+    """that which holds the label, where labels are read, in rows of Hugging Face data sets too"""
     block: int = 512
     """text: tokens per block, at least 4"""
     tokenizer: str | None = None

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.fronts import Modality
+from .cache import default_cache
 from .types import DataError, Report, Unreadable
 from .walk import suffix_of
 
@@ -32,8 +33,9 @@ KINDS: dict[str, Modality] = {"Image": "image", "Audio": "audio"}
 class Rows:
     """Some columns of the rows of several files. Picklable: each process maps the files itself."""
 
-    def __init__(self, files: Sequence[Path], cache: Path, kind: str, label: str) -> None:
+    def __init__(self, files: Sequence[Path], kind: str, label: str, texts: Sequence[str] = ()) -> None:
         """kind: of the feature that is read, Image or Audio. label: the column of classes, if there is one.
+        texts: columns of transcripts, of which the first that is there is read.
 
         Raises DataError for files that cannot be read, and where it is not clear which column is meant.
         """
@@ -45,8 +47,9 @@ class Rows:
             if self.value not in schema.names:
                 raise DataError(f"data: {file} has no column {self.value!r}, which {files[0]} has")
         self.unlabelled, self.label = _label(self.features, schemas[0].names, label, files[0])
-        columns = [self.value] if self.label is None else [self.value, self.label]
-        self.mapped = [_as_arrow(file, columns, cache) for file in self.files]
+        self.text = next((name for name in texts if name in schemas[0].names), None)
+        columns = [name for name in dict.fromkeys((self.value, self.label, self.text)) if name is not None]
+        self.mapped = [_as_arrow(file, columns) for file in self.files]
         self._open()
         self.counts = [sum(len(batch) for batch in batches) for batches in self._batches]
         self.ends = list(accumulate(self.counts))
@@ -82,6 +85,13 @@ class Rows:
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         return self.files[file].parent / value if isinstance(value, str) else value
+
+    def texts(self) -> list[str | None]:
+        """The transcript of every row; None where there is none."""
+        if self.text is None:
+            return [None] * len(self)
+        batches = (batch for some in self._batches for batch in some)
+        return [value for batch in batches for value in batch.column(self.text).to_pylist()]
 
     def labels(self) -> list[str] | None:
         """The class of every row; None where there are none, with the reason in `unlabelled`."""
@@ -197,7 +207,7 @@ def _mapped(file: Path) -> list[Any]:
         raise DataError(f"data: {file}: damaged: {error}") from None
 
 
-def _as_arrow(file: Path, columns: list[str], cache: Path) -> Path:
+def _as_arrow(file: Path, columns: list[str]) -> Path:
     """The file itself, or of a .parquet its columns as an arrow file in the cache."""
     if suffix_of(file.name) != ".parquet":
         return file
@@ -206,7 +216,7 @@ def _as_arrow(file: Path, columns: list[str], cache: Path) -> Path:
 
     stat = file.stat()
     key = json.dumps([str(file.resolve()), stat.st_size, stat.st_mtime_ns, columns])
-    made = cache / "arrow" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
+    made = default_cache() / "arrow" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
     if made.is_file():
         return made
     made.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def open_data(
         one the held-out part). Whether samples are augmented depends on how they are read: `micro_batches`
         augments, `in_order` does not.
     run_dir: where files that belong to the run are kept (a trained tokenizer).
-    Derived files (token blocks) are kept in `default_cache()`.
+    Derived files (token blocks) are kept in `cache.default_cache()`.
     Raises DataError.
     """
     return _module(path, cfg).open_data(
@@ -132,12 +132,3 @@ def guess_modality(path: str) -> Modality:
 
 def _path(value: str | Path | None) -> Path | None:
     return None if value is None else Path(value)
-
-
-def default_cache() -> Path:
-    """`$D2V_CACHE`, else `d2v` in the user's cache folder."""
-    import os
-
-    if chosen := os.environ.get("D2V_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "d2v"

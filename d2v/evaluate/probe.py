@@ -213,15 +213,14 @@ def run_probe(
     """Probe a run, a checkpoint folder, an original `.pt` or `hf:FOLDER`; print and return its numbers.
 
     The result of `probe_model`, with "raw" holding that of `probe_raw`. backend: as in D2VKERN_BACKEND;
-    none: that of the run. text_column, label_column: of texts, see `DataConfig`; none: the run's. Raises
+    none: that of the run. text_column (of texts), label_column: see `DataConfig`; none: the run's. Raises
     DataError (labels missing, one class), ValueError (no such layer, no tokenizer, features that are NaN
     or infinite), CheckpointError.
     """
     check_backends(backend)
     model, cfg, folder = open_encoder(path)
-    for flag, column in (("text-column", text_column), ("label-column", label_column)):
-        if column is not None and cfg.model.modality != "text":
-            raise ValueError(f"d2v probe: --data.{flag} has no effect for {cfg.model.modality}")
+    if text_column is not None and cfg.model.modality != "text":
+        raise ValueError(f"d2v probe: --data.text-column has no effect for {cfg.model.modality}")
     text, label = text_column or cfg.data.text_column, label_column or cfg.data.label_column
     cfg = replace(cfg, data=replace(cfg.data, text_column=text, label_column=label))
     labelled = _labelled(model, data, cfg, folder)

@@ -404,7 +404,7 @@ def test_columns_hold_from_check_to_eval(
     assert "accuracy" in capsys.readouterr().out
     assert main(["probe", run, "--data", data, *columns[:2]]) == 2
     assert 'has no "label" that is a string or a number' in capsys.readouterr().err
-    assert main(["probe", str(encoders["image"]), "--data", "digits", *columns[2:]]) == 2
-    assert "--data.label-column has no effect for image" in capsys.readouterr().err
+    assert main(["probe", str(encoders["image"]), "--data", "digits", *columns[:2]]) == 2
+    assert "--data.text-column has no effect for image" in capsys.readouterr().err
     assert main([*tune, "--glue", "rte", *columns[:2], "--out", f"{tuned}2"]) == 2
     assert "--data.text-column has no effect" in capsys.readouterr().err

@@ -12,7 +12,6 @@ from ...config.run import DataConfig
 from ..arrow import SUFFIXES as ROWS
 from ..arrow import Rows, listed
 from ..loader import number_classes
-from ..open import default_cache
 from ..splits import NO_PART, WHOLE, in_no_part, parts_of
 from ..types import DataError, Report
 from ..walk import suffix_of, walk
@@ -105,7 +104,7 @@ def _of_rows(root: Path, files: Sequence[str], report: Report, divided: bool, la
         parts = parts_of(files, str(root), stems=True)
         report.leave_out(NO_PART, in_no_part(files, parts))
     return {
-        name: RowStore(Rows([root / files[i] for i in some.tolist()], default_cache(), "Image", label))
+        name: RowStore(Rows([root / files[i] for i in some.tolist()], "Image", label))
         for name, some in parts.items()
     }
 

@@ -7,16 +7,20 @@ used gets a reason that a user can act on; whether that stops a run is decided b
 from __future__ import annotations
 
 import os
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from ...config.run import Channels
+from ...config.run import Channels, DataConfig
+from ..arrow import SUFFIXES as ROWS
+from ..arrow import Rows, kind_of_rows, listed
 from ..lines import lines_of, not_utf8
 from ..splits import NO_PART, WHOLE, in_no_part, parts_of
 from ..types import DataError, Report, Unreadable
@@ -29,6 +33,10 @@ SUFFIXES = (
     ".caf", ".w64", ".rf64", ".sph", ".nist", ".wv1", ".wv2", ".m4a", ".m4b", ".aac", ".ac3", ".webm",
     ".weba", ".mka", ".wma", ".amr", ".awb", ".3gp", ".3ga", ".gsm", ".g722", ".tta", ".wv",
 )  # fmt: skip
+MEMORY = Path("/dev/shm")
+"""where a row's sound is a file for a moment, where there is such a place"""
+TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence")
+"""of tables, that hold a transcript, the first that is there"""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -61,16 +69,19 @@ class Utterances(ABC):
 class FileUtterances(Utterances):
     """One utterance per file."""
 
-    def __init__(self, root: Path, names: list[str], headers: list[Header], rate: int) -> None:
-        self.root, self.names, self.headers, self.rate = root, names, headers, rate
+    def __init__(
+        self, root: Path, names: list[str], headers: list[Header], rate: int, rows: RowSounds | None = None
+    ) -> None:
+        self.root, self.names, self.headers, self.rate, self.rows = root, names, headers, rate, rows
         self.lengths = np.array([header.samples(rate) for header in headers], dtype=np.int64)
 
     def wave(self, index: int, channels: Channels = "mix") -> np.ndarray:
-        return read_wave(self.root / self.names[index], self.headers[index], self.rate, channels)
+        with sound_file(self.root, self.names[index], self.rows) as path:
+            return read_wave(path, self.headers[index], self.rate, channels)
 
     def select(self, keep: np.ndarray) -> FileUtterances:
         names = [self.names[i] for i in keep]
-        return FileUtterances(self.root, names, [self.headers[i] for i in keep], self.rate)
+        return FileUtterances(self.root, names, [self.headers[i] for i in keep], self.rate, self.rows)
 
 
 @dataclass
@@ -84,26 +95,87 @@ class Listing:
     """the numbers of the files of each part, as `splits.parts_of` has them"""
     headers: list[Header | str] | None = None
     """of manifests, which hold the lengths"""
+    rows: RowSounds | None = None
+    """where the names are rows of tables"""
 
     def select(self, keep: np.ndarray) -> Listing:
         """The files numbered `keep` [k], all of them one part."""
         names = [self.names[i] for i in keep.tolist()]
         headers = None if self.headers is None else [self.headers[i] for i in keep.tolist()]
-        return Listing(self.root, names, {WHOLE: np.arange(len(keep))}, headers)
+        return replace(self, names=names, parts={WHOLE: np.arange(len(keep))}, headers=headers)
+
+    def utterances(self, names: list[str], headers: list[Header], rate: int) -> FileUtterances:
+        """Some of the files, with their headers."""
+        return FileUtterances(self.root, names, headers, rate, self.rows)
 
     def read_headers(self) -> list[Header | str]:
         """Of each file its header, or the reason why it has none."""
         if self.headers is None:
-            self.headers = in_threads(lambda name: header_or_reason(self.root / name), self.names)
+            self.headers = in_threads(self._header, self.names)
         return self.headers
 
+    def _header(self, name: str) -> Header | str:
+        try:
+            with sound_file(self.root, name, self.rows) as path:
+                return read_header(path)
+        except Unreadable as error:
+            return str(error)
 
-def list_audio(path: Path, report: Report) -> Listing:
+
+@contextmanager
+def sound_file(root: Path, name: str, rows: RowSounds | None) -> Iterator[Path]:
+    """The file of a sound; of a row's bytes one in memory, for as long as it is needed. Unreadable."""
+    value = root / name if rows is None else rows.encoded(name)
+    if isinstance(value, Path):
+        yield value
+        return
+    if not value:
+        raise Unreadable("an empty row")
+    with tempfile.NamedTemporaryFile(dir=MEMORY if MEMORY.is_dir() else None, suffix=".sound") as file:
+        file.write(value)
+        file.flush()
+        yield Path(file.name)
+
+
+class RowSounds:
+    """The sounds in rows of Hugging Face data sets, by name."""
+
+    def __init__(self, tables: Sequence[Rows]) -> None:
+        self.tables = list(tables)
+        self.places = {
+            table.name(row): (number, row) for number, table in enumerate(tables) for row in range(len(table))
+        }
+
+    def encoded(self, name: str) -> bytes | Path | None:
+        """See `Rows.encoded`."""
+        table, row = self.places[name]
+        return self.tables[table].encoded(row)
+
+    def texts(self) -> dict[str, str]:
+        """What is said in the rows that have a transcript."""
+        found = zip(self.places, (text for table in self.tables for text in table.texts()), strict=True)
+        return {name: text for name, text in found if isinstance(text, str)}
+
+    def classes(self) -> dict[str, str]:
+        """The class of every row. DataError where one has none."""
+        found: list[str] = []
+        for table in self.tables:
+            labels = table.labels()
+            if labels is None:
+                raise DataError(f"labels missing: {table.unlabelled}")
+            found += labels
+        return dict(zip(self.places, found, strict=True))
+
+
+def list_audio(path: Path, report: Report, label: str = DataConfig.label_column) -> Listing:
     """The audio files under a folder at any depth, of tables or fairseq's manifests in it, or of one file or
-    manifest.
+    manifest; or the rows of Hugging Face data sets.
 
-    What is not read is named in `report`. DataError when there are none.
+    label: the column of classes in rows. What is not read is named in `report`. DataError when there are
+    none.
     """
+    if rows := _row_files(path):
+        return _of_rows(path, rows, report, label)
     if is_manifest(path):
         root, names, headers = read_manifest(path)
         return Listing(root, names, {WHOLE: np.arange(len(names))}, headers)
@@ -120,6 +192,29 @@ def list_audio(path: Path, report: Report) -> Listing:
         left = "".join(f"; {line}" for line in report.lines())
         raise DataError(f"data: {path}: no audio files ({', '.join(s[1:] for s in SUFFIXES)}){left}")
     return of_manifests(path, manifests)
+
+
+def _row_files(path: Path) -> list[str]:
+    """The tables of rows with sounds."""
+    if path.is_dir():
+        files = walk(path, ROWS, ()).files
+    else:
+        files = [path.name] if suffix_of(path.name) in ROWS else []
+    root = path if path.is_dir() else path.parent
+    return files if files and kind_of_rows(root / files[0]) == "audio" else []
+
+
+def _of_rows(path: Path, files: list[str], report: Report, label: str) -> Listing:
+    root = path if path.is_dir() else path.parent
+    files = listed(root, files, report)
+    parts = parts_of(files, str(path), stems=True) if path.is_dir() else {WHOLE: np.arange(len(files))}
+    report.leave_out(NO_PART, in_no_part(files, parts))
+    tables = [Rows([root / files[i] for i in some.tolist()], "Audio", label, TEXT_COLUMNS)
+              for some in parts.values()]  # fmt: skip
+    ends = np.cumsum([0, *map(len, tables)])
+    numbers = {part: np.arange(ends[i], ends[i + 1]) for i, part in enumerate(parts)}
+    rows = RowSounds(tables)
+    return Listing(root, list(rows.places), numbers, rows=rows)
 
 
 def of_tables(path: Path, tables: Mapping[str, Collection[str]], files: list[str], report: Report) -> Listing:

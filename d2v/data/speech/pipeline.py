@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from ...config.fronts import LogMelFront, WaveformFront
 from ...config.run import Channels, Config, DataConfig
 from ...model.logmel import log_mel
+from ..arrow import SUFFIXES as ROWS
 from ..embedded import speech
 from ..loader import Loader, number_classes
 from ..splits import WHOLE, divide, for_training, to_divide, to_score, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
+from ..walk import suffix_of
 from .files import FileUtterances, Listing, Utterances, in_threads, list_audio, told_of
 from .reading import Header
 from .source import AudioSource, SpeechUtterances, normalise_wave
@@ -74,7 +76,7 @@ def read_index(listing: Listing, rate: int, channels: Channels, report: Report) 
     report.notes += told_of(headers, channels)
     report.facts["resampled"] = sum(header.rate != rate for _, header in good)
     names, headers = [name for name, _ in good], [header for _, header in good]
-    return FileUtterances(listing.root, names, headers, rate)
+    return listing.utterances(names, headers, rate)
 
 
 def _embedded(cfg: Config, split: speech.SplitName, report: Report) -> SpeechUtterances:
@@ -237,7 +239,7 @@ def open_labelled(
             source = AudioSource(path, utterances, cfg)
             splits[part] = AudioSplit(source, _phone_labels(utterances, _front(cfg)), cfg, report)
         return Labelled(splits, speech.phone_names(), "token")
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() and suffix_of(path) not in ROWS:
         raise DataError(f"labels missing: {path}: one folder per class is needed, got a file")
     parts = _classed(path, cfg, score=classes is not None)
     by_part = {name: number_classes(named)[0] for name, (_, named, _) in parts.items()}
@@ -252,8 +254,9 @@ def open_labelled(
 def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances, list[str], Report]]:
     """The usable utterances of each part (or of those to score), the class of each, a report of each part."""
     opened = Report.of(path, cfg.data)
-    listing = list_audio(Path(path), opened)
+    listing = list_audio(Path(path), opened, cfg.data.label_column)
     level = int(WHOLE not in listing.parts)
+    in_rows = None if listing.rows is None else listing.rows.classes()
     parts: dict[str, tuple[Utterances, list[str], Report]] = {}
     for part, numbers in listing.parts.items():
         report = dataclasses.replace(opened, unreadable={}, skipped={}, facts={}, notes=[])
@@ -262,7 +265,10 @@ def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances,
             cfg,
             report,
         )
-        parts[part] = (utterances, _classes(path, utterances, level), report)
+        classes = (
+            _classes(path, utterances, level) if in_rows is None else [in_rows[n] for n in utterances.names]
+        )
+        parts[part] = (utterances, classes, report)
     if score:
         return to_score(parts)
     whole = to_divide(parts, path)

@@ -27,13 +27,14 @@ from torch import Tensor
 from ...config.atomic import write_json
 from ...config.fronts import LogMelFront, WaveformFront
 from ...config.run import Channels, Config
+from ..arrow import SUFFIXES as ROWS
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
 from ..loader import Loader
 from ..splits import divide, to_divide, to_score
 from ..types import DataError, Report
-from ..walk import walk
-from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
+from ..walk import suffix_of, walk
+from .files import TEXT_COLUMNS, Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
 from .pipeline import find_usable, read_index
 from .source import AudioSource, SpeechUtterances
@@ -45,8 +46,6 @@ BESIDE = (".txt", ".lab", ".trn")
 """suffixes of a transcript beside a sound"""
 _IDENTIFIER = re.compile(r"\s*\([\w./-]+\)\s*$")
 """what ends a line of .trn: the name of the utterance"""
-TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence")
-"""that hold a transcript, the first that is there"""
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ def read_parts(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     """All utterances that have a transcript, of each part, or of one part `WHOLE`."""
     if path == "speech":
         return {part: _embedded(part, rate) for part in speech.SPLITS}
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() and suffix_of(path) not in ROWS:
         raise DataError(f"labels missing: {path}: a folder of speech and transcripts is needed")
     report = Report.of(path, cfg.data)
     listing, said = _transcribed(Path(path), report)
@@ -205,6 +204,8 @@ def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
             said |= {str((folder / file).absolute()): text for file, text in zip(files, texts, strict=True)}
         return of_manifests(root, manifests), said
     listing = list_audio(root, report)
+    if listing.rows is not None:
+        return listing, listing.rows.texts()
     if tables := read_tables(root):
         return listing, {name: text for rows in tables.values() for name, text in rows.items()}
     return listing, _folder_texts(listing.root, listing.names, report)

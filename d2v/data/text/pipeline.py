@@ -26,8 +26,8 @@ from tokenizers import Tokenizer
 from ...config.atomic import write_text
 from ...config.fronts import TextFront
 from ...config.run import Config, DataConfig
+from ..cache import default_cache
 from ..loader import Loader, Source, number_classes
-from ..open import default_cache
 from ..splits import training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Report, Split
 from .corpus import Corpus, open_corpus
