@@ -63,6 +63,16 @@ def assert_repeats(op: Function, inputs: Sequence[Tensor]) -> None:
         assert_bitwise_equal(x.detach(), copy)
 
 
+def assert_follows_autocast(op: Function, inputs: Sequence[Tensor]) -> None:
+    """Under autocast to fp16 the bits of a first input in fp16; every gradient has its input's dtype."""
+    expected = values_and_gradients(lambda x, *rest: op(x.half(), *rest), inputs)
+    with torch.autocast(inputs[0].device.type, torch.float16):
+        actual = values_and_gradients(op, inputs)
+    assert [x.dtype for x in actual] == [torch.float16, *(x.dtype for x in inputs if x.requires_grad)]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_bitwise_equal(ours, theirs)
+
+
 def spread(x: Tensor) -> Tensor:
     """The same values with strides that are not contiguous (first and last dimension swapped in memory)."""
     view = x.detach().transpose(0, -1).contiguous().transpose(0, -1)

@@ -19,7 +19,7 @@ from d2vkern.kernels._taps import Places, Taps, column_tiles, product_configs  #
 from d2vkern.kernels._taps_weight import shares_of  # noqa: E402
 from d2vkern.testing import assert_bitwise_equal, peak_memory  # noqa: E402
 
-from .op_checks import values_and_gradients  # noqa: E402
+from .op_checks import assert_follows_autocast, values_and_gradients  # noqa: E402
 from .test_conv_block import Shape, make_plan, make_rows, op  # noqa: E402
 from .test_conv_block_triton import FORMS, Settings, make_case, some_forms  # noqa: E402
 
@@ -148,18 +148,16 @@ def test_compiles(form: str, dynamic: bool, triton_device: torch.device) -> None
 
 
 @some_forms("1d", "dense")
-def test_autocast_and_checkpointing_change_nothing(
+def test_autocast_and_checkpointing(
     shape: Shape, settings: Callable[[torch.device], Settings], triton_device: torch.device
 ) -> None:
     inputs = make_case(shape, triton_device)
     function = triton_op(shape, **settings(triton_device))
     expected = values_and_gradients(function, inputs)
-    with torch.autocast(triton_device.type, torch.bfloat16):
-        inside = values_and_gradients(function, inputs)
     again = values_and_gradients(lambda *v: checkpoint(function, *v, use_reentrant=False), inputs)
-    for first, second, clean in zip(inside, again, expected, strict=True):
-        assert_bitwise_equal(first, clean)
-        assert_bitwise_equal(second, clean)
+    for repeated, clean in zip(again, expected, strict=True):
+        assert_bitwise_equal(repeated, clean)
+    assert_follows_autocast(function, inputs)
 
 
 def test_auto_picks_it_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from d2vkern.testing import (  # noqa: E402
     peak_memory,
 )
 
-from .op_checks import assert_repeats, spread, values_and_gradients  # noqa: E402
+from .op_checks import assert_follows_autocast, assert_repeats, spread, values_and_gradients  # noqa: E402
 
 SEED = 0x1234_5678_9ABC_DEF0
 # leading sizes, D, F, O
@@ -330,16 +330,8 @@ def test_compiles(dynamic: bool, settings: dict[str, Any], triton_device: torch.
     torch._dynamo.reset()
 
 
-def test_autocast_changes_nothing(triton_device: torch.device) -> None:
-    inputs = make_case(SHAPES["block"], triton_device)
-    expected = values_and_gradients(op("triton"), inputs)
-    with torch.autocast(triton_device.type, torch.bfloat16):
-        inside = values_and_gradients(op("triton"), inputs)
-        out = op("triton")(*inputs)
-    for ours, theirs in zip(inside, expected, strict=True):
-        assert_bitwise_equal(ours, theirs)
-    (dx,) = torch.autograd.grad(out.sum(), inputs[0])
-    assert dx.dtype == torch.float32
+def test_follows_autocast(triton_device: torch.device) -> None:
+    assert_follows_autocast(op("triton"), make_case(SHAPES["block"], triton_device))
 
 
 def test_refusals(triton_device: torch.device) -> None:

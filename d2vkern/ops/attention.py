@@ -8,6 +8,7 @@ the positions on the fly.
 import torch
 from torch import Tensor
 
+from d2vkern import _autocast
 from d2vkern._backend import select
 from d2vkern._checks import (
     INTEGERS,
@@ -46,8 +47,8 @@ def multimask_attention(
         not read on the host; None draws from torch's generator.
     padded_rows: "zero" sets the outputs of padded queries to 0; "attend" lets them attend to the real keys,
         as the original does (its convolutional decoder reads them).
-    Returns (N, S, H * Dh) in qkv's dtype; softmax in fp32. Gradients: qkv, alibi_scale (exactly 0 where
-    clamped).
+    Returns (N, S, H * Dh) in qkv's dtype, under torch.autocast in its; softmax in fp32. Gradients: qkv,
+    alibi_scale (exactly 0 where clamped).
     Source: data2vec 2.0, models/modalities/modules.py, AltAttention, and base.py, masked_alibi.
     Other people's kernels as backends, each with its limits (`python -m d2vkern.info`): "sdpa", "flex",
     "xformers".
@@ -81,6 +82,7 @@ def multimask_attention(
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
     seed = None if seed is None else check_seed(op, seed)
     check_choice(op, "padded_rows", padded_rows, ("zero", "attend"))
+    (qkv,) = _autocast.for_product(qkv)
     implementation = select(
         "attention",
         backend,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from d2vkern import _autocast
 from d2vkern._backend import select
 from d2vkern._checks import (
     INTEGERS,
@@ -36,7 +37,7 @@ def conv_block_1d(
     plan: read the unrepeated (B, T, C) with each version's masked places as zero; the output is (N, T, O).
     rows: (N, R) int32 or int64, places in [0, T), distinct within a row: only these outputs are made,
         (N, R, O). Values are not checked (that would wait for the device). Not together with plan.
-    Returns x's dtype; statistics in fp32. Gradients: x, weight, bias.
+    Returns x's dtype, under torch.autocast its; statistics in fp32. Gradients: x, weight, bias.
     Source: data2vec 2.0, models/modalities/modules.py, Decoder1d, and audio.py, positional encoder.
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, ValueError when C, O or k is
     0.
@@ -44,7 +45,7 @@ def conv_block_1d(
     op = "conv_block_1d"
     check_dtype(op, "x", x)
     check_shape(op, "x", x, ("N", "T", "C"))
-    _check_weight(op, x, weight, bias, groups, residual, eps, ("k",))
+    x, weight, bias = _checked(op, x, weight, bias, groups, residual, eps, ("k",))
     if plan is not None:
         check_shape(op, "x", x, (plan.samples, plan.tokens, x.shape[2]), like="plan")
         check_same_device(op, x=x, plan=plan.mask)
@@ -78,11 +79,11 @@ def conv_block_2d(
     op = "conv_block_2d"
     check_dtype(op, "x", x)
     check_shape(op, "x", x, ("N", "H", "W", "C"))
-    _check_weight(op, x, weight, bias, groups, residual, eps, ("k", "k"))
+    x, weight, bias = _checked(op, x, weight, bias, groups, residual, eps, ("k", "k"))
     return select("conv_block", backend, x).conv_block_2d(x, weight, bias, groups, residual, eps)
 
 
-def _check_weight(
+def _checked(
     op: str,
     x: Tensor,
     weight: Tensor,
@@ -91,7 +92,8 @@ def _check_weight(
     residual: bool,
     eps: float,
     kernel: tuple[str, ...],
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, weight and bias, as autocast has them."""
     channels = x.shape[-1]
     check_range(op, "groups", groups, minimum=1)
     if channels % groups:
@@ -102,13 +104,16 @@ def _check_weight(
         raise ValueError(
             f"{op}: groups must divide the {weight.shape[0]} output channels of weight, got {groups}"
         )
-    check_dtype(op, "weight", weight, (x.dtype, torch.float32))
     if bias is not None:
         check_shape(op, "bias", bias, (weight.shape[0],), like="weight")
-        check_dtype(op, "bias", bias, (x.dtype, torch.float32))
     if residual and weight.shape[0] != channels:
         raise ValueError(
             f"{op}: residual needs as many outputs as the {channels} channels, got {weight.shape[0]}"
         )
     check_range(op, "eps", eps, minimum=0.0)
     check_same_device(op, x=x, weight=weight, bias=bias)
+    x, weight, bias = _autocast.for_product(x, weight, bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_dtype(op, name, value, (x.dtype, torch.float32))
+    return x, weight, bias

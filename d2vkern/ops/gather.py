@@ -6,6 +6,7 @@ tokens moves M * T / K times what is needed; these ops read the unrepeated token
 
 from torch import Tensor
 
+from d2vkern import _autocast
 from d2vkern._backend import select
 from d2vkern._checks import (
     check_dtype,
@@ -37,7 +38,7 @@ def gather_tokens(
     extra: [E, D] tokens put in front of every row (CLS).
     positions: [T, D], the same for all samples.
     per_mask: [N, T, D], what depends on the masked version (the speech positional encoder).
-        All in x's dtype and on its device.
+        All in x's dtype (under torch.autocast the widest of theirs) and on its device.
     Returns [N, E + K, D]. The gradient of x sums over a sample's rows in fixed order, in fp32.
     Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
     """
@@ -51,6 +52,7 @@ def gather_tokens(
         check_shape(op, "positions", positions, (plan.tokens, width), like="x")
     if per_mask is not None:
         check_shape(op, "per_mask", per_mask, (*plan.mask.shape, width), like="plan and x")
+    x, extra, positions, per_mask = _autocast.for_gather(x, extra, positions, per_mask)
     check_same_dtype(op, x=x, extra=extra, positions=positions, per_mask=per_mask)
     check_same_device(op, x=x, plan=plan.mask, extra=extra, positions=positions, per_mask=per_mask)
     return select("gather", backend, x).gather_tokens(x, plan, extra, positions, per_mask)

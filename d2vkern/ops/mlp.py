@@ -6,6 +6,7 @@ The MLP keeps only the pre-activation for backward.
 import torch
 from torch import Tensor
 
+from d2vkern import _autocast
 from d2vkern._backend import select
 from d2vkern._checks import check_dtype, check_range, check_rows, check_same_device, check_seed, check_shape
 
@@ -26,7 +27,8 @@ def gelu_mlp(
     x: (..., D) fp32, bf16, fp16 or fp64 (eager only).
     w1: (F, D), b1: (F,) or None, w2: (O, F), b2: (O,) or None: x's dtype, or fp32 masters, which are cast.
     dropout_p: in [0, 1), dropout between GELU and w2; seed: counter-based, None draws from torch's generator.
-    Returns (..., O) in x's dtype. The (..., F) activation is not stored: backward recomputes it.
+    Returns (..., O) in x's dtype, under torch.autocast in its. The (..., F) activation is not stored:
+    backward recomputes it.
     Source: data2vec 2.0, models/modalities/modules.py, timm's Mlp inside AltBlock.
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit.
     """
@@ -39,6 +41,7 @@ def gelu_mlp(
         check_shape(op, "b1", b1, (w1.shape[0],), like="w1")
     if b2 is not None:
         check_shape(op, "b2", b2, (w2.shape[0],), like="w2")
+    x, w1, b1, w2, b2 = _autocast.for_product(x, w1, b1, w2, b2)
     for name, value in (("w1", w1), ("b1", b1), ("w2", w2), ("b2", b2)):
         if value is not None:
             check_dtype(op, name, value, (x.dtype, torch.float32))
@@ -54,7 +57,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     x: (..., D) fp32, bf16, fp16 or fp64 (eager only).
     weight: (O, D), bias: (O,) or None: x's dtype, or fp32 masters, which are cast; the bias's gradient is
         summed in the bias's dtype.
-    Returns (..., O) in x's dtype.
+    Returns (..., O) in x's dtype, under torch.autocast in its.
     Backends: "eager" is PyTorch's product, and so is "triton"; "onednn" takes oneDNN's for fp32 on a CPU,
         about twice as fast on processors with AVX-512 that MKL does not use it on, and auto's choice there.
     Source: data2vec 2.0, models/modalities/modules.py, AltAttention's projections.
@@ -64,9 +67,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     check_rows(op, "x", x)
     check_dtype(op, "x", x)
     check_shape(op, "weight", weight, ("O", x.shape[-1]), like="x")
-    check_dtype(op, "weight", weight, (x.dtype, torch.float32))
     if bias is not None:
         check_shape(op, "bias", bias, (weight.shape[0],), like="weight")
-        check_dtype(op, "bias", bias, (x.dtype, torch.float32))
+    x, weight, bias = _autocast.for_product(x, weight, bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            check_dtype(op, name, value, (x.dtype, torch.float32))
     check_same_device(op, x=x, weight=weight, bias=bias)
     return select("mlp", backend, x).linear(x, weight, bias)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from d2vkern import _autocast
 from d2vkern._backend import select
 from d2vkern._checks import (
     check_dtype,
@@ -38,8 +39,8 @@ def residual_norm(
     drop_path_p: probability in [0, 1) that a row of the first dimension loses its whole update,
         scaled likewise; x must have a dimension before D then.
     seed: counter-based dropout, the same in every backend; None draws from torch's generator.
-    Returns (..., D) in x's dtype; statistics in fp32, biased variance. Gradients: x, update, weight, bias,
-    update_bias.
+    Returns (..., D) in x's dtype; statistics in fp32, biased variance. Under torch.autocast fp32 as torch's
+    layer_norm, on a CPU the wider dtype of x and update. Gradients: x, update, weight, bias, update_bias.
     Source: data2vec 2.0, models/modalities/modules.py, AltBlock with layer_norm_first=False.
     Raises ValueError or TypeError for shapes, dtypes, devices or probabilities that do not fit.
     """
@@ -47,10 +48,13 @@ def residual_norm(
     check_rows(op, "x", x)
     check_dtype(op, "x", x)
     check_shape(op, "update", update, tuple(x.shape), like="x")
-    check_same_dtype(op, x=x, update=update)
     for name, value in (("weight", weight), ("bias", bias), ("update_bias", update_bias)):
         if value is not None:
             check_shape(op, name, value, (x.shape[-1],), like="x")
+    x, update, weight, bias, update_bias = _autocast.for_norm(x, update, weight, bias, update_bias)
+    check_same_dtype(op, x=x, update=update)
+    for name, value in (("weight", weight), ("bias", bias), ("update_bias", update_bias)):
+        if value is not None:
             check_dtype(op, name, value, (x.dtype, torch.float32))
     check_same_device(op, x=x, update=update, weight=weight, bias=bias, update_bias=update_bias)
     check_range(op, "eps", eps, minimum=0.0)

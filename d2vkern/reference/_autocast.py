@@ -1,5 +1,6 @@
 """Eager ops compute in the dtypes they are given: torch.autocast, which would cast some of their operators'
-inputs and not others, is off inside of them, forward and backward, as it is inside registered ops."""
+inputs and not others, is off inside of them, forward and backward, as it is inside registered ops. Its rule
+is followed outside, by the public functions (d2vkern/_autocast.py)."""
 
 import functools
 from collections.abc import Callable
@@ -7,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from d2vkern._autocast import is_on
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -20,10 +23,10 @@ def without_autocast(function: Function) -> Function:
 
     @functools.wraps(function)
     def plain(*args: Any, **kwargs: Any) -> Any:
-        device = next(value for value in args if isinstance(value, Tensor)).device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
+        device = next(value for value in args if isinstance(value, Tensor)).device
+        if not is_on(device):
             return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return function(*args, **kwargs)
 
     return plain  # type: ignore[return-value]
