@@ -176,10 +176,14 @@ def _mlp(dtype: torch.dtype) -> _Variants:
         x, w1, w2 = (inputs[name] for name in ("x", "w1", "w2"))
         return d2vkern.gelu_mlp(x, w1, None, w2, None, backend=backend)
 
+    def tanh(inputs: Inputs, backend: str | None) -> Outputs:
+        return d2vkern.gelu_mlp(**inputs, approximate="tanh", backend=backend)
+
     weights = replace(case, leaves=("x", "w1", "w2"))
     return {
         "dropout": (case, dropped, True),
         "no biases": (weights, no_biases, True),
+        "tanh": (case, tanh, True),
         "teacher": (case, case.call, False),
     }
 

@@ -1,9 +1,12 @@
 """The student block's MLP, and the text decoder's projection, against two linear layers with GELU between.
 
-Beside them the projection to queries, keys and values, as a linear layer alone.
+Beside them the projection to queries, keys and values, as a linear layer alone, and in pictures' shapes the
+MLP with GELU's tanh form, which vision models of others have.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +21,24 @@ def cases(preset: str, size: Size, dtype: torch.dtype) -> list[Case]:
     """The block's; the projection's where it has two layers; the linear layer."""
     s = shapes(preset, size)
     dec, dim = s.cfg.decoder, s.cfg.dim
-    found = [_case(s, "student", s.rows * s.seen, (dim, int(dim * s.cfg.mlp_ratio), dim), dtype)]
+    block = dim, int(dim * s.cfg.mlp_ratio), dim
+    found = [_case(s, "student", s.rows * s.seen, block, dtype)]
+    if preset.startswith("image"):
+        found.append(_case(s, "student, tanh", s.rows * s.seen, block, dtype, "tanh"))
     if dec.projection_layers == 2:
         widths = (dec.dim, int(dec.dim * dec.projection_ratio), dim)
         found.append(_case(s, "projection", s.rows * s.masked, widths, dtype))
     return [*found, _linear(s, "queries, keys, values", s.rows * s.seen, dim, 3 * dim, dtype)]
 
 
-def _case(s: Shapes, name: str, rows: int, widths: tuple[int, int, int], dtype: torch.dtype) -> Case:
+def _case(
+    s: Shapes,
+    name: str,
+    rows: int,
+    widths: tuple[int, int, int],
+    dtype: torch.dtype,
+    approximate: Literal["none", "tanh"] = "none",
+) -> Case:
     d, f, o = widths
     e = dtype.itemsize
 
@@ -39,12 +52,12 @@ def _case(s: Shapes, name: str, rows: int, widths: tuple[int, int, int], dtype: 
         }
 
     def call(inputs: Inputs, backend: str | None) -> Tensor:
-        return d2vkern.gelu_mlp(**inputs, backend=backend)
+        return d2vkern.gelu_mlp(**inputs, approximate=approximate, backend=backend)
 
     def plain(inputs: Inputs) -> Tensor:
         x = inputs["x"]
         w1, b1, w2, b2 = (inputs[name].to(x.dtype) for name in ("w1", "b1", "w2", "b2"))
-        return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+        return F.linear(F.gelu(F.linear(x, w1, b1), approximate=approximate), w2, b2)
 
     weights = 4 * (f * d + f + o * f + o)
     flops = 2 * rows * f * (d + o)

@@ -1,4 +1,4 @@
-"""Triton helpers shared by the kernels: exact GELU in few instructions, Philox 4x32-10, normals from it.
+"""Triton helpers shared by the kernels: GELU in few instructions, Philox 4x32-10, normals from it.
 
 GELU. x * Phi(x) with Phi from erfc by Abramowitz & Stegun 7.1.26 in |x|: for q = Phi(-|x|),
 
@@ -7,7 +7,8 @@ GELU. x * Phi(x) with Phi from erfc by Abramowitz & Stegun 7.1.26 in |x|: for q 
 where 0.2316419 is the book's 0.3275911 / sqrt(2), and GELU(x) = max(x, 0) - |x| q. The reciprocal is a
 squared rsqrt, one instruction instead of a division. 16 instructions per element where `tl.erf` takes 34, at
 the error of fp32 erf (4e-7); this keeps elementwise passes bound by memory. Inputs are fp32 and finite. The
-derivative Phi(x) + x phi(x) shares the exponential.
+derivative Phi(x) + x phi(x) shares the exponential. The tanh form x (1 + tanh u) / 2 is x / (1 + exp(-2 u)),
+u = sqrt(2 / pi) (x + 0.044715 x^3), without the cancellation of 1 + tanh u below 0.
 
 Philox. The counter-based generator of Salmon et al. (SC 2011), the same bits as `csrc/philox.cuh` and
 `d2vkern.reference.philox`.
@@ -50,6 +51,31 @@ def gelu_grad(x):
     tail, bell = normal_tail(x, tl.abs(x))
     # bell / sqrt(2 pi) is the normal density.
     return tl.where(x < 0, tail, 1.0 - tail) + x * bell * 0.3989422804014327
+
+
+@triton.jit
+def gelu_and_grad(x, TANH: tl.constexpr):
+    """GELU(x), exact or the tanh form, and its derivative, with one exponential between them."""
+    if TANH:
+        gate, odds = tanh_gate(x)
+        # x d(2 u) / dx = 2 sqrt(2 / pi) (x + 3 * 0.044715 x^3)
+        rise = x * (1.5957691216057308 + 0.21406444881780073 * x * x)
+        return x * gate, gate + odds * gate * gate * rise
+    else:
+        size = tl.abs(x)
+        tail, bell = normal_tail(x, size)
+        # bell / sqrt(2 pi) is the normal density.
+        slope = tl.where(x < 0, tail, 1.0 - tail) + x * bell * 0.3989422804014327
+        return tl.maximum(x, 0.0) - size * tail, slope
+
+
+@triton.jit
+def tanh_gate(x):
+    """g = 1 / (1 + exp(-2 u)) and (1 - g) / g: GELU's tanh form is x g; x is an fp32 block."""
+    # 2 sqrt(2 / pi) log2(e) = 2.302208198
+    exponent = x * (-2.302208198 - 0.10294324 * x * x)
+    odds = tl.exp2(tl.minimum(exponent, 126.0))
+    return 1.0 / (1.0 + odds), odds
 
 
 @triton.jit

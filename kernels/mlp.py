@@ -1,4 +1,4 @@
-"""Triton gelu_mlp: pre = x w1' + b1, act = k gelu(pre) / (1 - p), y = act w2' + b2, GELU exact.
+"""Triton gelu_mlp: pre = x w1' + b1, act = k gelu(pre) / (1 - p), y = act w2' + b2.
 
     dact = dy w2;  dpre = dact k / (1 - p) gelu'(pre);  dw2 = dy' act;  dw1 = dpre' x;  dx = dpre w1
     db1, db2 = column sums of dpre and dy;  k: 0 for dropped elements, else 1
@@ -42,7 +42,7 @@ from d2vkern import _costs
 from d2vkern._library import define, gradients_like, needed
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
-from d2vkern.kernels._common import gelu, normal_tail
+from d2vkern.kernels._common import gelu, gelu_and_grad, tanh_gate
 from d2vkern.kernels._dropout import draw_seed, dropout_scale, keep_span, keep_tile, threshold
 from d2vkern.kernels._launch import launch
 from d2vkern.kernels._tuning import Config, choose, power_of_two_bucket
@@ -59,13 +59,15 @@ def mlp_fwd_kernel(
     size,
     scale,
     dropout_threshold,
+    TANH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     # [BLOCK]
     at = program * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    act = gelu(tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32))
+    pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    act = pre * tanh_gate(pre)[0] if TANH else gelu(pre)
     if seed_ptr is not None:
         keep = keep_span(program * (BLOCK // 8), tl.load(seed_ptr), dropout_threshold, BLOCK)
         act *= tl.where(keep, tl.full((), scale, tl.float32), 0.0)
@@ -88,6 +90,7 @@ def mlp_bwd_kernel_hidden(
     F: tl.constexpr,
     OUT: tl.constexpr,
     DB1: tl.constexpr,
+    TANH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -109,7 +112,8 @@ def mlp_bwd_kernel_hidden(
                 row64 = row.to(tl.int64)
                 at = row64[:, None] * F + column
                 inside = (row < last)[:, None] & (column < F)
-                act, slope = _gelu_and_grad(tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32))
+                pre = tl.load(pre_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                act, slope = gelu_and_grad(pre, TANH)
                 if seed_ptr is not None:
                     keep = keep_tile(row64, tile * BLOCK_F, seed, dropout_threshold, F, BLOCK_F)
                     factor = tl.where(keep, tl.full((), scale, tl.float32), 0.0)
@@ -142,15 +146,6 @@ def _store_sums(sums_ptr, total, tile, WIDTH: tl.constexpr, BLOCK_F: tl.constexp
     tl.store(sums_ptr + column, tl.sum(total, 0), mask=column < WIDTH)
 
 
-@triton.jit
-def _gelu_and_grad(x):
-    """GELU(x) and its derivative, with one exponential between them; x is an fp32 block."""
-    size = tl.abs(x)
-    tail, bell = normal_tail(x, size)
-    slope = tl.where(x < 0, tail, 1.0 - tail) + x * bell * 0.3989422804014327
-    return tl.maximum(x, 0.0) - size * tail, slope
-
-
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a b + bias in a's dtype, [m, k] by [k, n]. Autocast leaves the `out=` forms alone."""
     out = a.new_empty(a.shape[0], b.shape[1])
@@ -173,7 +168,7 @@ def _forward_outputs(
 
 
 def _forward_cost(*arguments: Any) -> _costs.Cost:
-    *tensors, _seed, _p, save = arguments
+    *tensors, _seed, _p, _tanh, save = arguments
     return _costs.mlp(*tensors, grad=(save, save))
 
 
@@ -196,6 +191,7 @@ def _forward(
     b2: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    tanh: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """y, and the pre-activation for backward, [rows, F], which is empty unless `save`."""
@@ -211,6 +207,7 @@ def _forward(
         pre.numel(),
         dropout_scale(dropout_p),
         threshold(dropout_p),
+        TANH=tanh,
         **config,
     )
     y = _product(act, w2.to(x.dtype).t(), b2)
@@ -218,12 +215,12 @@ def _forward(
 
 
 def _backward_outputs(dy: Tensor, x: Tensor, pre: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *weights, _seed, _p, needs = rest
+    *weights, _seed, _p, _tanh, needs = rest
     return gradients_like((x, *weights), needs)
 
 
 def _backward_cost(dy: Tensor, x: Tensor, pre: Tensor, *rest: Any) -> _costs.Cost:
-    *tensors, _seed, _p, needs = rest
+    *tensors, _seed, _p, _tanh, needs = rest
     return _costs.mlp(x, *tensors, grad=tuple(needs)).of_backward()
 
 
@@ -238,6 +235,7 @@ def _backward(
     b2: Tensor | None,
     seed: Tensor | None,
     dropout_p: float,
+    tanh: bool,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, w1, b1, w2 and b2; those that `needs` does not ask for are empty."""
@@ -245,7 +243,7 @@ def _backward(
     db1 = b1.new_empty(b1.shape) if b1 is not None and needs[2] else None
     db2 = b2.new_empty(b2.shape) if b2 is not None and needs[4] else None
     dpre, act = _hidden_gradients(
-        dys, pre, w2, seed, dropout_p, need_dpre=any(needs[:3]), need_act=needs[3], db1=db1, db2=db2
+        dys, pre, w2, seed, dropout_p, tanh, need_dpre=any(needs[:3]), need_act=needs[3], db1=db1, db2=db2
     )
     if act is not None:
         dw2 = _product(dys.t(), act).to(w2.dtype)
@@ -273,6 +271,7 @@ def _hidden_gradients(
     w2: Tensor,
     seed: Tensor | None,
     dropout_p: float,
+    tanh: bool,
     *,
     need_dpre: bool,
     need_act: bool,
@@ -309,6 +308,7 @@ def _hidden_gradients(
         F=hidden,
         OUT=outs,
         DB1=db1 is not None,
+        TANH=tanh,
         BLOCK_F=block,
         **_backward_config(pre, block),
     )
@@ -317,7 +317,7 @@ def _hidden_gradients(
     return dpre, act
 
 
-_PARAMETERS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, float dropout_p"
+_PARAMETERS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? seed, float dropout_p, bool tanh"
 _forward_op = define(
     f"mlp_fwd(Tensor x, {_PARAMETERS}, bool save) -> (Tensor, Tensor)", _forward, _forward_outputs
 )
@@ -340,18 +340,19 @@ class _GeluMLP(torch.autograd.Function):
         b2: Tensor | None,
         seed: Tensor | None,
         dropout_p: float,
+        tanh: bool,
     ) -> Tensor:
-        y, pre = _forward_op(x, w1, b1, w2, b2, seed, dropout_p, True)
+        y, pre = _forward_op(x, w1, b1, w2, b2, seed, dropout_p, tanh, True)
         ctx.save_for_backward(x, pre, w1, b1, w2, b2, seed)
-        ctx.dropout_p = dropout_p
+        ctx.settings = dropout_p, tanh
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:5])
-        gradients = _backward_op(dy, *ctx.saved_tensors, ctx.dropout_p, needs)
-        return *needed(gradients, needs), None, None
+        gradients = _backward_op(dy, *ctx.saved_tensors, *ctx.settings, needs)
+        return *needed(gradients, needs), None, None, None
 
 
 def gelu_mlp(
@@ -362,9 +363,10 @@ def gelu_mlp(
     b2: Tensor | None,
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
+    approximate: str = "none",
 ) -> Tensor:
     source = draw_seed(seed, x.device) if dropout_p else None
-    tensors = (x, w1, b1, w2, b2, source)
+    tensors, settings = (x, w1, b1, w2, b2, source), (dropout_p, approximate == "tanh")
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _GeluMLP.apply(*tensors, dropout_p)
-    return _forward_op(*tensors, dropout_p, False)[0]
+        return _GeluMLP.apply(*tensors, *settings)
+    return _forward_op(*tensors, *settings, False)[0]

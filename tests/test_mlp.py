@@ -1,5 +1,6 @@
 """gelu_mlp against F.linear and F.gelu; gradients, dropout, what is held in memory, errors."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,16 +40,24 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 
 def plain(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, factor: Tensor | None = None
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    factor: Tensor | None = None,
+    approximate: str = "none",
 ) -> Tensor:
     w1, b1, w2, b2 = (None if p is None else p.to(x.dtype) for p in (w1, b1, w2, b2))
-    hidden = F.gelu(F.linear(x, w1, b1))
+    hidden = F.gelu(F.linear(x, w1, b1), approximate=approximate)
     return F.linear(hidden if factor is None else hidden * factor, w2, b2)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
 @shapes
-def test_matches_torch(shape: Shape) -> None:
-    assert_equals_plain(gelu_mlp, plain, make_case(shape), 1e-12)
+def test_matches_torch(shape: Shape, approximate: str) -> None:
+    form = {"approximate": approximate}
+    assert_equals_plain(partial(gelu_mlp, **form), partial(plain, **form), make_case(shape), 1e-12)
 
 
 @pytest.mark.parametrize("biases", ["first", "second", "none"])
@@ -74,10 +83,12 @@ def test_gelu_is_exact() -> None:
     torch.testing.assert_close(gelu_mlp(x, one, None, one, None), expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_gradcheck(dropout_p: float) -> None:
+def test_gradcheck(dropout_p: float, approximate: str) -> None:
     inputs = tuple(make_case(((2, 2), 3, 5, 2)))
-    assert torch.autograd.gradcheck(lambda *v: gelu_mlp(*v, dropout_p=dropout_p, seed=5), inputs)
+    call = partial(gelu_mlp, dropout_p=dropout_p, seed=5, approximate=approximate)
+    assert torch.autograd.gradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("wanted", range(5), ids=["x", "w1", "b1", "w2", "b2"])
@@ -192,6 +203,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "device": ({"w2": W2.to("meta")}, ValueError, "gelu_mlp: w2 must be on cpu like x, got meta"),
     "dropout": ({"dropout_p": -0.1}, ValueError, "gelu_mlp: dropout_p must be >= 0.0 and < 1.0, got -0.1"),
+    "form": (
+        {"approximate": "erf"},
+        ValueError,
+        "gelu_mlp: approximate must be one of 'none', 'tanh', got 'erf'",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,10 @@ def test_linear_refuses(change: str) -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), WIDE], ids=[*SHAPES, "wide"])
 def test_onednn_matches_torch(shape: Shape) -> None:
+    tanh = {"approximate": "tanh"}
     for ours, theirs, inputs in (
         (d2vkern.gelu_mlp, plain, make_case(shape, torch.float32)),
+        (partial(d2vkern.gelu_mlp, **tanh), partial(plain, **tanh), make_case(shape, torch.float32)),
         (d2vkern.linear, plain_linear, linear_case(shape, torch.float32)),
     ):
         assert_equals_plain(on_onednn(ours), theirs, inputs, 1e-4)

@@ -39,6 +39,7 @@ SHAPES: dict[str, Shape] = {
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+forms = pytest.mark.parametrize("approximate", ["none", "tanh"])
 
 
 def make_case(
@@ -77,10 +78,13 @@ def assert_matches_eager(inputs: list[Tensor], **settings: Any) -> None:
         assert_no_worse_than_eager(actual.cpu(), same_dtype.cpu(), reference)
 
 
+@forms
 @shapes
 @dtypes
-def test_matches_eager(shape: Shape, dtype: torch.dtype, triton_device: torch.device) -> None:
-    assert_matches_eager(make_case(shape, triton_device, dtype))
+def test_matches_eager(
+    shape: Shape, dtype: torch.dtype, approximate: str, triton_device: torch.device
+) -> None:
+    assert_matches_eager(make_case(shape, triton_device, dtype), approximate=approximate)
 
 
 def test_fp32_masters_keep_their_dtype(triton_device: torch.device) -> None:
@@ -114,14 +118,15 @@ def test_each_gradient_alone(wanted: int, settings: dict[str, Any], triton_devic
     assert_matches_eager([x.detach().requires_grad_(i == wanted) for i, x in enumerate(inputs)], **settings)
 
 
-def test_gelu_and_its_derivative_are_exact(triton_device: torch.device) -> None:
+@forms
+def test_gelu_and_its_derivative_are_exact(approximate: str, triton_device: torch.device) -> None:
     points = torch.cat([torch.linspace(-9, 9, 2001), torch.tensor([0.0, -0.0, 1e-30, -100.0, 100.0])])
     x = points.to(triton_device).view(-1, 1).requires_grad_()
     one = torch.ones(1, 1, device=triton_device)
-    out = op("triton")(x, one, None, one, None)
+    out = op("triton", approximate=approximate)(x, one, None, one, None)
     (dx,) = torch.autograd.grad(out.sum(), x)
     exact = points.double().view(-1, 1).requires_grad_()
-    expected = F.gelu(exact)
+    expected = F.gelu(exact, approximate=approximate)
     (slope,) = torch.autograd.grad(expected.sum(), exact)
     # as exact as fp32 erf
     assert ((out.cpu() - expected).abs() <= 4.4e-7 + expected.abs() * 2.0**-23).all()
@@ -303,12 +308,14 @@ def test_opcheck(p: float, save: bool, triton_device: torch.device) -> None:
     x, *parameters = (v.detach() for v in make_case(((2, 5), 8, 16, 4), triton_device))
     seed = torch.tensor(3, device=triton_device) if p else None
     x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    forward = (x, *parameters, seed, p, save)
+    forward = (x, *parameters, seed, p, True, save)
     torch.library.opcheck(torch.ops.d2vkern.mlp_fwd.default, forward)
     if save:
         y, pre = torch.ops.d2vkern.mlp_fwd(*forward)
         for needs in ([True] * 5, [False, False, True, False, False], [False] * 4 + [True]):
-            torch.library.opcheck(torch.ops.d2vkern.mlp_bwd.default, (y, x, pre, *parameters, seed, p, needs))
+            torch.library.opcheck(
+                torch.ops.d2vkern.mlp_bwd.default, (y, x, pre, *parameters, seed, p, True, needs)
+            )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

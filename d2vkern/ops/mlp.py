@@ -1,14 +1,24 @@
-"""The transformer block's matrix products: its MLP with exact GELU, and a linear layer.
+"""The transformer block's matrix products: its MLP with GELU, and a linear layer.
 
 The MLP keeps only the pre-activation for backward.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from d2vkern import _autocast
 from d2vkern._backend import select
-from d2vkern._checks import check_dtype, check_range, check_rows, check_same_device, check_seed, check_shape
+from d2vkern._checks import (
+    check_choice,
+    check_dtype,
+    check_range,
+    check_rows,
+    check_same_device,
+    check_seed,
+    check_shape,
+)
 
 
 def gelu_mlp(
@@ -18,14 +28,16 @@ def gelu_mlp(
     w2: Tensor,
     b2: Tensor | None,
     *,
+    approximate: Literal["none", "tanh"] = "none",
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """gelu(x w1' + b1) w2' + b2, GELU exact (erf).
+    """gelu(x w1' + b1) w2' + b2.
 
     x: (..., D) fp32, bf16, fp16 or fp64 (eager only).
     w1: (F, D), b1: (F,) or None, w2: (O, F), b2: (O,) or None: x's dtype, or fp32 masters, which are cast.
+    approximate: GELU as torch.nn.functional.gelu has it, exact ("none", by erf) or "tanh".
     dropout_p: in [0, 1), dropout between GELU and w2; seed: counter-based, None draws from torch's generator.
     Returns (..., O) in x's dtype, under torch.autocast in its. The (..., F) activation is not stored:
     backward recomputes it.
@@ -48,7 +60,8 @@ def gelu_mlp(
     check_same_device(op, x=x, w1=w1, b1=b1, w2=w2, b2=b2)
     check_range(op, "dropout_p", dropout_p, minimum=0.0, below=1.0)
     seed = None if seed is None else check_seed(op, seed)
-    return select("mlp", backend, x).gelu_mlp(x, w1, b1, w2, b2, dropout_p, seed)
+    check_choice(op, "approximate", approximate, ("none", "tanh"))
+    return select("mlp", backend, x).gelu_mlp(x, w1, b1, w2, b2, dropout_p, seed, approximate)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:

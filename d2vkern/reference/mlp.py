@@ -1,4 +1,4 @@
-"""Eager gelu_mlp: y = keep * gelu(x w1' + b1) / (1 - p) w2' + b2, GELU exact (erf); and linear: x w' + b.
+"""Eager gelu_mlp: y = keep * gelu(x w1' + b1) / (1 - p) w2' + b2, and linear: x w' + b.
 
 Of gelu_mlp only x and the pre-activation are kept; backward recomputes GELU: the [.., hidden] activation is
 never stored. Weights are cast to x's dtype at each use, and sums for the biases are taken in theirs.
@@ -40,14 +40,15 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
             b2: Tensor | None,
             keep: Tensor | None,
             scale: float,
+            approximate: str,
         ) -> Tensor:
             pre = affine(x, w1.to(x.dtype), _cast(b1, x))
-            act = F.gelu(pre)
+            act = F.gelu(pre, approximate=approximate)
             if keep is not None:
                 act = act.mul_(keep).mul_(scale)
             y = affine(act, w2.to(x.dtype), _cast(b2, x))
             ctx.save_for_backward(x, pre, w1, b1, w2, b2, keep)
-            ctx.scale = scale
+            ctx.scale, ctx.approximate = scale, approximate
             return y
 
         @staticmethod
@@ -60,7 +61,7 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
             dy2, pre2 = rows_of(dy), rows_of(pre)
             dx = dw1 = db1 = dw2 = db2 = None
             if needs[3]:
-                act = F.gelu(pre2)
+                act = F.gelu(pre2, approximate=ctx.approximate)
                 if keep is not None:
                     act = act.mul_(keep.reshape(pre2.shape)).mul_(ctx.scale)
                 dw2 = product(dy2.t(), act).to(w2.dtype)
@@ -71,14 +72,14 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
                 dpre = product(dy2, w2.to(dy.dtype))
                 if keep is not None:
                     dpre = dpre.mul_(keep.reshape(pre2.shape)).mul_(ctx.scale)
-                dpre = torch.ops.aten.gelu_backward(dpre, pre2)
+                dpre = torch.ops.aten.gelu_backward(dpre, pre2, approximate=ctx.approximate)
                 if b1 is not None and needs[2]:
                     db1 = dpre.sum(0, dtype=b1.dtype)
                 if needs[1]:
                     dw1 = product(dpre.t(), rows_of(x)).to(w1.dtype)
                 if needs[0]:
                     dx = product(dpre, w1.to(dy.dtype)).view(x.shape)
-            return dx, dw1, db1, dw2, db2, None, None
+            return dx, dw1, db1, dw2, db2, None, None, None
 
     class _Linear(torch.autograd.Function):
         @staticmethod
@@ -112,9 +113,10 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
         b2: Tensor | None,
         dropout_p: float = 0.0,
         seed: int | Tensor | None = None,
+        approximate: str = "none",
     ) -> Tensor:
         keep = dropout_mask((*x.shape[:-1], w1.shape[0]), dropout_p, x.device, seed) if dropout_p else None
-        return _GeluMLP.apply(x, w1, b1, w2, b2, keep, 1.0 / (1.0 - dropout_p))
+        return _GeluMLP.apply(x, w1, b1, w2, b2, keep, 1.0 / (1.0 - dropout_p), approximate)
 
     @without_autocast
     def linear(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
