@@ -162,8 +162,17 @@ def _residual_norm(dtype: torch.dtype) -> _Variants:
     def plain(inputs: Inputs, backend: str | None) -> Outputs:
         return d2vkern.residual_norm(inputs["x"], inputs["update"], backend=backend)
 
+    def low_update(inputs: Inputs, backend: str | None) -> Outputs:
+        inputs = inputs | {"x": inputs["x"].float()}
+        z, y = d2vkern.residual_norm(**inputs, prenorm=True, backend=backend)
+        return {"z": z, "y": y}
+
     two = replace(case, leaves=("x", "update"))
-    return {"dropout, drop path, bias": (case, dropped, True), "no affine": (two, plain, True)}
+    return {
+        "dropout, drop path, bias": (case, dropped, True),
+        "no affine": (two, plain, True),
+        "prenorm, fp32 stream": (case, low_update, True),
+    }
 
 
 def _mlp(dtype: torch.dtype) -> _Variants:

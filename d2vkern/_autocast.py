@@ -35,13 +35,15 @@ def for_product(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
 
 
 def for_norm(x: Tensor, update: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
-    """What is added and normed, and the parameters, as autocast has them."""
+    """What is added and normed, and the parameters, as autocast has them; a narrow update may stay so."""
     if not is_on(x.device):
         return (x, update, *parameters)
     dtype = torch.promote_types(x.dtype, update.dtype)
     if x.device.type != "cpu" and dtype in _NARROW:
         dtype = torch.float32
-    return (x.to(dtype), update.to(dtype), *_masters(dtype, parameters))
+    if dtype != torch.float32:
+        update = update.to(dtype)
+    return (x.to(dtype), update, *_masters(dtype, parameters))
 
 
 def for_gather(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:

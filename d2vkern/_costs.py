@@ -158,17 +158,22 @@ def residual_norm(
     bias: Tensor | None,
     update_bias: Tensor | None,
     keep: Tensor | None,
+    prenorm: bool,
     *_: Any,
     grad: Needs,
 ) -> Cost:
-    """The sum is kept for backward; where nothing is dropped x and update share one gradient."""
-    size, affine = x.numel() * x.element_size(), _nbytes(weight, bias, update_bias)
-    forward = size * (3 + any(grad)) + affine
+    """The sum is kept for backward; where nothing is dropped x and update share one gradient.
+
+    Of update only the dtype counts."""
+    size, update_size = (x.numel() * tensor.element_size() for tensor in (x, update))
+    affine = _nbytes(weight, bias, update_bias)
+    forward = size * (2 + (prenorm or any(grad))) + update_size + affine
+    own_gradient = keep is not None or update.dtype != x.dtype
     return Cost(
         bucket(rows=x.numel() // max(1, x.shape[-1]), D=x.shape[-1]),
         forward,
         0,
-        (size * (3 if keep is None else 4) + 2 * affine, 0),
+        (size * (3 + prenorm) + own_gradient * update_size + 2 * affine, 0),
     )
 
 

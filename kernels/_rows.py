@@ -40,7 +40,7 @@ def as_rows(x: Tensor) -> Rows:
 
 
 def dense(*vectors: Tensor | None) -> list[Tensor | None]:
-    """Vectors over the columns, contiguous."""
+    """Vectors over the columns, or whole tensors, contiguous."""
     return [None if vector is None else vector.contiguous() for vector in vectors]
 
 

@@ -1,11 +1,14 @@
 """Triton residual_norm: z = x + s k (update + update_bias), y = n weight + bias, n = (z - mean) rstd.
 
     s = 1 / ((1 - p) (1 - p_path)); k = 0 for dropped elements and for all rows of a dropped sample, else 1
-    dz = rstd (dy w - mean(dy w) - n mean(dy w n));  dx = dz;  dupdate = s k dz
+    dz = rstd (dy w - mean(dy w) - n mean(dy w n)) (+ dsum);  dx = dz;  dupdate = s k dz
     dweight, dbias, dupdate_bias = sums over the rows of dy n, dy and dupdate
 
+With prenorm z is an output too, and dsum its gradient. The dtype is x's, in which z, y and dx are; update and
+its gradient may be narrower.
+
 Layout: x, update and dy are [samples, group, D], each with two strides of its own and contiguous along D;
-anything else is copied once. z, y and the gradients are contiguous.
+anything else is copied once, and so is a dsum that is not contiguous. z, y and the gradients are.
 
 fp32 between loads and stores, and parameters as they are: two roundings fewer than eager, which casts them
 and rounds update + update_bias. z is rounded where eager rounds it, before the statistics, so that forward
@@ -21,8 +24,9 @@ its entry in tuned.json says otherwise); of four warps each, 256 programs are tw
 would not cover the latency of memory: tiles are fetched by asynchronous copies, STAGES - 1 ahead.
 
 Bytes, in passes over [rows, D] (the floor: _costs.residual_norm):
-    forward    x, update read; y and, for backward, z written: 4, the floor; 3 without gradients
-    backward   dy, z read; dx written: 3, the floor; with dropout dupdate too: 4, the floor
+    forward    x, update read; y and, for backward or prenorm, z written: 4, the floor; 3 without
+    backward   dy, z read; dx written: 3, the floor; one more each for dupdate (with dropout or a dtype of its
+               own) and dsum
     partials   2 P D fp32 written and read: 6.8% more at 10,240 x 768 bf16 (image_base), 1.7% at 40,960 rows
     mean, rstd 8 bytes a row each way
 
@@ -43,14 +47,15 @@ from d2vkern.kernels.residual_norm_fwd import forward, forward_outputs
 
 _PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? update_bias, Tensor? seed"
 _fwd_op = define(
-    f"residual_norm_fwd(Tensor x, Tensor update, {_PARAMETERS}, float eps, float dropout_p, "
+    f"residual_norm_fwd(Tensor x, Tensor update, {_PARAMETERS}, bool prenorm, float eps, float dropout_p, "
     "float drop_path_p, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
     forward,
     forward_outputs,
 )
 _bwd_op = define(
-    f"residual_norm_bwd(Tensor dy, Tensor z, Tensor mean, Tensor rstd, {_PARAMETERS}, float dropout_p, "
-    "float drop_path_p, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"residual_norm_bwd(Tensor dy, Tensor? dsum, Tensor z, Tensor mean, Tensor rstd, {_PARAMETERS}, "
+    "ScalarType update_dtype, float dropout_p, float drop_path_p, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     backward,
     backward_outputs,
 )
@@ -66,29 +71,30 @@ class _ResidualNorm(torch.autograd.Function):
         bias: Tensor | None,
         update_bias: Tensor | None,
         seed: Tensor | None,
+        prenorm: bool,
         eps: float,
         dropout_p: float,
         drop_path_p: float,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         y, z, mean, rstd = _fwd_op(
-            x, update, weight, bias, update_bias, seed, eps, dropout_p, drop_path_p, True
+            x, update, weight, bias, update_bias, seed, prenorm, eps, dropout_p, drop_path_p, True
         )
         ctx.save_for_backward(z, mean, rstd, weight, bias, update_bias, seed)
-        ctx.dropout_p, ctx.drop_path_p = dropout_p, drop_path_p
-        return y
+        ctx.settings = update.dtype, dropout_p, drop_path_p
+        return (z, y) if prenorm else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, mean, rstd, weight, bias, update_bias, seed = ctx.saved_tensors
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        *dsum, dy = douts
+        z, _, _, _, _, _, seed = saved = ctx.saved_tensors
         wanted = needs = list(ctx.needs_input_grad[:5])
-        if seed is None:  # nothing is dropped: x and update share one gradient
+        shared = seed is None and ctx.settings[0] == z.dtype
+        if shared:  # nothing is dropped: x and update have one gradient
             needs = [wanted[0] or wanted[1], False, *wanted[2:]]
-        dx, dupdate, *vectors = _bwd_op(
-            dy, z, mean, rstd, weight, bias, update_bias, seed, ctx.dropout_p, ctx.drop_path_p, needs
-        )
-        gradients = (dx, dx if seed is None else dupdate, *vectors)
-        return *needed(gradients, wanted), None, None, None, None
+        dx, dupdate, *vectors = _bwd_op(dy, dsum[0] if dsum else None, *saved, *ctx.settings, needs)
+        gradients = (dx, dx if shared else dupdate, *vectors)
+        return *needed(gradients, wanted), *[None] * 5
 
 
 def residual_norm(
@@ -101,10 +107,12 @@ def residual_norm(
     drop_path_p: float = 0.0,
     update_bias: Tensor | None = None,
     seed: int | Tensor | None = None,
-) -> Tensor:
+    prenorm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     source = draw_seed(seed, x.device) if dropout_p or drop_path_p else None
     tensors = (x, update, weight, bias, update_bias, source)
-    settings = (eps, dropout_p, drop_path_p)
+    settings = (prenorm, eps, dropout_p, drop_path_p)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _ResidualNorm.apply(*tensors, *settings)
-    return _fwd_op(*tensors, *settings, False)[0]
+    y, z, *_ = _fwd_op(*tensors, *settings, False)
+    return (z, y) if prenorm else y

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +29,7 @@ from d2vkern.kernels._rows import (
 @triton.jit(do_not_specialize=["rows", "group", "dropout_threshold", "path_threshold"])
 def residual_norm_bwd_kernel_rows(
     dy_ptr,  # [samples, group, D]
+    dsum_ptr,  # [rows, D] or None
     z_ptr,  # [rows, D]
     mean_ptr,  # [rows] fp32
     rstd_ptr,  # [rows] fp32
@@ -104,6 +106,8 @@ def residual_norm_bwd_kernel_rows(
             column, inside = tile_columns(chunk * CHUNK, live, D, CHUNK)
             at = row64[:, None] * D + column
             dz = (gradients[chunk] - mean_total - normals[chunk] * mean_along) * rstd
+            if dsum_ptr is not None:
+                dz += tl.load(dsum_ptr + at, mask=inside, other=0.0).to(tl.float32)
             if dx_ptr is not None:
                 tl.store(dx_ptr + at, dz.to(dx_ptr.dtype.element_ty), mask=inside)
             if HAS_DROPOUT:
@@ -129,18 +133,27 @@ def residual_norm_bwd_kernel_rows(
             tl.store(sums_ptr + at, tl.sum(dupdate_biases[chunk], 0), mask=column < D)
 
 
-def backward_outputs(dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *vectors, _seed, _p, _path_p, needs = rest
-    return gradients_like((z, z, *vectors), needs)
+def backward_outputs(
+    dy: Tensor, dsum: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    *vectors, _seed, update_dtype, _p, _path_p, needs = rest
+    like_update = z.new_empty(z.shape if needs[1] else (0,), dtype=update_dtype)
+    dx, _, *dvectors = gradients_like((z, None, *vectors), needs)
+    return dx, like_update, *dvectors
 
 
-def _bwd_cost(dy: Tensor, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any) -> _costs.Cost:
-    return _costs.residual_norm(z, z, *rest, grad=(True,)).of_backward()
+def _bwd_cost(
+    dy: Tensor, dsum: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any
+) -> _costs.Cost:
+    *vectors, seed, update_dtype, _p, _path_p, _needs = rest
+    update = z.new_empty(0, dtype=update_dtype)
+    return _costs.residual_norm(z, update, *vectors, seed, dsum is not None, grad=(True,)).of_backward()
 
 
 @op_range("residual_norm/bwd/triton", _bwd_cost)
 def backward(
     dy: Tensor,
+    dsum: Tensor | None,
     z: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -148,17 +161,21 @@ def backward(
     bias: Tensor | None,
     update_bias: Tensor | None,
     seed: Tensor | None,
+    update_dtype: torch.dtype,
     dropout_p: float,
     drop_path_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     """Gradients of x, update, weight, bias and update_bias; those that `needs` does not ask for are empty."""
-    outputs = gradients_like((z, z, weight, bias, update_bias), needs)
-    dx, dupdate, *vectors = needed(outputs, needs)
+    vectors = (weight, bias, update_bias)
+    outputs = backward_outputs(
+        dy, dsum, z, mean, rstd, *vectors, seed, update_dtype, dropout_p, drop_path_p, needs
+    )
+    dx, dupdate, *dvectors = needed(outputs, needs)
     width = z.shape[-1]
     rows = z.numel() // width if z.numel() else 0
     programs = parts_of(rows, least=40)
-    partials = new_partials(z, programs, vectors)
+    partials = new_partials(z, programs, dvectors)
     if rows:
         dys = as_rows(dy)
         # Each sum over columns takes as many registers as the values of a row that a thread holds.
@@ -168,6 +185,7 @@ def backward(
             residual_norm_bwd_kernel_rows,
             (programs,),
             dys.tensor,
+            *dense(dsum),
             z,
             mean,
             rstd,
@@ -193,5 +211,5 @@ def backward(
             **config,
         )
     if any(needs[2:]):
-        column_sums(partials, vectors)
+        column_sums(partials, dvectors)
     return outputs

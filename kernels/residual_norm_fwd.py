@@ -101,10 +101,9 @@ def residual_norm_fwd_kernel(
 
 
 def forward_outputs(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, save = rest
-    shape, rows = (x.shape, x.shape[:-1]) if save else ((0,), (0,))
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), x.new_empty(shape), mean, rstd
+    *_, prenorm, _eps, _p, _path_p, save = rest
+    mean, rstd = (x.new_empty(x.shape[:-1] if save else (0,), dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape if save or prenorm else (0,)), mean, rstd
 
 
 def _fwd_cost(x: Tensor, update: Tensor, *rest: Any) -> _costs.Cost:
@@ -120,13 +119,14 @@ def forward(
     bias: Tensor | None,
     update_bias: Tensor | None,
     seed: Tensor | None,
+    prenorm: bool,
     eps: float,
     dropout_p: float,
     drop_path_p: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and for backward z, mean and rstd, which are empty unless `save`."""
-    y, *saved = outputs = forward_outputs(x, save)
+    """y, z, mean and rstd; the last two are empty unless `save`, z unless `save` or `prenorm`."""
+    y, z, mean, rstd = outputs = forward_outputs(x, prenorm, eps, dropout_p, drop_path_p, save)
     if x.numel() == 0:
         return outputs
     width = x.shape[-1]
@@ -141,7 +141,8 @@ def forward(
         *dense(weight, bias, update_bias),
         seed,
         y,
-        *(saved if save else (None, None, None)),
+        z if save or prenorm else None,
+        *((mean, rstd) if save else (None, None)),
         rows,
         xs.group,
         xs.stride_sample,

@@ -1,5 +1,6 @@
 """residual_norm against F.layer_norm of the sum; gradients, dropout, drop path, memory, errors."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -45,13 +46,17 @@ def plain(
     eps: float = 1e-5,
     factor: Tensor | None = None,
 ) -> Tensor:
-    if update_bias is not None:
-        update = update + update_bias.to(x.dtype)
-    if factor is not None:
-        update = update * factor
     w = None if weight is None else weight.to(x.dtype)
     b = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x + update, x.shape[-1:], w, b, eps)
+    return F.layer_norm(plain_sum(x, update, update_bias, factor=factor), x.shape[-1:], w, b, eps)
+
+
+def plain_sum(
+    x: Tensor, update: Tensor, update_bias: Tensor | None = None, *, factor: Tensor | None = None
+) -> Tensor:
+    if update_bias is not None:
+        update = update + update_bias.to(x.dtype)
+    return x + (update if factor is None else update * factor)
 
 
 def op(
@@ -63,6 +68,16 @@ def op(
     **settings: Any,
 ) -> Tensor:
     return residual_norm(x, update, weight, bias, update_bias=update_bias, **settings)
+
+
+def plain_prenorm(x: Tensor, update: Tensor, *rest: Tensor, **settings: Any) -> Tensor:
+    """[2, ...]: the sum and its norm."""
+    only_sum = plain_sum(x, update, *rest[2:], **settings)
+    return torch.stack([only_sum, F.layer_norm(only_sum, x.shape[-1:], *rest[:2])])
+
+
+def op_prenorm(*values: Tensor, **settings: Any) -> Tensor:
+    return torch.stack(op(*values, prenorm=True, **settings))
 
 
 @shapes
@@ -84,9 +99,49 @@ def test_eps() -> None:
     ids=["plain", "dropout", "dropout and path"],
 )
 @pytest.mark.parametrize("given", [2, 5], ids=["no affine", "everything"])
-def test_gradcheck(given: int, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
+def test_gradcheck(prenorm: bool, given: int, settings: dict[str, Any]) -> None:
     inputs = tuple(make_case((3, 2, 5))[:given])
-    assert torch.autograd.gradcheck(lambda *values: op(*values, **settings), inputs)
+    assert torch.autograd.gradcheck(lambda *values: op(*values, prenorm=prenorm, **settings), inputs)
+
+
+@shapes
+@pytest.mark.parametrize("given", [2, 4, 5], ids=["no affine", "affine", "update bias"])
+def test_prenorm_matches_torch(shape: tuple[int, ...], given: int) -> None:
+    inputs = make_case(shape)[:given]
+    assert_equals_plain(op_prenorm, plain_prenorm, inputs, 1e-12)
+    factor = keep_mask(shape, 0.3, torch.device("cpu"), seed=11).double() / 0.7
+    assert_equals_plain(
+        lambda *v: op_prenorm(*v, dropout_p=0.3, seed=11),
+        lambda *v: plain_prenorm(*v, factor=factor),
+        inputs,
+        1e-12,
+    )
+
+
+def test_prenorm_outputs_may_be_used_alone() -> None:
+    inputs = make_case((3, 4, 8))
+    for which, used in enumerate(inputs[:2] + inputs[4:] for _ in range(2)):
+        ours = torch.autograd.grad(op_prenorm(*inputs)[which].square().sum(), used)
+        theirs = torch.autograd.grad(plain_prenorm(*inputs)[which].square().sum(), used)
+        for actual, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_fp32_stream_takes_low_updates(low: torch.dtype, dropout_p: float) -> None:
+    """The sum and the norm keep fp32's digits; the update's gradient is rounded once, to its dtype."""
+    x, update, *vectors = make_case((6, 16, 32), torch.float32)
+    narrow = update.detach().to(low).requires_grad_()
+    wide = narrow.detach().float().requires_grad_()
+    run = partial(op_prenorm, dropout_p=dropout_p, seed=2)
+    ours = values_and_gradients(run, [x, narrow, *vectors])
+    theirs = values_and_gradients(run, [x, wide, *vectors])
+    assert [t.dtype for t in ours] == [torch.float32, torch.float32, low, *[torch.float32] * 3]
+    for i, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
+        digits = 2 * torch.finfo(low).eps if i == 2 else 1e-6
+        torch.testing.assert_close(actual.float(), expected, rtol=digits, atol=digits)
 
 
 def test_dropout_scales_what_it_keeps() -> None:
@@ -209,9 +264,14 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"residual_norm: update must have shape \(2, 5, 8\) like x, got \(2, 4, 8\)",
     ),
     "update dtype": (
-        {"update": X.half()},
+        {"x": X.half()},
         TypeError,
-        "residual_norm: update must have dtype float32 like x, got float16",
+        "residual_norm: update must have dtype float16 like x, got float32",
+    ),
+    "update dtype beside fp32": (
+        {"update": X.double()},
+        TypeError,
+        "residual_norm: update must have dtype float32 or bfloat16 or float16, got float64",
     ),
     "x dtype": ({"x": X.int()}, TypeError, "residual_norm: x must have dtype .*, got int32"),
     "weight shape": (

@@ -48,7 +48,7 @@ def make_case(
 
 
 def op(backend: str, **settings: Any) -> Callable[..., Tensor]:
-    """The op as a function of x, update and up to three vectors."""
+    """The op as a function of x, update and up to three vectors; with prenorm z and y, stacked."""
 
     def call(
         x: Tensor,
@@ -57,7 +57,8 @@ def op(backend: str, **settings: Any) -> Callable[..., Tensor]:
         bias: Tensor | None = None,
         update_bias: Tensor | None = None,
     ) -> Tensor:
-        return residual_norm(x, update, weight, bias, update_bias=update_bias, backend=backend, **settings)
+        out = residual_norm(x, update, weight, bias, update_bias=update_bias, backend=backend, **settings)
+        return out if isinstance(out, Tensor) else torch.stack(out)
 
     return call
 
@@ -85,6 +86,18 @@ def assert_matches_eager(inputs: list[Tensor], **settings: Any) -> None:
 @dtypes
 def test_matches_eager(shape: tuple[int, ...], dtype: torch.dtype, triton_device: torch.device) -> None:
     assert_matches_eager(make_case(shape, triton_device, dtype))
+
+
+@pytest.mark.parametrize("settings", [{}, {"dropout_p": 0.3, "seed": 3}], ids=["plain", "dropout"])
+@pytest.mark.parametrize("low", [False, True], ids=["one dtype", "low update"])
+@shapes
+def test_prenorm_matches_eager(
+    shape: tuple[int, ...], low: bool, settings: dict[str, Any], triton_device: torch.device
+) -> None:
+    x, update, *vectors = make_case(shape, triton_device)
+    if low:
+        update = update.detach().half().requires_grad_()
+    assert_matches_eager([x, update, *vectors], prenorm=True, **settings)
 
 
 @pytest.mark.parametrize(
@@ -353,12 +366,14 @@ def test_opcheck(p: float, save: bool, triton_device: torch.device) -> None:
     x, update, *vectors = (v.detach() for v in make_case((2, 5, 8), triton_device))
     seed = torch.tensor(3, device=triton_device) if p else None
     x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    forward = (x, update, *vectors, seed, 1e-5, p, p, save)
+    prenorm = bool(p)
+    forward = (x, update.half(), *vectors, seed, prenorm, 1e-5, p, p, save)
     torch.library.opcheck(torch.ops.d2vkern.residual_norm_fwd.default, forward)
     if save:
         y, *saved = torch.ops.d2vkern.residual_norm_fwd(*forward)
         for needs in ([True, p > 0, True, True, True], [False, p > 0, False, False, True]):
-            backward = (y, *saved, *vectors, seed, p, p, needs)
+            dsum = y if prenorm else None
+            backward = (y, dsum, *saved, *vectors, seed, torch.float16, p, p, needs)
             torch.library.opcheck(torch.ops.d2vkern.residual_norm_bwd.default, backward)
 
 

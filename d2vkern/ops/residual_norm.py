@@ -1,4 +1,6 @@
-"""The residual connection and norm of a post-norm transformer block, in one pass each way."""
+"""The residual connection and norm of a transformer block, post-norm or pre-norm, in one pass each way."""
+
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from d2vkern._checks import (
 )
 
 
+@overload
 def residual_norm(
     x: Tensor,
     update: Tensor,
@@ -23,25 +26,73 @@ def residual_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     *,
+    prenorm: Literal[False] = False,
     dropout_p: float = 0.0,
     drop_path_p: float = 0.0,
     update_bias: Tensor | None = None,
     seed: int | Tensor | None = None,
     backend: str | None = None,
-) -> Tensor:
-    """LayerNorm(x + path * dropout(update + update_bias)) over the last dimension.
+) -> Tensor: ...
+@overload
+def residual_norm(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    prenorm: Literal[True],
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    update_bias: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def residual_norm(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    prenorm: bool,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    update_bias: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def residual_norm(
+    x: Tensor,
+    update: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    prenorm: bool = False,
+    dropout_p: float = 0.0,
+    drop_path_p: float = 0.0,
+    update_bias: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """y = LayerNorm(z) over the last dimension, z = x + path * dropout(update + update_bias).
 
-    x: (..., D) fp32, bf16, fp16 or fp64 (eager only). update: like x.
+    x: (..., D) fp32, bf16, fp16 or fp64 (eager only). update: like x; beside fp32 x it may be bf16 or fp16.
     weight, bias: (D,) affine of the norm, x's dtype or fp32; None leaves it out.
-    update_bias: (D,) bias of the projection that made `update`, x's dtype or fp32, if left to this op.
+    prenorm: return (z, y): the residual stream goes on from the sum, the next layer reads its norm.
     dropout_p: probability in [0, 1) that an element of the update is dropped; the rest is scaled by
         1 / (1 - p).
     drop_path_p: probability in [0, 1) that a row of the first dimension loses its whole update,
         scaled likewise; x must have a dimension before D then.
+    update_bias: (D,) bias of the projection that made `update`, x's dtype or fp32, if left to this op.
     seed: counter-based dropout, the same in every backend; None draws from torch's generator.
     Returns (..., D) in x's dtype; statistics in fp32, biased variance. Under torch.autocast fp32 as torch's
-    layer_norm, on a CPU the wider dtype of x and update. Gradients: x, update, weight, bias, update_bias.
-    Source: data2vec 2.0, models/modalities/modules.py, AltBlock with layer_norm_first=False.
+    layer_norm, on a CPU the wider dtype of x and update. Gradients: x, update, weight, bias, update_bias,
+    from z and y.
+    Source: data2vec 2.0, models/modalities/modules.py, AltBlock with layer_norm_first=False; with prenorm
+    timm's models/vision_transformer.py, Block, where z is the next residual and y the input of norm's layer.
     Raises ValueError or TypeError for shapes, dtypes, devices or probabilities that do not fit.
     """
     op = "residual_norm"
@@ -52,7 +103,10 @@ def residual_norm(
         if value is not None:
             check_shape(op, name, value, (x.shape[-1],), like="x")
     x, update, weight, bias, update_bias = _autocast.for_norm(x, update, weight, bias, update_bias)
-    check_same_dtype(op, x=x, update=update)
+    if x.dtype == torch.float32:
+        check_dtype(op, "update", update, (torch.float32, torch.bfloat16, torch.float16))
+    else:
+        check_same_dtype(op, x=x, update=update)
     for name, value in (("weight", weight), ("bias", bias), ("update_bias", update_bias)):
         if value is not None:
             check_dtype(op, name, value, (x.dtype, torch.float32))
@@ -63,7 +117,7 @@ def residual_norm(
     seed = None if seed is None else check_seed(op, seed)
     if drop_path_p and x.dim() < 2:
         raise ValueError(f"{op}: x must have a dimension before D with drop_path_p, got {tuple(x.shape)}")
-    implementation = select("residual_norm", backend, x)
+    implementation = select("residual_norm", backend, x, update)
     return implementation.residual_norm(
-        x, update, weight, bias, eps, dropout_p, drop_path_p, update_bias, seed
+        x, update, weight, bias, eps, dropout_p, drop_path_p, update_bias, seed, prenorm
     )

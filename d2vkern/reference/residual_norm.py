@@ -1,7 +1,8 @@
 """Eager residual_norm: z = x + path * keep * (update + update_bias) / (1 - p), y = LayerNorm(z).
 
 Saved for backward: z (LayerNorm's own input), mean and rstd per row in fp32, and one byte per element when
-there is dropout. The gradients of x and update are the same tensor when nothing is dropped.
+there is dropout. The gradients of x and update are the same tensor when nothing is dropped and they have one
+dtype. With prenorm z is an output too, and its gradient is added to the norm's.
 """
 
 from typing import Any
@@ -29,23 +30,27 @@ class _ResidualNorm(torch.autograd.Function):
         bias: Tensor | None,
         update_bias: Tensor | None,
         keep: Tensor | None,
+        prenorm: bool,
         scale: float,
         eps: float,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if update_bias is not None:
-            update = update + update_bias.to(update.dtype)
+            update = update + update_bias.to(x.dtype)
         z = torch.add(x, update if keep is None else update * keep, alpha=scale)
         y, mean, rstd = layer_norm(z, weight, bias, eps)
         ctx.save_for_backward(z, mean, rstd, weight, bias, update_bias, keep)
-        ctx.scale = scale
-        return y
+        ctx.scale, ctx.update_dtype = scale, update.dtype
+        return (z, y) if prenorm else y
 
     @staticmethod
     @once_differentiable
     @op_range("residual_norm/bwd/eager")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+        *dsum, dy = douts
         z, mean, rstd, weight, bias, update_bias, keep = ctx.saved_tensors
         dz, dw, db = layer_norm_backward(dy, z, mean, rstd, weight, bias)
+        for gradient in dsum:
+            dz = dz.add_(gradient)
         du = dz if keep is None and ctx.scale == 1.0 else dz * ctx.scale
         if keep is not None:
             du = du.mul_(keep)
@@ -54,10 +59,11 @@ class _ResidualNorm(torch.autograd.Function):
             dub = rows_of(du).sum(0, dtype=update_bias.dtype)
         return (
             dz,
-            du,
+            du.to(ctx.update_dtype),
             None if dw is None or weight is None else dw.to(weight.dtype),
             None if db is None or bias is None else db.to(bias.dtype),
             dub,
+            None,
             None,
             None,
             None,
@@ -74,11 +80,12 @@ def residual_norm(
     drop_path_p: float = 0.0,
     update_bias: Tensor | None = None,
     seed: int | Tensor | None = None,
-) -> Tensor:
+    prenorm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     keep = dropout_mask(update.shape, dropout_p, x.device, seed) if dropout_p else None
     if drop_path_p:
         rows = (x.shape[0], *([1] * (x.dim() - 1)))
         path = dropout_mask(rows, drop_path_p, x.device, None if seed is None else seed ^ 1)
         keep = path if keep is None else keep & path
     scale = 1.0 / ((1.0 - dropout_p) * (1.0 - drop_path_p))
-    return _ResidualNorm.apply(x, update, weight, bias, update_bias, keep, scale, eps)
+    return _ResidualNorm.apply(x, update, weight, bias, update_bias, keep, prenorm, scale, eps)
