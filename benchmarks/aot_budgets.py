@@ -70,6 +70,7 @@ BUDGETS: dict[str, Budget] = {
             "ids_keep_ptr": Narrow("each kept token finds its own place: a scatter within the row"),
         },
     ),
+    "mask_token_bwd_kernel": Budget(registers=72, narrow={"slot_ptr": _SLOTS}),
     "mlp_bwd_kernel_hidden": Budget(registers=80),
     "mlp_fwd_kernel": Budget(registers=40),
     # Dropout, drop path and three column sums at once hold 1.5 times as much; no preset asks for that.
@@ -157,6 +158,7 @@ TOUCHED: dict[str, dict[str, Callable[[Given], float]]] = {
         ),
     },
     "loss_fwd_kernel": {"load pred_ptr": _masked_of("pred_ptr", lambda given: given["EVERY_TOKEN"])},
+    "mask_token_bwd_kernel": {"load dout_ptr": _masked_of("dout_ptr", lambda _: True)},
 }
 
 # kernel -> tensors that its op's plan moves once in this launch. Each share of a weight gradient is written

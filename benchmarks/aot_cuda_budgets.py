@@ -67,6 +67,11 @@ BUDGETS: dict[str, CudaBudget] = {
         ),
         CudaBudget(registers=48, why=_SINGLE),
     ),
+    **_for_dtypes(
+        "mask_token_bwd_kernel",
+        CudaBudget(registers=56, wide_loads=4, wide_stores=1, narrow_loads=4, narrow_stores=0, why="slots"),
+        CudaBudget(registers=48, why=_SINGLE),
+    ),
     **{
         f"gather_bwd_kernel_sums<{element}, 4>": CudaBudget(
             registers=40, wide_loads=8, narrow_loads=0, narrow_stores=4, why="four 16-bit sums are 8 bytes"

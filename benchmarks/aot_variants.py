@@ -81,11 +81,20 @@ def _gather(dtype: torch.dtype) -> _Variants:
     def silent(inputs: Inputs, backend: str | None) -> Outputs:
         return d2vkern.scatter_tokens(inputs["x"], inputs["plan"], 0.0, 1, backend=backend)
 
+    def tokens(inputs: Inputs, backend: str | None) -> Outputs:
+        token = inputs["x"].new_empty(inputs["x"].shape[2])
+        if inputs["x"].requires_grad:
+            token.requires_grad_()
+        return d2vkern.scatter_tokens(
+            inputs["x"], inputs["plan"], mask_token=token, keep_extra=True, backend=backend
+        )
+
     trained = replace(gather, leaves=("x", "extra", "positions"))
     return {
         "trained positions": (trained, gather.call, True),
         "seed on the device": (scatter, on_device, True),
         "no noise": (scatter, silent, True),
+        "mask token, extra tokens kept": (scatter, tokens, True),
     }
 
 
@@ -213,7 +222,15 @@ def _loss(dtype: torch.dtype) -> _Variants:
     def smooth(inputs: Inputs, backend: str | None) -> Outputs:
         return d2vkern.masked_regression_loss(**inputs, beta=0.25, backend=backend)._asdict()
 
+    def padded(inputs: Inputs, backend: str | None) -> Outputs:
+        plan = inputs["plan"]
+        kept = plan.slot.new_empty(plan.slot.shape[:1])
+        given = {**inputs, "plan": replace(plan, kept_lengths=kept, padded_ids_mask=plan.ids_mask)}
+        return d2vkern.masked_regression_loss(**given, backend=backend)._asdict()
+
     return {
+        "padded rows, masked places": (masked, padded, True),
+        "padded rows, all places": (everywhere, padded, True),
         "smooth, masked places": (masked, smooth, True),
         "smooth, all places": (everywhere, smooth, True),
         "evaluation": (masked, masked.call, False),

@@ -6,8 +6,11 @@
 //                dx[b, t] = sum over m of g[n, t], in fp32, in the order m = 0 .. M - 1, rounded once
 //                dper_mask[n, t] = g[n, t]
 //                dpositions[t], dextra[e] = sums over n in fp64, in the order of n, rounded once
-//     scatter    out[n, t] = x[n, E + slot[n, t]] where slot[n, t] >= 0, else noise_std normal(seed, n, t)
-//     backward   a gather from one version per sample, with 0 for the extra tokens
+//                what ids_keep has -1 for is 0, and no slot leads to it
+//     scatter    out[n, t] = x[n, E + slot[n, t]] where slot[n, t] >= 0, else noise_std normal(seed, n, t), or the
+//                mask token; with keep_extra behind x[n, :E]
+//     backward   a gather from one version per sample, with 0 or their own gradient for the extra tokens; of the mask
+//                token the sum over the masked places in fp64, in the order of n and t, rounded once
 //
 // Threads share the rows of the output, each of which is written once and by one thread: no atomics, nothing is
 // cleared first, and the bits do not depend on the number of threads. Rows that are copied as they are go past the
@@ -146,7 +149,8 @@ Tensor positioned(const Tensor& x, const Tensor& positions, Dtype dtype) {
   return sum;
 }
 
-// out [N, E + K, D], as in the header; without `extra` the first `extras` rows of each n become 0.
+// out [N, E + K, D], as in the header; extra is [E, D] or [N, E, D], without it the first `extras` rows of each n
+// become 0.
 void pick(const char* op, Tensor& out, const Tensor& x, const Tensor& ids_keep, int64_t clones, int64_t extras,
           const Optional& extra, const Optional& positions, const Optional& per_mask) {
   const Dtype dtype = checked_dtype(op, "x", x);
@@ -171,12 +175,13 @@ void pick(const char* op, Tensor& out, const Tensor& x, const Tensor& ids_keep, 
       const int64_t n = i / seen, s = i % seen;
       char* target = into + i * bytes;
       if (s < extras) {
-        dispatch<CopyRow>(target, front.data ? front.row(0, s) : zeros.data(), bytes, past_caches);
+        dispatch<CopyRow>(target, front.data ? front.row(n, s) : zeros.data(), bytes, past_caches);
         continue;
       }
       const int64_t t = ids[n * kept + s - extras];
       if (t < 0 || t >= tokens) {
-        outside = true;
+        outside = outside || t != -1;
+        dispatch<CopyRow>(target, zeros.data(), bytes, past_caches);
         continue;
       }
       const char* source = from.row(n / clones, t);
@@ -305,7 +310,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_bwd(Tensor dout, Tensor slot, 
   return {dx, dextra, dpositions, dper_mask};
 }
 
-Tensor scatter_fwd(Tensor x, Tensor slot, int64_t extras, double noise_std, Optional seed, std::vector<int64_t> key) {
+Tensor scatter_fwd(Tensor x, Tensor slot, int64_t extras, double noise_std, Optional seed, std::vector<int64_t> key,
+                   Optional mask_token, bool keep_extra) {
   const char* op = "scatter_tokens";
   check_shape(op, "x", x, {-1, -1, -1});
   check_index(op, slot, "slot");
@@ -323,8 +329,16 @@ Tensor scatter_fwd(Tensor x, Tensor slot, int64_t extras, double noise_std, Opti
   }
   const uint32_t k0 = static_cast<uint32_t>(seed_word), k1 = static_cast<uint32_t>(seed_word >> 32);
   const float scale = static_cast<float>(noise_std);
-  const bool noisy = noise_std > 0.0;
-  Tensor out = new_empty(x, {rows, tokens, width});
+  Tensor token;
+  if (mask_token.has_value()) {
+    check_shape(op, "mask_token", *mask_token, {width});
+    check_type(op, "mask_token", *mask_token, x.scalar_type());
+    check_device(op, "mask_token", *mask_token, x);
+    token = dense(*mask_token);
+  }
+  const bool noisy = noise_std > 0.0 && !mask_token.has_value();
+  const int64_t front = keep_extra ? extras : 0, length = front + tokens;
+  Tensor out = new_empty(x, {rows, length, width});
   if (out.numel() == 0) return out;
   const Table from(x, item);
   const Tensor slots = dense(slot);
@@ -333,14 +347,15 @@ Tensor scatter_fwd(Tensor x, Tensor slot, int64_t extras, double noise_std, Opti
   auto* into = static_cast<char*>(out.data_ptr());
   const bool past_caches = out.numel() * item >= kPastCaches;
   std::atomic<bool> outside{false};
-  in_threads(rows * tokens, rows_in_grain(16 * bytes), [&](int64_t begin, int64_t end) {
+  in_threads(rows * length, rows_in_grain(16 * bytes), [&](int64_t begin, int64_t end) {
     std::vector<char> row(bytes, 0);
+    if (mask_token.has_value()) std::memcpy(row.data(), token.data_ptr(), bytes);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / tokens, t = i % tokens, place = places[i];
+      const int64_t n = i / length, t = i % length - front, place = t < 0 ? t + front - extras : places[n * tokens + t];
       const char* source = row.data();
       if (place >= kept) {
         outside = true;
-      } else if (place >= 0) {
+      } else if (t < 0 || place >= 0) {
         source = from.row(n, extras + place);
       } else if (noisy) {
         dispatch<Noise>(row.data(), static_cast<uint32_t>(n), static_cast<uint32_t>(t), k0, k1, scale, dtype, width);
@@ -353,7 +368,7 @@ Tensor scatter_fwd(Tensor x, Tensor slot, int64_t extras, double noise_std, Opti
   return out;
 }
 
-Tensor scatter_bwd(Tensor dout, Tensor ids_keep, int64_t extras) {
+Tensor scatter_bwd(Tensor dout, Tensor ids_keep, int64_t extras, Optional dextra) {
   const char* op = "scatter_tokens";
   check_shape(op, "dout", dout, {-1, -1, -1});
   check_index(op, ids_keep, "ids_keep");
@@ -361,9 +376,49 @@ Tensor scatter_bwd(Tensor dout, Tensor ids_keep, int64_t extras) {
   checked_dtype(op, "dout", dout);
   D2V_CHECK(ids_keep.size(0) == dout.size(0) && extras >= 0, op, ": ids_keep must have ", dout.size(0),
             " rows like dout and extras be >= 0, got ", ids_keep.size(0), " and ", extras);
+  if (dextra.has_value()) {
+    check_shape(op, "dextra", *dextra, {dout.size(0), extras, dout.size(2)});
+    check_type(op, "dextra", *dextra, dout.scalar_type());
+    check_device(op, "dextra", *dextra, dout);
+  }
   Tensor dx = new_empty(dout, {ids_keep.size(0), extras + ids_keep.size(1), dout.size(2)});
-  pick(op, dx, dout, ids_keep, 1, extras, std::nullopt, std::nullopt, std::nullopt);
+  pick(op, dx, dout, ids_keep, 1, extras, dextra, std::nullopt, std::nullopt);
   return dx;
+}
+
+Tensor mask_token_bwd(Tensor dout, Tensor slot) {
+  const char* op = "scatter_tokens";
+  check_shape(op, "dout", dout, {-1, -1, -1});
+  check_index(op, slot, "slot");
+  check_device(op, "slot", slot, dout);
+  const Dtype dtype = checked_dtype(op, "dout", dout);
+  const int64_t rows = slot.size(0), tokens = slot.size(1), width = dout.size(2);
+  D2V_CHECK(dout.size(0) == rows && dout.size(1) == tokens, op, ": dout must have ", rows, " rows of ", tokens,
+            " tokens like slot, got ", dout.size(0), " of ", dout.size(1));
+  Tensor dtoken = new_empty(dout, {width});
+  if (width == 0) return dtoken;
+  const Table from(dout, item_size(dtype));
+  const Tensor slots = dense(slot);
+  const auto* places = static_cast<const int32_t*>(slots.data_ptr());
+  // As many partial sums as the shape says, however many threads make them.
+  const int64_t each = std::max<int64_t>(64, (rows * tokens + 255) / 256), parts = (rows * tokens + each - 1) / each;
+  std::vector<double> sums(static_cast<size_t>(parts * width), 0.0);
+  in_threads(parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t i = part * each; i < std::min((part + 1) * each, rows * tokens); ++i) {
+        if (places[i] >= 0) continue;
+        dispatch<AccumulateWide>(sums.data() + part * width, from.row(i / tokens, i % tokens), dtype, width);
+      }
+    }
+  });
+  std::vector<float> total(static_cast<size_t>(width));
+  for (int64_t d = 0; d < width; ++d) {
+    double sum = 0.0;
+    for (int64_t part = 0; part < parts; ++part) sum += sums[part * width + d];
+    total[d] = static_cast<float>(sum);
+  }
+  dispatch<Store>(static_cast<char*>(dtoken.data_ptr()), total.data(), dtype, width);
+  return dtoken;
 }
 
 }  // namespace
@@ -374,4 +429,5 @@ STABLE_TORCH_LIBRARY_IMPL(d2vkern_native, CPU, m) {
   m.impl("gather_bwd", TORCH_BOX(&d2v::gather_bwd));
   m.impl("scatter_fwd", TORCH_BOX(&d2v::scatter_fwd));
   m.impl("scatter_bwd", TORCH_BOX(&d2v::scatter_bwd));
+  m.impl("mask_token_bwd", TORCH_BOX(&d2v::mask_token_bwd));
 }

@@ -6,8 +6,11 @@
 //                dx[b, t] = sum over m of g[n, t], in fp32, in the order m = 0 .. M - 1, rounded once
 //                dper_mask[n, t] = g[n, t]
 //                dpositions[t], dextra[e] = sums over n, in fp32, in an order that the shapes alone fix
-//     scatter    out[n, t] = x[n, E + slot[n, t]] where slot[n, t] >= 0, else noise_std normal(seed, n, t)
-//     backward   a gather from one version per sample, with 0 for the extra tokens
+//                what ids_keep has -1 for is 0, and no slot leads to it
+//     scatter    out[n, t] = x[n, E + slot[n, t]] where slot[n, t] >= 0, else noise_std normal(seed, n, t), or the
+//                mask token; with keep_extra behind x[n, :E]
+//     backward   a gather from one version per sample, with 0 or their own gradient for the extra tokens; of the mask
+//                token the sum over the masked places, in fp32, in an order that the shapes alone fix
 //
 // Layout: contiguous last dimensions and any other strides (what has not is copied first); outputs are contiguous.
 // A warp makes a row, in 16-byte accesses where addresses, strides and widths allow, else element by element. Bytes as
@@ -103,7 +106,7 @@ T* output_of(const MaybeTensor& x) {
 
 int64_t stride_of(const MaybeTensor& x, int64_t dimension) { return x.has_value() ? x->stride(dimension) : 0; }
 
-// Writes out [N, E + K, D]; without `extra` its first rows become 0.
+// Writes out [N, E + K, D]; extra is [E, D] or [N, E, D], without it the first rows become 0.
 void pick(const char* op, Tensor& out, const Tensor& x_given, const Tensor& ids, int64_t clones,
           const MaybeTensor& extra_given, const MaybeTensor& positions_given, const MaybeTensor& per_mask_given) {
   const Tensor x = dense_columns(x_given);
@@ -129,7 +132,9 @@ void pick(const char* op, Tensor& out, const Tensor& x_given, const Tensor& ids,
     args.out = static_cast<T*>(out.mutable_data_ptr());
     args.x_stride_b = x.stride(0);
     args.x_stride_t = x.stride(1);
-    args.extra_stride = stride_of(extra, 0);
+    const bool per_row = extra.has_value() && extra->dim() == 3;
+    args.extra_stride_n = per_row ? extra->stride(0) : 0;
+    args.extra_stride_e = stride_of(extra, per_row ? 1 : 0);
     args.positions_stride = stride_of(positions, 0);
     args.per_mask_stride_n = stride_of(per_mask, 0);
     args.per_mask_stride_t = stride_of(per_mask, 1);
@@ -220,7 +225,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gather_bwd(const Tensor& dout_given, 
 }
 
 Tensor scatter_fwd(const Tensor& x_given, const Tensor& slot_given, int64_t extras, double noise_std,
-                   const MaybeTensor& seed, const std::vector<int64_t>& words) {
+                   const MaybeTensor& seed, const std::vector<int64_t>& words, const MaybeTensor& mask_token,
+                   bool keep_extra) {
   const char* op = "scatter";
   check_rows(op, "x", x_given, x_given, {-1, -1, -1});
   const Tensor slot = check_index(op, "slot", slot_given, x_given);
@@ -229,13 +235,20 @@ Tensor scatter_fwd(const Tensor& x_given, const Tensor& slot_given, int64_t extr
                   x_given.size(0), " and ", x_given.size(1));
   STD_TORCH_CHECK(words.size() == 2, op, ": words must have 2 numbers, got ", words.size());
   const int64_t rows = slot.size(0), tokens = slot.size(1), width = x_given.size(2);
-  check_sizes(op, {rows, tokens, x_given.size(1), width});
+  const int64_t front = keep_extra ? extras : 0;
+  check_sizes(op, {rows, front + tokens, x_given.size(1), width});
   const Tensor x = dense_columns(x_given);
-  Tensor out = new_empty(x, {rows, tokens, width});
+  Tensor out = new_empty(x, {rows, front + tokens, width});
+  MaybeTensor token;
+  if (mask_token.has_value()) {
+    check_rows(op, "mask_token", *mask_token, x, {width});
+    token = dense_columns(*mask_token);
+  }
   if (width == 0) return out;
   Places places(static_cast<int64_t>(x.element_size()));
   places.tensor(x);
   places.tensor(out);
+  if (token.has_value()) places.tensor(*token);
   const int64_t* seed_word = device_word(op, "seed", seed, x);
   const OnDeviceOf device(x);
   for_dtype(op, x, places.wide(), [&](auto element, auto vector) {
@@ -244,6 +257,7 @@ Tensor scatter_fwd(const Tensor& x_given, const Tensor& slot_given, int64_t extr
     args.x = static_cast<const T*>(x.const_data_ptr());
     args.slot = static_cast<const int32_t*>(slot.const_data_ptr());
     args.seed = seed_word;
+    args.token = pointer_of<T>(token);
     args.out = static_cast<T*>(out.mutable_data_ptr());
     args.x_stride_n = x.stride(0);
     args.x_stride_s = x.stride(1);
@@ -252,21 +266,63 @@ Tensor scatter_fwd(const Tensor& x_given, const Tensor& slot_given, int64_t extr
     args.tokens = static_cast<int32_t>(tokens);
     args.extras = static_cast<int32_t>(extras);
     args.width = static_cast<int32_t>(width);
-    args.noise_std = noise_std > 0.0 ? static_cast<float>(noise_std) : 0.0f;
-    start(op, rows_grid(rows, tokens), device.stream(), scatter_fwd_kernel<T, decltype(vector)::value>, args);
+    args.front = static_cast<int32_t>(front);
+    args.noise_std = noise_std > 0.0 && !token.has_value() ? static_cast<float>(noise_std) : 0.0f;
+    start(op, rows_grid(rows, front + tokens), device.stream(), scatter_fwd_kernel<T, decltype(vector)::value>, args);
   });
   return out;
 }
 
-Tensor scatter_bwd(const Tensor& dout, const Tensor& ids_keep, int64_t extras) {
+Tensor scatter_bwd(const Tensor& dout, const Tensor& ids_keep, int64_t extras, const MaybeTensor& dextra) {
   const char* op = "scatter";
   check_rows(op, "dout", dout, dout, {-1, -1, -1});
   const Tensor ids = check_index(op, "ids_keep", ids_keep, dout);
   STD_TORCH_CHECK(ids.size(0) == dout.size(0) && extras >= 0, op, ": ids_keep must have the ", dout.size(0),
                   " rows of dout, got ", ids.size(0));
+  if (dextra.has_value()) check_rows(op, "dextra", *dextra, dout, {dout.size(0), extras, dout.size(2)});
   Tensor dx = new_empty(dout, {ids.size(0), extras + ids.size(1), dout.size(2)});
-  pick(op, dx, dout, ids, 1, std::nullopt, std::nullopt, std::nullopt);
+  pick(op, dx, dout, ids, 1, dextra, std::nullopt, std::nullopt);
   return dx;
+}
+
+Tensor mask_token_bwd(const Tensor& dout_given, const Tensor& slot_given) {
+  const char* op = "scatter";
+  const Tensor slot = check_index(op, "slot", slot_given, dout_given);
+  const int64_t rows = slot.size(0), tokens = slot.size(1);
+  check_rows(op, "dout", dout_given, dout_given, {rows, tokens, -1});
+  const Tensor dout = dense_columns(dout_given);
+  const int64_t width = dout.size(2), count = rows * tokens;
+  check_sizes(op, {rows, tokens, width});
+  Tensor dtoken = new_empty(dout, {width});
+  if (width == 0) return dtoken;
+  // As many partial sums as the shape says.
+  const int64_t each = std::max<int64_t>(64, ceil_div(count, 1024)), parts = ceil_div(count, each);
+  const Tensor sums = new_empty(dout, {parts, width}, ScalarType::Float);
+  Places places(static_cast<int64_t>(dout.element_size()));
+  places.tensor(dout);
+  const OnDeviceOf device(dout);
+  for_dtype(op, dout, places.wide(), [&](auto element, auto vector) {
+    using T = decltype(element);
+    constexpr int32_t kVector = decltype(vector)::value;
+    MaskTokenArguments<T> args = {};
+    args.dout = static_cast<const T*>(dout.const_data_ptr());
+    args.slot = static_cast<const int32_t*>(slot.const_data_ptr());
+    args.sums = static_cast<float*>(sums.mutable_data_ptr());
+    args.dout_stride_n = dout.stride(0);
+    args.dout_stride_t = dout.stride(1);
+    args.places = count;
+    args.tokens = static_cast<int32_t>(tokens);
+    args.width = static_cast<int32_t>(width);
+    args.each = static_cast<int32_t>(each);
+    args.parts = static_cast<int32_t>(parts);
+    const int64_t chunks = ceil_div(width / kVector, kWarp);
+    if (parts > 0) start(op, rows_grid(1, parts * chunks), device.stream(), mask_token_bwd_kernel<T, kVector>, args);
+    T* low = static_cast<T*>(dtoken.mutable_data_ptr());
+    constexpr int32_t kSumVector = kVector < 4 ? 1 : 4;
+    start(op, sums_grid(width), device.stream(), gather_bwd_kernel_sums<T, kSumVector>,
+          static_cast<const float*>(sums.const_data_ptr()), low, low, parts, width, width);
+  });
+  return dtoken;
 }
 
 }  // namespace
@@ -277,4 +333,5 @@ STABLE_TORCH_LIBRARY_IMPL(d2vkern_native, CUDA, m) {
   m.impl("gather_bwd", TORCH_BOX(&d2v::gather_bwd));
   m.impl("scatter_fwd", TORCH_BOX(&d2v::scatter_fwd));
   m.impl("scatter_bwd", TORCH_BOX(&d2v::scatter_bwd));
+  m.impl("mask_token_bwd", TORCH_BOX(&d2v::mask_token_bwd));
 }

@@ -8,12 +8,13 @@ namespace d2v {
 template <class T>
 struct GatherArguments {
   const T* x;           // [B, T, D]
-  const int32_t* ids;   // [N, K]
-  const T* extra;       // [E, D]; null: extra tokens are 0
+  const int32_t* ids;   // [N, K], -1: nothing stands there
+  const T* extra;       // [E, D], or [N, E, D]; null: extra tokens are 0
   const T* positions;   // [T, D] or null
   const T* per_mask;    // [N, T, D] or null
   T* out;               // [N, E + K, D]
-  int64_t x_stride_b, x_stride_t, extra_stride, positions_stride, per_mask_stride_n, per_mask_stride_t;
+  int64_t x_stride_b, x_stride_t, extra_stride_n, extra_stride_e;  // extra_stride_n 0: the same for all rows
+  int64_t positions_stride, per_mask_stride_n, per_mask_stride_t;
   int32_t rows, kept, extras, width, clones;
 };
 
@@ -24,11 +25,13 @@ __global__ void __launch_bounds__(kRowWarps* kWarp) gather_fwd_kernel(const __gr
   const int32_t s = static_cast<int32_t>(blockIdx.x * kRowWarps + threadIdx.x / kWarp);
   if (n >= args.rows || s >= args.extras + args.kept) return;
   T* out = args.out + (n * (args.extras + args.kept) + s) * args.width;
-  if (s < args.extras) {
-    copy_row<T, kVector>(out, args.extra != nullptr ? args.extra + s * args.extra_stride : nullptr, args.width);
+  const bool in_front = s < args.extras;
+  const int64_t t = in_front ? -1 : args.ids[n * args.kept + s - args.extras];
+  if (t < 0) {
+    const T* extra = args.extra + n * args.extra_stride_n + s * args.extra_stride_e;
+    copy_row<T, kVector>(out, in_front && args.extra != nullptr ? extra : nullptr, args.width);
     return;
   }
-  const int64_t t = args.ids[n * args.kept + s - args.extras];
   const T* x = args.x + static_cast<uint32_t>(n) / static_cast<uint32_t>(args.clones) * args.x_stride_b +
                t * args.x_stride_t;
   const T* positions = args.positions + t * args.positions_stride;

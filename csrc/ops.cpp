@@ -119,8 +119,10 @@ STABLE_TORCH_LIBRARY(d2vkern_native, m) {
       "gather_bwd(Tensor dout, Tensor slot, SymInt clones, SymInt extras, bool[] needs) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words) -> Tensor");
-  m.def("scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras) -> Tensor");
+      "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words, "
+      "Tensor? mask_token=None, bool keep_extra=False) -> Tensor");
+  m.def("scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras, Tensor? dextra=None) -> Tensor");
+  m.def("mask_token_bwd(Tensor dout, Tensor slot) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(d2vkern_native, CompositeExplicitAutograd, m) {

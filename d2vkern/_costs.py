@@ -99,6 +99,11 @@ def scatter_bwd(dout: Tensor, ids_keep: Tensor, extras: int) -> Cost:
     return scatter(x, kept, dout.shape[1]).of_backward()
 
 
+def mask_token_bwd(dout: Tensor, slot: Tensor) -> Cost:
+    """At most: how many places are masked is not known here."""
+    return Cost(_tokens_bucket(dout), _nbytes(dout) + 4 * slot.numel())
+
+
 def attention(qkv: Tensor, positions: Tensor | None, *_: Any, grad: Needs) -> Cost:
     n, s, heads, width = (qkv.shape[dim] for dim in (0, 1, 3, 4))
     part = n * s * heads * width * qkv.element_size()

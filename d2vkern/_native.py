@@ -33,6 +33,7 @@ OPS = (
     "gather_bwd",
     "gather_fwd",
     "l2_norm",
+    "mask_token_bwd",
     "masks_fwd",
     "scatter_bwd",
     "scatter_fwd",

@@ -6,8 +6,11 @@
                dx[b, t] = sum over m of g[n, t], in fp32, in the order m = 0 .. M - 1, rounded once
                dper_mask[n, t] = g[n, t]
                dpositions[t], dextra[e] = sums over n, in fp32, in an order that the shapes alone fix
-    scatter    out[n, t] = x[n, E + slot[n, t]] where slot[n, t] >= 0, else noise_std normal(seed, n, t)
-    backward   a gather from one version per sample, with 0 for the extra tokens
+               what ids_keep has -1 for is 0, and no slot leads to it
+    scatter    out[n, t] = x[n, E + slot[n, t]] where slot[n, t] >= 0, else noise_std normal(seed, n, t), or
+               the mask token; with keep_extra behind x[n, :E]
+    backward   a gather from one version per sample, with 0 or their own gradient for the extra tokens; of the
+               mask token the sum over the masked places, in fp32, in an order that the shapes alone fix
 
 Layout: contiguous last dimensions and any other strides (what has not is copied first); ids_keep, slot and
 all outputs are contiguous.
@@ -22,6 +25,8 @@ A program takes a chunk of the columns, 256 where that divides D: a warp moves 5
 - scatter_fwd_kernel (_scatter.py): BLOCK_T tokens of one out[n] by a single warp, one after another. The warp
   copies or draws as a whole, so a kept token costs no normals. One Philox counter makes the normals of four
   neighbouring columns, and a thread makes all that it stores.
+- mask_token_bwd_kernel (_scatter.py): a run of the N T places, of which it reads those that are masked;
+  leaves an fp32 partial sum for _column_sums.py.
 
 Bytes, in rows of D (the floor: _costs.gather, _costs.scatter); ids_keep or slot come once per chunk on top:
     gather     B T + E + T (positions) + N K (per_mask) read, N (E + K) written: the floor
@@ -40,5 +45,7 @@ gather_tokens = functions.gather_with(
     functions.GATHER_FWD.triton(gather_fwd.forward), functions.GATHER_BWD.triton(gather_bwd.backward)
 )
 scatter_tokens = functions.scatter_with(
-    functions.SCATTER_FWD.triton(_scatter.forward), functions.SCATTER_BWD.triton(_scatter.backward)
+    functions.SCATTER_FWD.triton(_scatter.forward),
+    functions.SCATTER_BWD.triton(_scatter.backward),
+    functions.MASK_TOKEN_BWD.triton(_scatter.token_backward),
 )

@@ -16,8 +16,8 @@ MOST_PROGRAMS = 65535
 @triton.jit(do_not_specialize=["rows", "kept", "extras"])
 def gather_fwd_kernel(
     x_ptr,  # [B, T, D]
-    ids_ptr,  # [N, K] int32
-    extra_ptr,  # [E, D]; None: extra tokens are 0
+    ids_ptr,  # [N, K] int32, -1: nothing stands there
+    extra_ptr,  # [E, D] or [N, E, D]; None: extra tokens are 0
     positions_ptr,  # [T, D] or None
     per_mask_ptr,  # [N, T, D] or None
     out_ptr,  # [N, E + K, D]
@@ -26,6 +26,7 @@ def gather_fwd_kernel(
     extras,
     x_stride_b,
     x_stride_t,
+    extra_stride_n,  # None: the same for all rows
     extra_stride_e,
     positions_stride_t,
     per_mask_stride_n,
@@ -45,8 +46,8 @@ def gather_fwd_kernel(
     k = s - extras
     seen = (k >= 0) & (k < kept)
     n = n.to(tl.int64)
-    t = tl.load(ids_ptr + n * kept + k, mask=seen, other=0).to(tl.int64)[:, None]
-    seen = seen[:, None] & inside
+    t = tl.load(ids_ptr + n * kept + k, mask=seen, other=-1).to(tl.int64)[:, None]
+    seen = (t >= 0) & inside
     # [BLOCK_S, BLOCK_D]
     out = tl.load(x_ptr + n // CLONES * x_stride_b + t * x_stride_t + d, mask=seen, other=0.0)
     if positions_ptr is not None:
@@ -56,6 +57,8 @@ def gather_fwd_kernel(
         out = _add(out, tl.load(per_mask_ptr + t * per_mask_stride_t + d, mask=seen, other=0.0))
     s = s[:, None]
     if extra_ptr is not None:
+        if extra_stride_n is not None:
+            extra_ptr += n * extra_stride_n
         source = extra_ptr + s.to(tl.int64) * extra_stride_e + d
         out = tl.where(s < extras, tl.load(source, mask=(s < extras) & inside, other=0.0), out)
     tl.store(out_ptr + (n * (extras + kept) + s) * WIDTH + d, out, mask=(s < extras + kept) & inside)
@@ -104,7 +107,7 @@ def pick(
     positions: Tensor | None = None,
     per_mask: Tensor | None = None,
 ) -> None:
-    """Write out [N, E + K, D]; without `extra` its first rows become 0."""
+    """Write out [N, E + K, D]; without `extra` [E, D] or [N, E, D] its first rows become 0."""
     (rows, seen, width), kept = out.shape, ids_keep.shape[1]
     x, extra, positions, per_mask = (dense_columns(part) for part in (x, extra, positions, per_mask))
     bucket = power_of_two_bucket(rows=rows * seen, width=width, bytes=x.element_size())
@@ -123,6 +126,7 @@ def pick(
         kept,
         seen - kept,
         *x.stride()[:2],
+        extra.stride(0) if extra is not None and extra.dim() == 3 else None,
         *_row_strides(extra, 1),
         *_row_strides(positions, 1),
         *_row_strides(per_mask, 2),
@@ -161,4 +165,5 @@ def dense_columns(x: Tensor | None) -> Tensor | None:
 
 
 def _row_strides(x: Tensor | None, count: int) -> tuple[int, ...]:
-    return (0,) * count if x is None else x.stride()[:count]
+    """Of the last `count` dimensions before the columns."""
+    return (0,) * count if x is None else x.stride()[-1 - count : -1]

@@ -5,8 +5,9 @@ c = min(|e|, beta): loss = scale / beta sum c (|e| - c / 2), gradient scale / be
 Variances are those of all masked places, per channel. An infinite prediction makes the loss NaN.
 
 Layout: pred [N, T, D], or [N, P, D] with the P masked places of each row alone; target [B, T, D]; row
-n = b * M + m; slot [N, T] is all that is read of a plan. pred and target may have any strides that are
-contiguous along D; others cost a copy. The gradient is contiguous, in pred's dtype.
+n = b * M + m; slot [N, T] is all that is read of a plan, of a padded one also how many tokens each row keeps:
+then the count is added up on the device, and a compact gradient is cleared first. pred and target may have
+any strides that are contiguous along D; others cost a copy. The gradient is contiguous, in pred's dtype.
 
 Forward: two launches (loss_fwd.py). Backward scales the saved gradient in place by the incoming scalar, read
 on the device, and by the powers of two that the forward left out (`split_factor`), in one launch; kept places
@@ -74,9 +75,8 @@ def masked_regression_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (differentiable), pred_var and target_var, all 0-dim."""
     needs_grad = torch.is_grad_enabled() and pred.requires_grad
-    masked = plan.tokens - plan.kept
     return _MaskedRegression.apply(
-        pred, target.detach(), plan.slot, masked, plan.clones, beta, scale, needs_grad
+        pred, target.detach(), plan.slot, plan.masked, plan.clones, beta, scale, needs_grad, plan.kept_lengths
     )
 
 
@@ -92,8 +92,11 @@ class _MaskedRegression(torch.autograd.Function):
         beta: float,
         scale: float,
         needs_grad: bool,
+        kept_lengths: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, pred_var, target_var, grad = _fwd(pred, target, slot, masked, clones, beta, scale, needs_grad)
+        loss, pred_var, target_var, grad = _fwd(
+            pred, target, slot, masked, clones, beta, scale, needs_grad, kept_lengths
+        )
         ctx.save_for_backward(grad, slot)
         ctx.settings = (masked, beta, scale)
         ctx.mark_non_differentiable(pred_var, target_var)
@@ -104,14 +107,14 @@ class _MaskedRegression(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dloss is None:
-            return (None,) * 8
+            return (None,) * 9
         grad, slot = ctx.saved_tensors
         if graph_is_kept():
             dpred = _bwd(grad, dloss, slot, *ctx.settings)
         else:
             _bwd_(grad, dloss, slot, *ctx.settings)
             dpred = grad
-        return dpred, None, None, None, None, None, None, None
+        return dpred, *(None,) * 8
 
 
 def _cost(grad: Tensor, dloss: Tensor, slot: Tensor, masked: int, beta: float, scale: float) -> _costs.Cost:
@@ -158,7 +161,7 @@ def _scale(grad: Tensor, dpred: Tensor, dloss: Tensor, slot: Tensor, masked: int
 
 _fwd = define(
     "loss_fwd(Tensor pred, Tensor target, Tensor slot, SymInt masked, SymInt clones, float beta, "
-    "float scale, bool needs_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scale, bool needs_grad, Tensor? kept_lengths=None) -> (Tensor, Tensor, Tensor, Tensor)",
     forward,
     outputs,
 )

@@ -45,6 +45,7 @@ def loss_fwd_kernel(
     pred_ptr,  # [N, T, D], or [N, P, D]
     target_ptr,  # [B, T, D]
     slot_ptr,  # [N, T] int32, contiguous; negative where masked
+    kept_ptr,  # [N] int32, kept tokens of each row; None: `kept` of all
     grad_ptr,  # like pred, contiguous; None: not wanted
     moments_ptr,  # [4, G, D] fp32: mean and squares of pred, of target
     count_ptr,  # [G] fp32, masked places of a tile
@@ -96,8 +97,10 @@ def loss_fwd_kernel(
 
     rows = tl.minimum(clones - version * BLOCK_M, BLOCK_M)
     first_row = sample * clones + version * BLOCK_M
+    if kept_ptr is not None:
+        kept_ptr += first_row
     words, befores = _mask_words(
-        slot_ptr + first_row * tokens, rows, start, tokens, kept, EVERY_TOKEN, BLOCK_M, BLOCK_T
+        slot_ptr + first_row * tokens, kept_ptr, rows, start, tokens, kept, EVERY_TOKEN, BLOCK_M, BLOCK_T
     )
     for m in tl.range(0, rows, num_stages=STAGES):
         row = first_row + m
@@ -120,7 +123,10 @@ def loss_fwd_kernel(
 
     # A token's target counts as often as the token is masked, and may be anything where it never is.
     first = _first_masked(slot_ptr, tokens, BLOCK_SCAN)
-    reference = tl.load(target_ptr + first * target_stride_t + d, mask=inside_d, other=0.0).to(tl.float32)
+    at = tl.minimum(first, tokens - 1) if kept_ptr is not None else first
+    reference = tl.load(target_ptr + at * target_stride_t + d, mask=inside_d, other=0.0).to(tl.float32)
+    if kept_ptr is not None:
+        reference = tl.where(first < tokens, reference, 0.0)
     y = tl.where((count > 0)[:, None] & inside_d[None, :], y - reference[None, :], 0.0)
     total, pred_mean, pred_squares = merge_rows(count, mean + y, squares)
     _, target_mean, target_squares = merge_rows(count, y, tl.zeros_like(y))
@@ -139,7 +145,7 @@ def loss_fwd_kernel(
 
 @triton.jit
 def _first_masked(slot_ptr, tokens, BLOCK_SCAN: tl.constexpr):
-    """The first masked token of a row; every row has one."""
+    """The first masked token of a row; `tokens` where a padded plan's has none."""
     first = tl.zeros((), tl.int32) + tokens
     start = tl.zeros((), tl.int32)
     while (start < tokens) & (first == tokens):
@@ -153,6 +159,7 @@ def _first_masked(slot_ptr, tokens, BLOCK_SCAN: tl.constexpr):
 @triton.jit
 def _mask_words(
     slot_ptr,  # the first of these rows
+    kept_ptr,
     rows,
     start,
     tokens,
@@ -181,6 +188,9 @@ def _mask_words(
         slot = tl.load(slot_ptr + t, mask=exists & (t + bit < tokens), other=kept)
         found = tl.minimum(found, tl.min(tl.where(slot < 0, kept, slot), 1))
         t += BLOCK_T
+    if kept_ptr is not None:
+        own = tl.load(kept_ptr + m, mask=m < rows, other=0)
+        found = tl.minimum(found, own)
     return words, start - found
 
 
@@ -227,7 +237,7 @@ def loss_fwd_kernel_finish(
     width,
     groups,
     parts,
-    total,
+    total,  # masked places; None: the sum of the counts
     factor,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -270,8 +280,10 @@ def _spread(moments_ptr, count_ptr, d, width, groups, total, BLOCK_G: tl.constex
         more_mean = tl.load(ptr, mask=inside, other=0.0)
         more_squares = tl.load(ptr + groups.to(tl.int64) * width, mask=inside, other=0.0)
         count, mean, squares = add_moments(count, mean, squares, more, more_mean, more_squares)
-    _, _, squares = merge_rows(count, mean, squares)
-    variance = squares / tl.maximum(total - 1, 1).to(tl.float32)
+    counted, _, squares = merge_rows(count, mean, squares)
+    if total is not None:
+        counted = total
+    variance = squares / tl.maximum(counted - 1, 1).to(tl.float32)
     return tl.sum(tl.where(d < width, tl.sqrt_rn(variance + _VARIANCE_EPS), 0.0), 0)
 
 
@@ -285,9 +297,19 @@ def _sum(values_ptr, size, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-def _cost(pred: Tensor, target: Tensor, slot: Tensor, masked: int, *settings: bool) -> _costs.Cost:
+def _cost(
+    pred: Tensor,
+    target: Tensor,
+    slot: Tensor,
+    masked: int,
+    clones: int,
+    beta: float,
+    scale: float,
+    needs_grad: bool,
+    kept_lengths: Tensor | None = None,
+) -> _costs.Cost:
     ids_mask = slot.new_empty((slot.shape[0], masked), device="meta")
-    return _costs.loss(pred, target, ids_mask, grad=settings[-1:])
+    return _costs.loss(pred, target, ids_mask, grad=(needs_grad,))
 
 
 def outputs(
@@ -299,6 +321,7 @@ def outputs(
     beta: float,
     scale: float,
     needs_grad: bool,
+    kept_lengths: Tensor | None = None,
 ) -> Outputs:
     """What `forward` returns, unwritten: loss, pred_var, target_var (fp32, 0-dim) and pred's gradient."""
     loss, pred_var, target_var = (pred.new_empty((), dtype=torch.float32) for _ in range(3))
@@ -315,8 +338,9 @@ def forward(
     beta: float,
     scale: float,
     needs_grad: bool,
+    kept_lengths: Tensor | None = None,
 ) -> Outputs:
-    """slot: [N, T], negative where masked; masked: P, masked tokens of every row."""
+    """slot: [N, T], negative where masked; masked: P, masked tokens of every row, of padded ones the most."""
     made = outputs(pred, target, slot, masked, clones, beta, scale, needs_grad)
     (rows, tokens), width = slot.shape, pred.shape[-1]
     if rows * masked * width == 0:
@@ -324,6 +348,10 @@ def forward(
             output.zero_()
         return made
     loss, pred_var, target_var, grad = made
+    # of (N, T, D) and a row that is masked as a whole, all tokens are meant
+    every_token = pred.shape[1] != masked or (kept_lengths is not None and masked == tokens)
+    if kept_lengths is not None and needs_grad and not every_token:
+        grad.zero_()
     pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
     bucket = power_of_two_bucket(N=rows, T=tokens, D=width, item=pred.element_size())
     config = choose("loss_fwd_kernel", bucket, _candidates(pred.element_size()))
@@ -341,6 +369,7 @@ def forward(
         pred,
         target,
         slot.contiguous(),
+        None if kept_lengths is None else kept_lengths.contiguous(),
         grad if needs_grad else None,
         moments,
         count,
@@ -352,12 +381,12 @@ def forward(
         width,
         clones,
         tokens,
-        tokens - masked,
+        tokens if kept_lengths is not None else tokens - masked,
         tiles,
         groups,
         split_factor(beta, scale)[0],
         beta,
-        EVERY_TOKEN=pred.shape[1] != masked,
+        EVERY_TOKEN=every_token,
         SMOOTH=beta > 0,
         BLOCK_M=ROWS,
         BLOCK_SCAN=SCAN,
@@ -377,7 +406,7 @@ def forward(
         width,
         groups,
         parts,
-        rows * masked,
+        None if kept_lengths is not None else rows * masked,
         factor,
         **FINISH,
     )

@@ -1,9 +1,8 @@
-"""Masks: the bits against a slow spelling of the definition, exact counts, MaskPlan, errors.
+"""Masks: the bits against a slow spelling of the definition, exact counts, errors.
 
 The distributions are compared with the original's in test_mask_statistics.py.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Iterator
 
@@ -207,100 +206,6 @@ def test_smallest_and_unplaced():
     # No centre fits (int(9 * 0.3 / 9) = 0): all cells are chosen one by one.
     plan = inverse_block_mask(torch.arange(3), 2, (3, 3), prob=0.7, length=3)
     assert plan.kept == int(9 * (1 - 0.7)) and (plan.mask.sum(1) == 9 - plan.kept).all()
-
-
-def test_from_mask_takes_any_mask():
-    mask = torch.tensor([[0, 1, 1, 0], [2, 0, 0, -1]], dtype=torch.int8)
-    lengths = torch.tensor([4, 3], dtype=torch.int32)
-    plan = MaskPlan.from_mask(mask, 2, lengths)
-    assert plan.ids_keep.tolist() == [[0, 3], [1, 2]] and plan.ids_mask.tolist() == [[1, 2], [0, 3]]
-    assert plan.slot.tolist() == [[0, -1, -1, 1], [-1, 0, 1, -1]]
-    assert plan.lengths is lengths and plan.samples == 1
-    strided = torch.zeros(2, 8, dtype=torch.bool)[:, ::2]
-    assert MaskPlan.from_mask(strided, 1).kept == 4
-    assert MaskPlan.from_mask(~strided, 1).kept == 0
-    assert MaskPlan.from_mask(torch.zeros(0, 4).bool(), 3).samples == 0
-
-
-def test_from_mask_names_the_first_differing_row():
-    mask = torch.zeros(4, 9, dtype=torch.bool)
-    mask[:, :5] = True
-    mask[3, 4] = False
-    with pytest.raises(ValueError, match="row 3 keeps 5 tokens, row 0 keeps 4"):
-        MaskPlan.from_mask(mask, 2)
-
-
-def test_plan_is_frozen_and_moves():
-    plan = random_mask(torch.arange(2), 2, 8, prob=0.5)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        plan.clones = 3
-    assert plan.to("cpu") is plan
-    padded = dataclasses.replace(plan, lengths=torch.full((4,), 8, dtype=torch.int32)).to("meta")
-    assert {tensor.device.type for tensor in (padded.mask, padded.ids_keep, padded.slot, padded.lengths)} == {
-        "meta"
-    }
-    assert padded.clones == 2
-
-
-ONE = torch.zeros(1, 4, dtype=torch.bool)
-INT32 = {"dtype": torch.int32}
-PLAN_ERRORS = {
-    "float mask": (
-        lambda: MaskPlan.from_mask(ONE.float(), 1),
-        TypeError,
-        "mask must be bool or integer, got torch.float32",
-    ),
-    "mask rank": (
-        lambda: MaskPlan.from_mask(ONE[0], 1),
-        ValueError,
-        r"mask must have shape \(N, T\), got \(4,\)",
-    ),
-    "clones": (lambda: MaskPlan.from_mask(ONE, 2), ValueError, "multiple of clones = 2 rows, got 1"),
-    "no clones": (lambda: MaskPlan.from_mask(ONE, 0), ValueError, "clones must be >= 1, got 0"),
-    "no tokens": (lambda: MaskPlan.from_mask(ONE[:, :0], 1), ValueError, "tokens T must be >= 1, got 0"),
-    "lengths shape": (
-        lambda: MaskPlan.from_mask(ONE, 1, torch.ones(2, **INT32)),
-        ValueError,
-        r"lengths must have shape \(1,\)",
-    ),
-    "lengths dtype": (
-        lambda: MaskPlan.from_mask(ONE, 1, torch.ones(1).long()),
-        TypeError,
-        "lengths must have dtype int32, got int64",
-    ),
-    "ids dtype": (
-        lambda: MaskPlan(ONE, torch.zeros(1, 4).long(), torch.zeros(1, 4, **INT32), 1),
-        TypeError,
-        "ids_keep must have dtype int32",
-    ),
-    "ids rows": (
-        lambda: MaskPlan(ONE, torch.zeros(2, 4, **INT32), torch.zeros(1, 4, **INT32), 1),
-        ValueError,
-        r"ids_keep must have shape \(1, K\)",
-    ),
-    "too many": (
-        lambda: MaskPlan(ONE, torch.zeros(1, 5, **INT32), torch.zeros(1, 4, **INT32), 1),
-        ValueError,
-        "kept tokens K must be <= 4, got 5",
-    ),
-    "slot": (
-        lambda: MaskPlan(ONE, torch.zeros(1, 4, **INT32), torch.zeros(1, 3, **INT32), 1),
-        ValueError,
-        r"slot must have shape \(1, 4\) like mask",
-    ),
-    "devices": (
-        lambda: MaskPlan(ONE, torch.zeros(1, 4, **INT32, device="meta"), torch.zeros(1, 4, **INT32), 1),
-        ValueError,
-        "ids_keep must be on cpu like mask",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", PLAN_ERRORS)
-def test_plan_errors(case):
-    make, error, message = PLAN_ERRORS[case]
-    with pytest.raises(error, match=message):
-        make()
 
 
 ARGUMENTS = {

@@ -238,6 +238,10 @@ class Pretraining(Network):
         seed: int,
     ) -> d2vkern.MaskPlan:
         if isinstance(mask, d2vkern.MaskPlan):
+            if mask.kept_lengths is not None:
+                raise ValueError(
+                    "Data2Vec: mask must keep equally many tokens in every row, got a padded plan"
+                )
             return mask.to(source.device)
         if mask is not None:
             if mask.shape[0] % source.shape[0]:

@@ -36,11 +36,21 @@ def _gradients(dout: Tensor, slot: Tensor, clones: int, extras: int, needs: list
     )
 
 
-def _scattered(x: Tensor, slot: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((*slot.shape, x.shape[2]))
+def _scattered(
+    x: Tensor,
+    slot: Tensor,
+    extras: int,
+    noise_std: float,
+    seed: Tensor | None,
+    words: list[int],
+    mask_token: Tensor | None = None,
+    keep_extra: bool = False,
+) -> Tensor:
+    rows, tokens = slot.shape
+    return x.new_empty((rows, tokens + extras if keep_extra else tokens, x.shape[2]))
 
 
-def _unscattered(dout: Tensor, ids_keep: Tensor, extras: int) -> Tensor:
+def _unscattered(dout: Tensor, ids_keep: Tensor, extras: int, dextra: Tensor | None = None) -> Tensor:
     rows, kept = ids_keep.shape
     return dout.new_empty((rows, extras + kept, dout.shape[2]))
 
@@ -60,18 +70,26 @@ GATHER_BWD = Kernel(
     _costs.gather_bwd,
 )
 SCATTER_FWD = Kernel(
-    "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words) "
-    "-> Tensor",
+    "scatter_fwd(Tensor x, Tensor slot, SymInt extras, float noise_std, Tensor? seed, SymInt[] words, "
+    "Tensor? mask_token=None, bool keep_extra=False) -> Tensor",
     "scatter/fwd",
     _scattered,
     lambda x, slot, extras, *_: _costs.scatter(x, x.shape[1] - extras, slot.shape[1]),
 )
 SCATTER_BWD = Kernel(
-    "scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras) -> Tensor",
+    "scatter_bwd(Tensor dout, Tensor ids_keep, SymInt extras, Tensor? dextra=None) -> Tensor",
     "scatter/bwd",
     _unscattered,
-    _costs.scatter_bwd,
+    lambda dout, ids_keep, extras, *_: _costs.scatter_bwd(dout, ids_keep, extras),
 )
+"""dout: [N, T, D]; dextra: [N, E, D], what the extra tokens get, None: 0"""
+MASK_TOKEN_BWD = Kernel(
+    "mask_token_bwd(Tensor dout, Tensor slot) -> Tensor",
+    "mask_token/bwd",
+    lambda dout, slot: dout.new_empty((dout.shape[2],)),
+    _costs.mask_token_bwd,
+)
+"""[D]: the sum of dout [N, T, D] over the masked places"""
 
 
 def gather_with(forward: Callable[..., Tensor], backward: Callable[..., Gradients]) -> Callable[..., Tensor]:
@@ -110,27 +128,50 @@ def gather_with(forward: Callable[..., Tensor], backward: Callable[..., Gradient
     return gather_tokens
 
 
-def scatter_with(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """scatter_tokens of kernels called as SCATTER_FWD and SCATTER_BWD; `ids_keep` is saved."""
+def scatter_with(
+    forward: Callable[..., Tensor], backward: Callable[..., Tensor], token_backward: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
+    """scatter_tokens of kernels called as SCATTER_FWD, SCATTER_BWD and MASK_TOKEN_BWD."""
 
     class _Scatter(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any, x: Tensor, ids_keep: Tensor, slot: Tensor, noise_std: float, seed: int | Tensor
+            ctx: Any,
+            x: Tensor,
+            mask_token: Tensor | None,
+            ids_keep: Tensor,
+            slot: Tensor,
+            noise_std: float,
+            seed: int | Tensor,
+            keep_extra: bool,
         ) -> Tensor:
-            ctx.save_for_backward(ids_keep)
-            ctx.extras = x.shape[1] - ids_keep.shape[1]
-            if isinstance(seed, Tensor):
-                return forward(x, slot, ctx.extras, noise_std, seed.to(x.device), [0, 0])
-            return forward(x, slot, ctx.extras, noise_std, None, split64(seed))
+            ctx.save_for_backward(ids_keep, None if mask_token is None else slot)
+            ctx.extras, ctx.keep_extra = x.shape[1] - ids_keep.shape[1], keep_extra
+            number, words = (seed.to(x.device), [0, 0]) if isinstance(seed, Tensor) else (None, split64(seed))
+            return forward(x, slot, ctx.extras, noise_std, number, words, mask_token, keep_extra)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-            (ids_keep,) = ctx.saved_tensors
-            return backward(dout, ids_keep, ctx.extras), None, None, None, None
+            ids_keep, slot = ctx.saved_tensors
+            dextra = dout[:, : ctx.extras] if ctx.keep_extra else None
+            if ctx.keep_extra:
+                dout = dout[:, ctx.extras :]
+            dx = dtoken = None
+            if ctx.needs_input_grad[0]:
+                dx = backward(dout, ids_keep, ctx.extras, dextra)
+            if ctx.needs_input_grad[1]:
+                dtoken = token_backward(dout, slot)
+            return dx, dtoken, None, None, None, None, None
 
-    def scatter_tokens(x: Tensor, plan: MaskPlan, noise_std: float, seed: int | Tensor) -> Tensor:
-        return _Scatter.apply(x, plan.ids_keep, plan.slot, noise_std, seed)
+    def scatter_tokens(
+        x: Tensor,
+        plan: MaskPlan,
+        noise_std: float,
+        seed: int | Tensor,
+        mask_token: Tensor | None = None,
+        keep_extra: bool = False,
+    ) -> Tensor:
+        return _Scatter.apply(x, mask_token, plan.ids_keep, plan.slot, noise_std, seed, keep_extra)
 
     return scatter_tokens

@@ -39,7 +39,8 @@ def gather_tokens(
     positions: [T, D], the same for all samples.
     per_mask: [N, T, D], what depends on the masked version (the speech positional encoder).
         All in x's dtype (under torch.autocast the widest of theirs) and on its device.
-    Returns [N, E + K, D]. The gradient of x sums over a sample's rows in fixed order, in fp32.
+    Returns [N, E + K, D], 0 at the padding of rows that keep less than K. The gradient of x sums over a
+    sample's rows in fixed order, in fp32.
     Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
     """
     op = "gather_tokens"
@@ -61,26 +62,42 @@ def gather_tokens(
 def scatter_tokens(
     x: Tensor,
     plan: MaskPlan,
-    noise_std: float,
-    seed: int | Tensor,
+    noise_std: float = 0.0,
+    seed: int | Tensor = 0,
     *,
+    mask_token: Tensor | None = None,
+    keep_extra: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Decoder input: kept tokens at their places, Gaussian noise at the masked ones.
+    """Decoder input: kept tokens at their places; noise (data2vec 2.0) or a token (MAE) at the masked ones.
 
     x: [N, E + K, D]; the E extra tokens in front (as many as exceed plan.kept) are dropped.
     noise_std: deviation of the noise, >= 0; with 0 the masked places are exactly 0 and nothing is drawn.
     seed: 64-bit int, or a 0-dim int64 tensor (read on the device, so that a replayed graph can be given
         another). The noise of element [n, t, d] depends on (seed, n, t, d) only; it is drawn in fp32 and
         cast to x's dtype.
-    Returns [N, T, D] in x's dtype. The gradient is a gather; it is 0 for extra tokens.
-    Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
+    mask_token: [D], or as MAE holds it [1, 1, D]: stands at the masked places instead of noise. In x's dtype
+        (under torch.autocast the widest of both, for x too).
+    keep_extra: the extra tokens stay in front.
+    Returns [N, T, D], with keep_extra [N, E + T, D], in x's dtype. The gradient of x is a gather; it is 0 for
+    extra tokens that are dropped and for the padding of rows. That of mask_token sums over all masked places
+    in fixed order, in fp32 or wider.
+    Source: data2vec 2.0, models/modalities/base.py, `add_mask_tokens`; MAE, models_mae.py, `forward_decoder`.
+    Raises ValueError or TypeError when shapes, dtypes or devices do not fit, and for noise beside mask_token.
     """
     op = "scatter_tokens"
     check_shape(op, "x", x, (plan.mask.shape[0], "S", "D"), like="plan")
     check_range(op, "x tokens S", x.shape[1], minimum=plan.kept)
     check_dtype(op, "x", x)
-    check_same_device(op, x=x, plan=plan.mask)
+    if mask_token is not None:
+        width = x.shape[2]
+        if mask_token.shape != (1, 1, width):
+            check_shape(op, "mask_token", mask_token, (width,), like="x")
+        x, mask_token = _autocast.for_gather(x, mask_token.reshape(width))
+        check_same_dtype(op, x=x, mask_token=mask_token)
+        if noise_std > 0.0:
+            raise ValueError(f"{op}: noise_std must be 0 with mask_token, got {noise_std}")
+    check_same_device(op, x=x, plan=plan.mask, mask_token=mask_token)
     check_range(op, "noise_std", noise_std, minimum=0.0)
     seed = check_seed(op, seed)
-    return select("gather", backend, x).scatter_tokens(x, plan, noise_std, seed)
+    return select("gather", backend, x).scatter_tokens(x, plan, noise_std, seed, mask_token, keep_extra)

@@ -1,4 +1,4 @@
-"""Masks for M masked versions of each sample, and the MaskPlan every other op reads.
+"""Masks for M masked versions of each sample.
 
 Generated on the device of `ids` from a counter-based generator (d2vkern/reference/philox.py): the row of
 clone m of a sample is a function of (seed, epoch, sample id, m) and the mask's own settings, and of nothing
@@ -9,127 +9,17 @@ compute_block_mask_2d and compute_block_mask_1d (data_utils.py) for images and s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
 import torch
 from torch import Tensor
 
 from d2vkern._backend import select
 from d2vkern._checks import check_dtype, check_range, check_same_device, check_seed, check_shape
-from d2vkern.reference.masks import ascending_positions, plan_tensors
+from d2vkern.ops._plan import MaskPlan
 from d2vkern.reference.philox import MAX_CLONES, MAX_DRAWS, MAX_EPOCH
 
+__all__ = ["MAX_TOKENS", "MaskPlan", "inverse_block_mask", "random_mask", "span_mask"]
+
 MAX_TOKENS = MAX_DRAWS // 2
-
-
-@dataclass(frozen=True, eq=False)
-class MaskPlan:
-    """Which tokens each of the N = B * clones rows keeps; row b * clones + m is masked version m of sample b.
-
-    mask: [N, T] bool, True where masked.
-    ids_keep: [N, K] int32, original positions of the kept tokens, ascending.
-    slot: [N, T] int32, index of the token among its row's kept tokens, -1 where masked.
-    clones: M, masked versions per sample.
-    lengths: [N] int32 or None: in a padded batch, how many of the T tokens of a row are real (before masking;
-        padding stands at the end). The ops here mask padding like any other token; who pads reads `lengths`.
-
-    Construction checks shapes, dtypes and devices, not values; see `MaskPlan.from_mask`.
-    """
-
-    mask: Tensor
-    ids_keep: Tensor
-    slot: Tensor
-    clones: int
-    lengths: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        op = "MaskPlan"
-        check_shape(op, "mask", self.mask, ("N", "T"))
-        rows, tokens = self.mask.shape
-        check_range(op, "tokens T", tokens, minimum=1)
-        check_range(op, "clones", self.clones, minimum=1)
-        if rows % self.clones:
-            raise ValueError(f"{op}: mask must have a multiple of clones = {self.clones} rows, got {rows}")
-        check_shape(op, "ids_keep", self.ids_keep, (rows, "K"))
-        check_range(op, "kept tokens K", self.ids_keep.shape[1], maximum=tokens)
-        check_shape(op, "slot", self.slot, (rows, tokens), like="mask")
-        check_dtype(op, "mask", self.mask, (torch.bool,))
-        check_dtype(op, "ids_keep", self.ids_keep, (torch.int32,))
-        check_dtype(op, "slot", self.slot, (torch.int32,))
-        if self.lengths is not None:
-            check_shape(op, "lengths", self.lengths, (rows,))
-            check_dtype(op, "lengths", self.lengths, (torch.int32,))
-        check_same_device(op, mask=self.mask, ids_keep=self.ids_keep, slot=self.slot, lengths=self.lengths)
-        if torch.compiler.is_compiling():
-            return
-        for name in ("mask", "ids_keep", "slot", "lengths"):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.is_inference():
-                # autograd saves no tensor that was made under inference_mode, and a plan may outlive it
-                with torch.inference_mode(False):
-                    object.__setattr__(self, name, tensor.clone())
-
-    @property
-    def samples(self) -> int:
-        """B, samples before they are repeated."""
-        return self.mask.shape[0] // self.clones
-
-    @property
-    def tokens(self) -> int:
-        """T, tokens before masking."""
-        return self.mask.shape[1]
-
-    @property
-    def kept(self) -> int:
-        """K, kept tokens of every row."""
-        return self.ids_keep.shape[1]
-
-    @property
-    def ids_mask(self) -> Tensor:
-        """[N, T - K] int32: original positions of the masked tokens, ascending; made at the first use."""
-        # Dynamo cannot trace the lock that cached_property takes before Python 3.12.
-        return self._find_masked() if torch.compiler.is_compiling() else self._masked
-
-    @cached_property
-    def _masked(self) -> Tensor:
-        with torch.inference_mode(False):
-            return self._find_masked()
-
-    def _find_masked(self) -> Tensor:
-        return ascending_positions(self.mask, self.tokens - self.kept)
-
-    def to(self, device: torch.device | str) -> MaskPlan:
-        """The same plan on another device (itself when it is there already)."""
-        if self.mask.device == torch.device(device):
-            return self
-        lengths = None if self.lengths is None else self.lengths.to(device)
-        mask, ids_keep, slot = (tensor.to(device) for tensor in (self.mask, self.ids_keep, self.slot))
-        return MaskPlan(mask, ids_keep, slot, self.clones, lengths)
-
-    @classmethod
-    def from_mask(cls, mask: Tensor, clones: int, lengths: Tensor | None = None) -> MaskPlan:
-        """The plan of anyone's mask.
-
-        mask: [N, T] bool or integer, non-zero = masked; every row must keep equally many tokens.
-        clones: M, a divisor of N; rows b * M .. b * M + M - 1 belong to sample b.
-        Reads the kept counts, so on CUDA it waits for the device, and torch.compile cannot trace it.
-        Raises ValueError naming the first row whose kept count differs from row 0's.
-        """
-        check_shape("MaskPlan.from_mask", "mask", mask, ("N", "T"))
-        if mask.is_floating_point() or mask.is_complex():
-            raise TypeError(f"MaskPlan.from_mask: mask must be bool or integer, got {mask.dtype}")
-        mask = mask != 0
-        counts = (~mask).sum(1).tolist()
-        kept = counts[0] if counts else 0
-        for row, count in enumerate(counts):
-            if count != kept:
-                raise ValueError(
-                    f"MaskPlan.from_mask: mask must keep equally many tokens in every row, "
-                    f"got row {row} keeps {count} tokens, row 0 keeps {kept}"
-                )
-        mask, ids_keep, slot = plan_tensors(mask, kept)
-        return cls(mask, ids_keep, slot, clones, lengths)
 
 
 def inverse_block_mask(

@@ -5,6 +5,7 @@ c = min(|e|, beta): loss = scale * sum c * (|e| - c/2) / beta, gradient scale * 
 slice of targets is gathered, used and dropped, so nothing of size [N,T,D] exists but the gradient itself,
 which is what the backward needs. It is saved in pred's dtype before the powers of two of its scale, so that
 of a small scale fp16 loses nothing; they come in backward, with a loss scaling that may undo them, in fp32.
+Of a padded plan the places that count are marked, and the others become 0.
 fp32 throughout (fp64 for fp64 predictions). Shape suffixes: R rows of a slice, P masked tokens of a row, D
 width.
 """
@@ -29,8 +30,15 @@ def masked_regression_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss (differentiable), pred_var and target_var, all 0-dim."""
     needs_grad = torch.is_grad_enabled() and pred.requires_grad
+    ids_NP, live_NP = plan.ids_mask.long(), None
+    if plan.kept_lengths is not None and pred.shape[1] == plan.tokens:
+        live_NP = plan.mask
+        ids_NP = torch.arange(plan.tokens, device=pred.device).expand_as(live_NP)
+    elif plan.kept_lengths is not None:
+        live_NP = ids_NP >= 0
+        ids_NP = ids_NP.clamp(min=0)
     return _MaskedRegression.apply(
-        pred, target.detach(), plan.ids_mask.long(), plan.clones, beta, scale, needs_grad
+        pred, target.detach(), ids_NP, live_NP, plan.clones, beta, scale, needs_grad
     )
 
 
@@ -42,12 +50,15 @@ class _MaskedRegression(torch.autograd.Function):
         pred: Tensor,
         target: Tensor,
         ids_mask: Tensor,
+        live: Tensor | None,
         clones: int,
         beta: float,
         scale: float,
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        loss, pred_var, target_var, grad = _walk(pred, target, ids_mask, clones, beta, scale, needs_grad)
+        loss, pred_var, target_var, grad = _walk(
+            pred, target, ids_mask, live, clones, beta, scale, needs_grad
+        )
         ctx.save_for_backward(grad)
         ctx.rest = split_factor(beta, scale)[1]
         ctx.mark_non_differentiable(pred_var, target_var)
@@ -59,11 +70,11 @@ class _MaskedRegression(torch.autograd.Function):
     @op_range("loss/bwd/eager")
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dloss is None:
-            return (None,) * 7
+            return (None,) * 8
         (slope,) = ctx.saved_tensors
         # of one dimension: as a scalar it would be rounded to the slope's dtype first
         factor = (dloss * ctx.rest).view(1)
-        return _scaled(slope, factor), None, None, None, None, None, None
+        return _scaled(slope, factor), *(None,) * 7
 
 
 def _scaled(slope: Tensor, factor: Tensor) -> Tensor:
@@ -99,10 +110,20 @@ def split_factor(beta: float, scale: float) -> tuple[float, float]:
 
 
 def _walk(
-    pred: Tensor, target: Tensor, ids_mask: Tensor, clones: int, beta: float, scale: float, needs_grad: bool
+    pred: Tensor,
+    target: Tensor,
+    ids_mask: Tensor,
+    live: Tensor | None,
+    clones: int,
+    beta: float,
+    scale: float,
+    needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Loss, pred_var, target_var and the gradient without `rest`, in pred's shape and dtype (None unless
-    needed)."""
+    needed).
+
+    live: [N,P] bool, which places of pred [N,P,D] count; None: all of them.
+    """
     rows, masked = ids_mask.shape
     tokens, width = target.shape[1:]
     dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
@@ -122,8 +143,11 @@ def _walk(
     for some in _slices(rows, clones, masked * width, pred.device):
         x_RPD = (flat_pred[pred_ids_NP[some]] if every_token else pred[some]).to(dtype)
         y_RPD = flat_target[target_ids_NP[some]].to(dtype)
-        pred_moments.add(x_RPD)
-        target_moments.add(y_RPD)
+        counts = None if live is None else live[some]
+        if counts is not None:
+            x_RPD, y_RPD = (part.masked_fill(~counts[..., None], 0.0) for part in (x_RPD, y_RPD))
+        pred_moments.add(x_RPD, counts)
+        target_moments.add(y_RPD, counts)
         value, slope_RPD = _penalty(x_RPD - y_RPD, beta, scale)
         values.append(value)
         if grad is not None and every_token:
@@ -156,20 +180,31 @@ class _Moments:
     """Mean and squared deviations per channel of all tokens seen, merged slice by slice (Chan et al.)."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
-        self.count = 0
+        self.count: int | Tensor = 0
         self.mean = like.new_zeros(like.shape[-1], dtype=dtype)
         self.squares = torch.zeros_like(self.mean)
 
-    def add(self, x_RPD: Tensor) -> None:
+    def add(self, x_RPD: Tensor, live_RP: Tensor | None) -> None:
+        """live_RP: which tokens count, None: all; the others are 0."""
         x = x_RPD.flatten(0, 1)
-        mean = x.mean(0)
-        squares = (x - mean).square().sum(0)
+        if live_RP is None:
+            more: int | Tensor = x.shape[0]
+            mean = x.mean(0)
+            squares = (x - mean).square().sum(0)
+            count = share = self.count + more
+        else:
+            more = live_RP.sum().to(x.dtype)
+            mean = x.sum(0) / more.clamp(min=1)
+            squares = (x - mean).masked_fill(~live_RP.flatten()[:, None], 0.0).square().sum(0)
+            count = self.count + more
+            share = count.clamp(min=1)
         delta = mean - self.mean
-        count = self.count + x.shape[0]
-        self.mean = self.mean + delta * (x.shape[0] / count)
-        self.squares = self.squares + squares + delta.square() * (self.count * x.shape[0] / count)
+        self.mean = self.mean + delta * (more / share)
+        self.squares = self.squares + squares + delta.square() * (self.count * more / share)
         self.count = count
 
     def spread(self) -> Tensor:
         """Mean over channels of sqrt(unbiased variance + eps), 0-dim."""
-        return (self.squares / max(1, self.count - 1) + _VARIANCE_EPS).sqrt().mean()
+        others = self.count - 1
+        others = others.clamp(min=1) if isinstance(others, Tensor) else max(1, others)
+        return (self.squares / others + _VARIANCE_EPS).sqrt().mean()

@@ -97,20 +97,25 @@ def _sample(
 inverse_block_mask, span_mask, random_mask = samplers_with(_sample)
 
 
-def plan_tensors(mask: Tensor, kept: int) -> MaskTensors:
-    """(mask, ids_keep, slot) of a [N, T] bool mask of which every row keeps exactly `kept` tokens."""
+def plan_tensors(mask: Tensor, kept: int, padded: bool = False) -> MaskTensors:
+    """(mask, ids_keep, slot) of a [N, T] bool mask whose rows keep `kept` tokens, or with padded at most."""
     keep = ~mask
     order = keep.cumsum(1, dtype=torch.int32) - 1
     slot = torch.where(keep, order, -1)
-    return mask, ascending_positions(keep, kept), slot
+    return mask, ascending_positions(keep, kept, padded), slot
 
 
-def ascending_positions(selected: Tensor, count: int) -> Tensor:
-    """[N, count] int32: where each row of `selected` [N, T] (exactly `count` per row) is True, ascending."""
+def ascending_positions(selected: Tensor, count: int, padded: bool = False) -> Tensor:
+    """[N, count] int32: where each row of `selected` [N, T] is True, ascending.
+
+    Exactly `count` per row; with padded at most, and -1 behind them.
+    """
     rows, tokens = selected.shape
     order = selected.cumsum(1) - 1
     # Cells that are not selected write to one surplus column, which is cut off.
     out = torch.empty(rows, count + 1, dtype=torch.int32, device=selected.device)
+    if padded:
+        out.fill_(-1)
     cells = torch.arange(tokens, dtype=torch.int32, device=selected.device).expand(rows, tokens)
     out.scatter_(1, torch.where(selected, order, count), cells)
     return out[:, :count].contiguous()

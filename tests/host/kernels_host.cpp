@@ -81,7 +81,8 @@ void for_dtype(int32_t code, bool wide, Body body) {
   }
 }
 
-// tensors: x, ids, extra, positions, per_mask, out. strides: x b, x t, extra, positions, per_mask n, per_mask t.
+// tensors: x, ids, extra, positions, per_mask, out. strides: x b, x t, extra n, extra e, positions, per_mask n,
+// per_mask t.
 // sizes: rows, kept, extras, width, clones.
 void gather_fwd(int32_t code, bool wide, const std::vector<uint64_t>& tensors, const std::vector<int64_t>& strides,
                 const std::vector<int32_t>& sizes) {
@@ -91,8 +92,8 @@ void gather_fwd(int32_t code, bool wide, const std::vector<uint64_t>& tensors, c
         at<const T>(tensors[0]), at<const int32_t>(tensors[1]), at<const T>(tensors[2]), at<const T>(tensors[3]),
         at<const T>(tensors[4]), at<T>(tensors[5]),             strides[0],              strides[1],
         strides[2],              strides[3],                    strides[4],              strides[5],
-        sizes[0],                sizes[1],                      sizes[2],                sizes[3],
-        sizes[4]};
+        strides[6],              sizes[0],                      sizes[1],                sizes[2],
+        sizes[3],                sizes[4]};
     host::run(d2v::rows_grid(sizes[0], sizes[1] + sizes[2]), false,
               [&] { d2v::gather_fwd_kernel<T, decltype(vector)::value>(args); });
   });
@@ -138,17 +139,40 @@ void gather_bwd(int32_t code, bool wide, const std::vector<uint64_t>& tensors, c
   });
 }
 
-// tensors: x, slot, seed (0: the number), out. sizes: rows, tokens, extras, width.
+// tensors: x, slot, seed (0: the number), token, out. sizes: rows, tokens, extras, width, front.
 void scatter_fwd(int32_t code, bool wide, const std::vector<uint64_t>& tensors, const std::vector<int64_t>& strides,
                  const std::vector<int32_t>& sizes, int64_t seed, float noise_std) {
   for_dtype(code, wide, [&](auto element, auto vector) {
     using T = decltype(element);
     const d2v::ScatterArguments<T> args = {
-        at<const T>(tensors[0]), at<const int32_t>(tensors[1]), at<const int64_t>(tensors[2]), at<T>(tensors[3]),
-        strides[0],              strides[1],                    seed,                          sizes[0],
-        sizes[1],                sizes[2],                      sizes[3],                      noise_std};
-    host::run(d2v::rows_grid(sizes[0], sizes[1]), false,
+        at<const T>(tensors[0]), at<const int32_t>(tensors[1]), at<const int64_t>(tensors[2]),
+        at<const T>(tensors[3]), at<T>(tensors[4]),             strides[0],
+        strides[1],              seed,                          sizes[0],
+        sizes[1],                sizes[2],                      sizes[3],
+        sizes[4],                noise_std};
+    host::run(d2v::rows_grid(sizes[0], sizes[4] + sizes[1]), false,
               [&] { d2v::scatter_fwd_kernel<T, decltype(vector)::value>(args); });
+  });
+}
+
+// tensors: dout, slot, sums, dtoken. sizes: rows, tokens, width, each.
+void mask_token_bwd(int32_t code, bool wide, const std::vector<uint64_t>& tensors, const std::vector<int64_t>& strides,
+                    const std::vector<int32_t>& sizes) {
+  const int64_t places = int64_t{sizes[0]} * sizes[1], parts = d2v::ceil_div(places, sizes[3]);
+  for_dtype(code, wide, [&](auto element, auto vector) {
+    using T = decltype(element);
+    constexpr int32_t kVector = decltype(vector)::value;
+    const d2v::MaskTokenArguments<T> args = {
+        at<const T>(tensors[0]), at<const int32_t>(tensors[1]), at<float>(tensors[2]),
+        strides[0],              strides[1],                    places,
+        sizes[1],                sizes[2],                      sizes[3],
+        static_cast<int32_t>(parts)};
+    host::run(d2v::rows_grid(1, parts * d2v::ceil_div(sizes[2] / kVector, d2v::kWarp)), false,
+              [&] { d2v::mask_token_bwd_kernel<T, kVector>(args); });
+    host::run(d2v::sums_grid(sizes[2]), false, [&] {
+      d2v::gather_bwd_kernel_sums<T, kVector < 4 ? 1 : 4>(args.sums, at<T>(tensors[3]), at<T>(tensors[3]), parts,
+                                                          sizes[2], sizes[2]);
+    });
   });
 }
 
@@ -161,4 +185,5 @@ PYBIND11_MODULE(kernels_host, m) {
   m.def("gather_fwd", gather_fwd);
   m.def("gather_bwd", gather_bwd);
   m.def("scatter_fwd", scatter_fwd);
+  m.def("mask_token_bwd", mask_token_bwd);
 }

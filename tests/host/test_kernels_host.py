@@ -252,7 +252,7 @@ def test_gather(kernels_host: ModuleType, dtype: torch.dtype, layout, parts: str
     kernels_host.gather_fwd(
         CODES[dtype], wide,
         [address(y) for y in (x, plan.ids_keep, extra, positions, per_mask, out)],
-        [*x.stride()[:2], width, width, T * width, width],
+        [*x.stride()[:2], 0, width, width, T * width, width],
         [B * M, plan.kept, 0 if extra is None else EXTRAS, width, M],
     )  # fmt: skip
     assert torch.equal(out, expected)
@@ -316,8 +316,8 @@ def test_scatter(
     assert wide_rows(x, out) is wide
     kernels_host.scatter_fwd(
         CODES[dtype], wide,
-        [x.data_ptr(), plan.slot.data_ptr(), word.data_ptr() if seed_on_device else 0, out.data_ptr()],
-        [*x.stride()[:2]], [B * M, T, EXTRAS, width], 1 if seed_on_device else seed, noise_std,
+        [x.data_ptr(), plan.slot.data_ptr(), word.data_ptr() if seed_on_device else 0, 0, out.data_ptr()],
+        [*x.stride()[:2]], [B * M, T, EXTRAS, width, 0], 1 if seed_on_device else seed, noise_std,
     )  # fmt: skip
     kept = ~plan.mask
     assert torch.equal(out[kept], expected[kept])
@@ -327,6 +327,46 @@ def test_scatter(
     assert ((out.float() - expected.float()).abs() <= ulps * step + 1e-12).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_mask_token_and_extra_tokens_of_padded_rows(
+    kernels_host: ModuleType, dtype: torch.dtype, layout
+) -> None:
+    """Scatter, and its backward: a gather whose extra tokens differ from row to row, and the token's sum."""
+    width, skipped, wide = layout
+    plan = MaskPlan.from_mask(
+        torch.rand(B * M, T).argsort(1) < torch.arange(1, B * M + 1)[:, None], M, pad=True
+    )
+    x = filled(B * M * (EXTRAS + plan.kept) * width, dtype, skipped).view(B * M, EXTRAS + plan.kept, width)
+    token = filled(width, dtype)
+    leaves = [y.detach().clone().requires_grad_() for y in (x, token)]
+    expected = scatter_tokens(leaves[0], plan, mask_token=leaves[1], keep_extra=True, backend="eager")
+    out = torch.full_like(expected, 99.0)
+    assert wide_rows(x, token, out) is wide
+    kernels_host.scatter_fwd(
+        CODES[dtype], wide, [x.data_ptr(), plan.slot.data_ptr(), 0, token.data_ptr(), out.data_ptr()],
+        [*x.stride()[:2]], [B * M, T, EXTRAS, width, EXTRAS], 0, 0.0,
+    )  # fmt: skip
+    assert torch.equal(out, expected)
+    dout = filled(out.numel(), dtype, skipped).view(out.shape)
+    expected.backward(dout)
+    dx, dtokens = torch.full_like(x, 99.0), dout[:, EXTRAS:]
+    kernels_host.gather_fwd(
+        CODES[dtype], wide,
+        [dtokens.data_ptr(), plan.ids_keep.data_ptr(), dout.data_ptr(), 0, 0, dx.data_ptr()],
+        [*dtokens.stride()[:2], *dout.stride()[:2], 0, 0, 0], [B * M, plan.kept, EXTRAS, width, 1],
+    )  # fmt: skip
+    assert torch.equal(dx, leaves[0].grad)
+    each, dtoken = 8, torch.full_like(token, 99.0)
+    sums = torch.full((-(-B * M * T // each), width), float("nan"))
+    kernels_host.mask_token_bwd(
+        CODES[dtype], wide, [dtokens.data_ptr(), plan.slot.data_ptr(), sums.data_ptr(), dtoken.data_ptr()],
+        [*dtokens.stride()[:2]], [B * M, T, width, each],
+    )  # fmt: skip
+    error = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype]
+    torch.testing.assert_close(dtoken, leaves[1].grad, rtol=error, atol=16 * error)
+
+
 def test_rows_are_strided(kernels_host: ModuleType) -> None:
     plan, width = _plan(), 16
     x = torch.randn(T, B, 2 * width).transpose(0, 1)[:, :, :width]
@@ -334,6 +374,6 @@ def test_rows_are_strided(kernels_host: ModuleType) -> None:
     out = torch.empty_like(expected)
     kernels_host.gather_fwd(
         1, wide_rows(x, out), [x.data_ptr(), plan.ids_keep.data_ptr(), 0, 0, 0, out.data_ptr()],
-        [*x.stride()[:2], 0, 0, 0, 0], [B * M, plan.kept, 0, width, M],
+        [*x.stride()[:2], 0, 0, 0, 0, 0], [B * M, plan.kept, 0, width, M],
     )  # fmt: skip
     assert torch.equal(out, expected)
