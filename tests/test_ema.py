@@ -179,7 +179,7 @@ def move(model: nn.Module) -> None:
 
 def test_module_follows_the_schedule() -> None:
     student = Student()
-    ema = EMA(student, 0.5, 0.9, 4)
+    ema = EMA(student, 0.5, end_decay=0.9, anneal=4)
     weight = student.linear.weight.detach().clone()
     assert (
         torch.equal(ema.module.linear.weight, weight)
@@ -199,7 +199,7 @@ def test_module_follows_the_schedule() -> None:
 
 def test_module_counts_its_own_steps() -> None:
     student = Student()
-    ours, theirs = EMA(student, 0.5, 0.9, 4), EMA(student, 0.5, 0.9, 4)
+    ours, theirs = EMA(student, 0.5, end_decay=0.9, anneal=4), EMA(student, 0.5, end_decay=0.9, anneal=4)
     for step in (1, 2, 3):
         move(student)
         ours.update(student, step)
@@ -240,7 +240,7 @@ def test_module_of_a_bf16_model_averages_in_fp32() -> None:
 
 def test_module_with_decay_one_stops() -> None:
     student = Student()
-    ema = EMA(student, 0.9, 1.0, 2)
+    ema = EMA(student, 0.9, end_decay=1.0, anneal=2)
     move(student)
     ema.update(student, 2)
     assert torch.equal(ema.module.positions + 1, student.positions)
@@ -257,4 +257,4 @@ def test_module_refusals() -> None:
     ):
         ema.update(nn.Linear(4, 2))
     with pytest.raises(ValueError, match="ema: end_decay must be >= 0.0 and <= 1.0, got 2"):
-        EMA(nn.Linear(3, 2), 0.9, 2)
+        EMA(nn.Linear(3, 2), 0.9, end_decay=2)

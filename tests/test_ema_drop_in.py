@@ -6,6 +6,7 @@ timm's class is written out here from timm/utils/model_ema.py (1.0.x), so that t
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,77 @@ def test_timm_itself_where_it_is_installed() -> None:
             assert_same_state(ours, theirs)
 
 
+def test_timm_by_position() -> None:
+    names = ["model", "decay", "min_decay", "update_after_step", "use_warmup", "warmup_gamma", "warmup_power"]
+    names += ["device", "dtype", "stochastic_rounding", "stochastic_rounding_seed", "foreach"]
+    names += ["exclude_buffers"]
+    parameters = inspect.signature(EMA).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == names
+    model = Model()
+    given = (0.99, 0.1, 2, True, 2.0, 0.75)
+    ours, theirs = EMA(model, *given), TimmEma(model, **dict(zip(names[1:], given, strict=False)))
+    for step in range(1, 9):
+        move(model, step)
+        ours.update(model, step)
+        theirs.update(model, step)
+        assert_same_state(ours, theirs)
+    assert EMA(model, 0.99, 0.1).get_decay() == 0.99
+
+
+def test_settings_are_attributes() -> None:
+    """As timm's and torch's are, which trainers change as they go."""
+    model = Model()
+    ours, theirs = EMA(model, 0.9, like="timm"), TimmEma(model, decay=0.9)
+    for step, changed in enumerate(({}, {"decay": 0.5}, {"use_warmup": True}, {"warmup_power": 0.9}), 2):
+        for name, value in changed.items():
+            setattr(ours, name, value)
+            assert getattr(ours, name) == value
+        theirs.given |= changed
+        move(model, step)
+        ours.update(model, step)
+        theirs.update(model, step)
+        assert_same_state(ours, theirs)
+    with pytest.raises(ValueError, match="ema: decay must be >= 0.0 and <= 1.0, got 2.0"):
+        ours.decay = 2.0
+    assert ours.decay == 0.5
+    with pytest.raises(
+        AttributeError, match="ema: end_decay must be set on an average that has it, got TimmRule"
+    ):
+        ours.end_decay = 1.0
+    with pytest.raises(AttributeError, match="end_decay"):
+        _ = ours.end_decay
+    torchs = EMA(model, like="torch")
+    torchs.avg_fn = mean
+    assert torchs.avg_fn is mean and copy.deepcopy(torchs).avg_fn is mean
+    data2vecs = EMA(model, 0.5)
+    data2vecs.decay = 0.25
+    assert data2vecs.decay_at(7) == 0.25
+
+
+def test_dtype_of_the_copy() -> None:
+    model = Model().bfloat16()
+    for given, dtype in (
+        ({}, torch.float32),
+        ({"dtype": torch.float32}, torch.float32),
+        ({"dtype": torch.float64}, torch.float64),
+    ):
+        ema = EMA(model, 0.9998, stochastic_rounding=True, stochastic_rounding_seed=3, **given)
+        assert {x.dtype for x in ema.module.parameters()} == {dtype}
+        before = ema.module.linear.weight.clone()
+        with torch.no_grad():
+            model.linear.weight.add_(1.0)
+        ema.update(model)
+        expected = before + (model.linear.weight.to(dtype) - before) * (1 - 0.9998)
+        torch.testing.assert_close(ema.module.linear.weight, expected, rtol=1e-6, atol=1e-6)
+        assert ema.module.norm.num_batches_tracked.dtype == torch.int64
+    for wrong, words in (
+        ({"dtype": torch.bfloat16}, "dtype must be float32 or float64 .* got torch.bfloat16"),
+        ({"decay": "cuda"}, "decay must be a number .* got 'cuda'"),
+    ):
+        with pytest.raises(TypeError, match=f"ema: {words}"):
+            EMA(model, **wrong)
+
+
 def mean(average: Tensor, model: Tensor, count: Tensor) -> Tensor:
     return average + (model - average) / (count + 1)
 
@@ -244,7 +316,7 @@ def test_without_their_arguments_it_is_data2vecs() -> None:
     )
     halfway = (before["linear.weight"] + state["linear.weight"]) / 2
     torch.testing.assert_close(ema.module.linear.weight, halfway)
-    assert EMA(model).get_decay() == 0.9998 and EMA(model, 0.5, 1.0, 10).get_decay(5) == 0.75
+    assert EMA(model).get_decay() == 0.9998 and EMA(model, 0.5, end_decay=1.0, anneal=10).get_decay(5) == 0.75
 
 
 def test_device_and_what_wraps_a_model() -> None:

@@ -383,7 +383,9 @@ def test_compiled(triton_device: torch.device, dynamic: bool) -> None:
 
 def test_module_follows_eager(triton_device: torch.device) -> None:
     student = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)).to(triton_device)
-    ours, theirs = (EMA(student, 0.9, 0.99, 4, backend=backend) for backend in ("triton", "eager"))
+    ours, theirs = (
+        EMA(student, 0.9, end_decay=0.99, anneal=4, backend=backend) for backend in ("triton", "eager")
+    )
     with backend_spy() as calls:
         for step in range(1, 7):
             with torch.no_grad():

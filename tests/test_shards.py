@@ -86,6 +86,11 @@ def check_fsdp(backend: str) -> None:
         raise AssertionError("a whole teacher of a sharded student was taken")
     except ValueError as error:
         assert "ema: student[0] must be distributed like teacher[0], not distributed, got" in str(error)
+    try:
+        EMA(model)
+        raise AssertionError("a sharded model was copied")
+    except ValueError as error:
+        assert "make the average first, then shard both alike" in str(error)
 
 
 def check_ddp(backend: str) -> None:

@@ -1,12 +1,12 @@
 """How an `EMA` averages: data2vec 2.0's way, that of timm's ModelEmaV3, and that of torch's AveragedModel.
 
 A rule says with which decay an update is done, and which tensors are averaged; the others are copied. Written
-from timm/utils/model_ema.py (1.0) and torch/optim/swa_utils.py (2.13).
+from timm/utils/model_ema.py (1.0.31) and torch/optim/swa_utils.py (2.13).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from d2vkern._checks import check_range
 
 TIMM = ("min_decay", "update_after_step", "use_warmup", "warmup_gamma", "warmup_power", "exclude_buffers")
 TORCH = ("avg_fn", "multi_avg_fn", "use_buffers")
-LIKE = {"data2vec": (), "timm": (*TIMM, "foreach"), "torch": TORCH}
+UNUSED = ("stochastic_rounding", "stochastic_rounding_seed", "foreach")
+"""of timm's: how bf16 averages, which there are none of, are rounded, and how its sums are made"""
+LIKE = {"data2vec": (), "timm": (*TIMM, *UNUSED), "torch": TORCH}
 
 
 def annealed_decay(step: int, decay: float, end_decay: float, anneal: int) -> float:
@@ -140,6 +142,7 @@ class TorchRule:
 
 
 Rule = Data2VecRule | TimmRule | TorchRule
+SETTINGS = {field.name for rule in (Data2VecRule, TimmRule, TorchRule) for field in fields(rule)}
 
 
 def make_rule(
@@ -159,7 +162,7 @@ def make_rule(
         raise ValueError(f"ema: end_decay and anneal must be left out of an average like {like}'s")
     given: dict[str, Any] = {} if decay is None else {"decay": decay}
     if like == "timm":
-        return TimmRule(**given, **{name: value for name, value in others.items() if name != "foreach"})
+        return TimmRule(**given, **{name: value for name, value in others.items() if name not in UNUSED})
     if like == "torch":
         return TorchRule(**given, **others)
     return Data2VecRule(**given, end_decay=end_decay, anneal=anneal)

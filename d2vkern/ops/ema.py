@@ -5,7 +5,9 @@ schedule of data2vec 2.0, usable where torch.optim.swa_utils.AveragedModel or ti
 """
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_dtype, check_range, check_same_device, check_shape
 from d2vkern._overlap import check_memory, have_addresses, identity
 from d2vkern._shards import any_sharded, check_same_shards, local
-from d2vkern.ops._averages import TorchRule, annealed_decay, make_rule, unwrapped
+from d2vkern.ops._averages import SETTINGS, TorchRule, annealed_decay, make_rule, unwrapped
 
 __all__ = ["EMA", "annealed_decay", "check_lists", "ema_update_"]
 
@@ -91,24 +93,32 @@ def _each_once(
 class EMA(nn.Module):
     """Owns `module`, a copy of a model whose weights follow the model's as a moving average.
 
+    Positional arguments are those of timm's ModelEmaV3 (1.0.31), in its order.
+
     decay, end_decay, anneal: as in data2vec 2.0, from `decay` (0.9998) to `end_decay` (None: constant) over
         `anneal` steps, see `annealed_decay`. A decay of 1 stops the average. Parameters with requires_grad
         False and buffers are copied, not averaged.
     like: "data2vec", "timm" or "torch"; None: the one whose arguments are given, else data2vec's.
-    min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, exclude_buffers, foreach: those of
-        timm's ModelEmaV3, with its numbers (decay 0.9999; all parameters and floating buffers are averaged;
-        `update(model, step)`, `set`, `get_decay`). foreach changes nothing.
+    min_decay, update_after_step, use_warmup, warmup_gamma, warmup_power, exclude_buffers: those of timm's
+        ModelEmaV3, with its numbers (decay 0.9999; all parameters and floating buffers are averaged;
+        `update(model, step)`, `set`, `get_decay`). Its stochastic_rounding, stochastic_rounding_seed and
+        foreach change nothing: an average in fp32 is rounded to nothing coarser.
     avg_fn, multi_avg_fn, use_buffers: those of torch.optim.swa_utils.AveragedModel, with its numbers (all
         parameters are averaged; the first update copies); `decay` is its get_ema_multi_avg_fn(decay), without
         decay and functions it is the equal average of SWA.
     device: where the copy is held, by default the model's; in timm's and torch's form too.
-    The copy starts equal to the model, is held in fp32 when the model is bf16 or fp16, needs no gradient and
-    is in eval mode. Models in DistributedDataParallel or torch.compile count as what is inside; parameters
-    may be DTensors, where the copy was sharded as the model (fully_shard both).
+    dtype: of the copy's floating parameters and buffers, fp32 or fp64; None: the model's, fp32 for bf16 and
+        fp16. Those two are refused: with decay 0.9998 the update is below their last digit.
+    Buffers that are no floats are copied, as timm's (torch's use_buffers truncates their average).
+    Arguments that say how to average are attributes too, and may be set: `ema.decay = 0.99`.
+    The copy starts equal to the model, needs no gradient and is in eval mode. Models in
+    DistributedDataParallel or torch.compile count as what is inside. A model that is fully_shard'ed cannot be
+    copied: make the average first, then shard both alike (`fully_shard(ema.module)`); DTensors are averaged.
     State dict: `module.*` and `n_averaged`, as AveragedModel's; in timm's form without the latter, as
         ModelEmaV3's. Either loads into any.
 
-    Raises ValueError for a value out of range and for arguments of several kinds.
+    Raises ValueError for a value out of range, for arguments of several kinds and for a sharded model,
+    TypeError for a decay that is no number or another dtype.
     """
 
     n_averaged: Tensor
@@ -117,18 +127,21 @@ class EMA(nn.Module):
         self,
         model: nn.Module,
         decay: float | None = None,
-        end_decay: float | None = None,
-        anneal: int = 0,
-        *,
-        like: str | None = None,
-        device: torch.device | str | None = None,
         min_decay: float | None = None,
         update_after_step: int | None = None,
         use_warmup: bool | None = None,
         warmup_gamma: float | None = None,
         warmup_power: float | None = None,
-        exclude_buffers: bool | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        stochastic_rounding: bool | None = None,
+        stochastic_rounding_seed: int | None = None,
         foreach: bool | None = None,
+        exclude_buffers: bool | None = None,
+        *,
+        end_decay: float | None = None,
+        anneal: int = 0,
+        like: str | None = None,
         avg_fn: Callable[..., Any] | None = None,
         multi_avg_fn: Callable[..., Any] | None = None,
         use_buffers: bool | None = None,
@@ -142,21 +155,40 @@ class EMA(nn.Module):
             "warmup_gamma": warmup_gamma,
             "warmup_power": warmup_power,
             "exclude_buffers": exclude_buffers,
+            "stochastic_rounding": stochastic_rounding,
+            "stochastic_rounding_seed": stochastic_rounding_seed,
             "foreach": foreach,
             "avg_fn": avg_fn,
             "multi_avg_fn": multi_avg_fn,
             "use_buffers": use_buffers,
         }
         given = {name: value for name, value in others.items() if value is not None}
+        if not isinstance(decay, (int, float, type(None))):
+            raise TypeError(f"ema: decay must be a number (a device goes by name), got {decay!r}")
+        if dtype not in (None, *_TEACHER_DTYPES):
+            raise TypeError(f"ema: dtype must be float32 or float64 (others never move), got {dtype}")
         self.rule = make_rule(like, decay, end_decay, anneal, given)
-        self.module = copy.deepcopy(unwrapped(model)).requires_grad_(False).eval()
+        self.module = _copied(unwrapped(model)).requires_grad_(False).eval()
         for tensor in (*self.module.parameters(), *self.module.buffers()):
             if tensor.dtype in (torch.bfloat16, torch.float16):
                 tensor.data = tensor.data.float()
+        if dtype is not None:
+            self.module.to(dtype)
         if device is not None:
             self.module.to(device)
         self.backend = backend
         self.register_buffer("n_averaged", torch.zeros((), dtype=torch.int64), persistent=self.rule.counts)
+
+    def __getattr__(self, name: str) -> Any:
+        rule = self.__dict__.get("rule")
+        return getattr(rule, name) if name in SETTINGS and hasattr(rule, name) else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in SETTINGS:
+            return super().__setattr__(name, value)
+        if not hasattr(self.rule, name):
+            raise AttributeError(f"ema: {name} must be set on an average that has it, got {self.rule}")
+        self.rule = replace(self.rule, **{name: value})
 
     def train(self, mode: bool = True) -> "EMA":
         """Keeps the averaged module in eval mode, whatever mode its owner goes into.
@@ -242,6 +274,18 @@ class EMA(nn.Module):
                 there = tensor if tensor.device == mine.device else tensor.to(mine.device)
                 (averaged if self.rule.averages(tensor, kind == "buffers") else copied).append((mine, there))
         return averaged, copied
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None:
+        kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel)
+        if any(isinstance(module, kinds) for module in model.modules()):
+            raise ValueError(
+                "ema: model must be whole when it is copied (make the average first, then shard both alike: "
+                "fully_shard(ema.module)), got a fully sharded one"
+            )
+    return copy.deepcopy(model)
 
 
 def check_lists(
