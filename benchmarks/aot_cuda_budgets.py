@@ -69,7 +69,7 @@ BUDGETS: dict[str, CudaBudget] = {
     ),
     **_for_dtypes(
         "mask_token_bwd_kernel",
-        CudaBudget(registers=56, wide_loads=4, wide_stores=1, narrow_loads=4, narrow_stores=0, why="slots"),
+        CudaBudget(registers=56, wide_loads=4, narrow_loads=4, narrow_stores=0, why="slots"),
         CudaBudget(registers=48, why=_SINGLE),
     ),
     **{

@@ -314,7 +314,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="adamw_ema: teacher must have 1 entries like params, got 2"):
         AdamWEMA([p], teacher=[None, None])
     with pytest.raises(
-        ValueError, match=r"adamw_ema: student\[0\] must have shape \(3,\) like teacher\[0\], got \(2,\)"
+        ValueError, match=r"adamw_ema: teacher\[0\] must have shape \(2,\) like params\[0\], got \(3,\)"
     ):
         AdamWEMA([p], teacher=[torch.zeros(3)])
     with pytest.raises(
@@ -322,7 +322,7 @@ def test_refusals() -> None:
     ):
         AdamWEMA([p], teacher_copies=[torch.zeros(2)])
     with pytest.raises(
-        ValueError, match=r"adamw_ema: copies must have shape \(2,\) like its parameter, got \(3,\)"
+        ValueError, match=r"adamw_ema: copies\[0\] must have shape \(2,\) like params\[0\], got \(3,\)"
     ):
         AdamWEMA([p], copies=[torch.zeros(3)])
     optimizer = AdamWEMA([p])

@@ -163,7 +163,7 @@ def test_a_count_lies_where_it_is_counted(form: str, capturable: bool) -> None:
     by_hand = AdamWEMA([p], capturable=capturable)
     by_hand.state[p] = dict(fields)
     p.grad = torch.empty(3, device=META)
-    by_hand._alike(by_hand.param_groups[0], None)
+    by_hand._counted(by_hand._due(by_hand.param_groups[0]), capturable, None)
     check(by_hand, p, capturable)
 
 
@@ -184,7 +184,9 @@ def test_counts_that_cannot_be_read_are_compared_with_none() -> None:
                                   for name in ("step", "exp_avg", "exp_avg_sq")}  # fmt: skip
     optimizer.state[params[1]] = dict(optimizer.state[params[2]])
     for _ in range(2):
-        parts = [part for _, part in optimizer._alike(optimizer.param_groups[0], None)]
+        parts = [
+            part for _, part in optimizer._counted(optimizer._due(optimizer.param_groups[0]), True, None)
+        ]
         assert [len(part) for part in parts] == [1, 1, 1]
 
 

@@ -6,8 +6,7 @@ can.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,13 +16,15 @@ from d2vkern._backend import select
 from d2vkern._checks import FLOATS, check_choice, check_dtype, check_range, check_shape
 from d2vkern._overlap import check_memory
 from d2vkern._shards import any_sharded, check_same_shards, local, replicated
+from d2vkern.ops._adamw_state import History, beside, is_hidden
+from d2vkern.ops._teachers import Attached, Buffers, by_param
 from d2vkern.ops.ema import check_lists, ema_update_
 from d2vkern.reference.adamw_ema import decay_unless
 
 _MASTER_DTYPES = (torch.float32, torch.float64)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STATE = ("step", *_MOMENTS)
-_Attached = Mapping[Tensor, Tensor] | Sequence[Tensor | None] | None
+_Decay = float | Tensor | Callable[[int], float] | None
 _T = TypeVar("_T")
 
 
@@ -51,40 +52,27 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
     return select("adamw_ema", backend, *grads).grad_norm(grads)
 
 
-@dataclass(slots=True)
-class _History:
-    """What is known of a step count without reading it, which a capturable optimizer may not.
-
-    Parameters that agree in all but `step` and `version` have the same count. Those change only when a
-    gradient is missing or somebody changes the state, so that compiled steps need not be compiled anew.
-    """
-
-    step: Tensor
-    """the count in the optimizer's state"""
-    version: int
-    """of its memory, as our last step left it"""
-    first: float
-    """the count when it was last looked at"""
-    begun: int
-    """which look that was: counts that were not seen together are not compared"""
-    missed: int = 0
-    """steps since then without a gradient; steps that found inf are skipped by all"""
-
-    def stale(self) -> bool:
-        """Whether somebody else has written to the count since."""
-        return not torch.compiler.is_compiling() and self.step._version != self.version
-
-
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW with decoupled weight decay, plus moving average and copies.
 
     params: parameters or groups (lr, betas, eps, weight_decay, eps_mode per group), fp32 or fp64.
     eps_mode: "torch" adds eps to sqrt(v) after the bias correction, "fairseq" before it, as
         fairseq/optim/adam.py does and as official data2vec 2.0 training did.
+    amsgrad, maximize, differentiable: False; what they ask for is refused.
+    foreach, fused: taken as torch's and change nothing: a step is fused where a backend can.
     teacher: the fp32 average of each parameter, as a mapping parameter -> tensor or a list aligned with the
-        parameters (None: no average). A mapping may also hold tensors outside the groups. Tensors with
-        requires_grad False are copied to their teacher, not averaged.
-    copies, teacher_copies: in the same form, bf16 or fp16 tensors that receive each new parameter and
+        parameters (None: no average), or by name: a module like `model`, or its named_parameters(). A mapping
+        or module may also hold tensors outside the groups. Tensors with requires_grad False are copied to
+        their teacher, not averaged.
+    model: the module that params are of, whose names a teacher given by name has; not needed with params as
+        named_parameters(). With it a teacher module's buffers follow the model's at each average.
+    teacher_buffers: "average" floating buffers, as timm's ModelEmaV3, or "copy" them, as data2vec 2.0.
+        Integers are copied.
+    ema_decay: what a step is given where it is given none, for trainers that call `step()`: a number, a 0-dim
+        tensor, or a function of the step's number (the first is 1; it counts on from a loaded state) that
+        returns a number. Also an attribute. In a CUDA graph and under torch.compile take a tensor instead of
+        a function.
+    copies, teacher_copies: a mapping or list, bf16 or fp16 tensors that receive each new parameter and
         teacher.
     masters: parameters in bf16 or fp16 are taken too: each gets an fp32 master in its state ("master"), which
         is what the steps change, and receives it rounded in the same pass. Moments are fp32.
@@ -96,7 +84,7 @@ class AdamWEMA(torch.optim.Optimizer):
     State dicts are torch.optim.AdamW's (step, exp_avg, exp_avg_sq) and go both ways; teachers are not part of
     them, and `capturable` stays what it is here. State may also be put into `state[p]` by hand: before a step
     uses it, it gets the dtypes, devices and strides that steps need, bf16 and fp16 parameters a master.
-    amsgrad, maximize and sparse gradients are refused. Parameters may be DTensors (FSDP2), each process
+    Sparse gradients are refused. Parameters may be DTensors (FSDP2), each process
     works on its shards; their gradients, teachers and copies must be distributed like them.
     """
 
@@ -107,17 +95,29 @@ class AdamWEMA(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
         eps_mode: Literal["torch", "fairseq"] = "torch",
-        teacher: _Attached = None,
-        copies: _Attached = None,
-        teacher_copies: _Attached = None,
+        teacher: Attached = None,
+        model: torch.nn.Module | None = None,
+        teacher_buffers: Literal["average", "copy"] = "average",
+        ema_decay: _Decay = None,
+        copies: Attached = None,
+        teacher_copies: Attached = None,
         capturable: bool = False,
         masters: bool = False,
         backend: str | None = None,
     ) -> None:
         if isinstance(lr, Tensor) and not capturable:
             raise ValueError("adamw_ema: lr must be a float unless capturable, got a tensor")
+        unknown = {"amsgrad": amsgrad, "maximize": maximize, "differentiable": differentiable}
+        for name, wanted in unknown.items():
+            if wanted:
+                raise ValueError(f"adamw_ema: {name} must be False, got {wanted}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -129,11 +129,20 @@ class AdamWEMA(torch.optim.Optimizer):
         self._masters = masters
         super().__init__(params, defaults)
         self.backend = backend
-        self._histories: dict[Tensor, _History] = {}
-        self._looks = 0
-        self._teachers = self._by_param("teacher", teacher)
-        self._copies = self._by_param("copies", copies)
-        self._teacher_copies = self._by_param("teacher_copies", teacher_copies)
+        self._histories: dict[Tensor, History] = {}
+        self._looks = self._updates = 0
+        self.ema_decay = ema_decay
+        self._teachers, self._copies, self._teacher_copies = (
+            by_param(name, given, self.param_groups, model)
+            for name, given in (("teacher", teacher), ("copies", copies), ("teacher_copies", teacher_copies))
+        )
+        self._buffers: Buffers | None = None
+        if isinstance(teacher, torch.nn.Module) and model is not None:
+            self._buffers = Buffers(teacher, model, teacher_buffers)
+        if ema_decay is not None and teacher is None:
+            raise ValueError("adamw_ema: ema_decay must come with teacher, got none")
+        if isinstance(ema_decay, (int, float)):
+            check_range("adamw_ema", "ema_decay", ema_decay, minimum=0.0, maximum=1.0)
         pairs = list(self._teachers.items())
         check_lists(
             "adamw_ema",
@@ -181,7 +190,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch's, and what is attached: a copied or unpickled optimizer goes on as this one does."""
-        attached = ("backend", "_masters", "_teachers", "_copies", "_teacher_copies")
+        attached = ("backend", "_masters", "ema_decay", "_teachers", "_copies", "_teacher_copies", "_buffers")
         return super().__getstate__() | {name: getattr(self, name) for name in attached}
 
     @torch.no_grad()
@@ -195,7 +204,7 @@ class AdamWEMA(torch.optim.Optimizer):
             elif isinstance(loaded["lr"], Tensor) and not group["capturable"]:
                 loaded["lr"] = float(loaded["lr"])
         super().__setstate__(state)
-        self._histories, self._looks = {}, 1
+        self._histories, self._looks, self._updates = {}, 1, 0
         for group in self.param_groups:
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
@@ -221,7 +230,7 @@ class AdamWEMA(torch.optim.Optimizer):
                     # torch has cast them to the parameter's dtype
                     state[name] = torch.empty_like(p, dtype=torch.float32).copy_(given.get(name, p).detach())
 
-    def _begin(self, p: Tensor, capturable: bool, look: int) -> _History:
+    def _begin(self, p: Tensor, capturable: bool, look: int) -> History:
         """Make a parameter's state, or bring what somebody put there to where and how steps need it.
 
         look: number of the look at step counts that this is part of.
@@ -240,11 +249,11 @@ class AdamWEMA(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
         else:
             for name in _MOMENTS:
-                state[name] = _beside(p, name, state[name], wide)
+                state[name] = beside(p, name, state[name], wide)
             count = torch.as_tensor(state["step"])
             if count.numel() != 1:
                 check_shape("adamw_ema", "the state's step", count, ())
-            if _is_hidden(count):
+            if is_hidden(count):
                 self._looks = look = self._looks + 1
             else:
                 first = float(count)
@@ -253,9 +262,11 @@ class AdamWEMA(torch.optim.Optimizer):
             if known is None or known.step is not count:  # else written to in place, as graphs know it
                 state["step"] = count.detach().reshape(()).to(device, torch.float32, copy=True)
         if wide != p.dtype:
-            state["master"] = _beside(p, "master", state.get("master", p.detach()), wide)
+            state["master"] = beside(p, "master", state.get("master", p.detach()), wide)
+        if first > self._updates:
+            self._updates = int(first)
         version = 0 if torch.compiler.is_compiling() else state["step"]._version
-        self._histories[p] = history = _History(state["step"], version, first, look)
+        self._histories[p] = history = History(state["step"], version, first, look)
         return history
 
     @torch.no_grad()
@@ -271,7 +282,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
         clip_factor: gradients count times this (a 0-dim tensor is not read on the host); backends may leave
             them scaled in `.grad`.
-        ema_decay: see `ema_update_`; None or the number 1 leaves teachers untouched.
+        ema_decay: see `ema_update_`; the number 1 leaves teachers untouched. None is the optimizer's own;
+            without one teachers stay as they are.
         found_inf: 0-dim fp32 tensor on the parameters' device, for `capturable` only; when it is not 0,
             nothing changes. It is not read on the host.
         Parameters without gradient are skipped, their teachers are not.
@@ -280,50 +292,62 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if isinstance(ema_decay, (int, float)):
-            check_range("adamw_ema", "ema_decay", ema_decay, minimum=0.0, maximum=1.0)
-            if ema_decay == 1.0:
-                ema_decay = None
         if found_inf is not None:
             self._check_found_inf(found_inf)
         clip_factor = replicated(clip_factor)
         updated: set[Tensor] = set()
-        for group in self.param_groups:
-            for steps, params in self._alike(group, found_inf):
-                weights = local([self.state[p].get("master", p) for p in params])
-                grads = local([p.grad for p in params if p.grad is not None])
-                teachers, copies, teacher_copies = (
-                    local([attached.get(p) for p in params])
-                    for attached in (self._teachers, self._copies, self._teacher_copies)
-                )
-                for i, p in enumerate(params):
-                    if "master" in self.state[p]:
-                        copies[i] = local([p])[0]
-                written = [t for t in (*teachers, *copies, *teacher_copies) if t is not None]
-                select("adamw_ema", self.backend, *weights, *grads, *written).adamw_ema_(
-                    weights,
-                    grads,
-                    local([self.state[p]["exp_avg"] for p in params]),
-                    local([self.state[p]["exp_avg_sq"] for p in params]),
-                    steps,
-                    lr=group["lr"],
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    eps_mode=group["eps_mode"],
-                    clip_factor=clip_factor,
-                    teachers=teachers,
-                    ema_decay=ema_decay,
-                    copies=copies,
-                    teacher_copies=teacher_copies,
-                    found_inf=found_inf,
-                )
-                updated.update(params)
+        due = [(group, self._due(group)) for group in self.param_groups]
+        ema_decay = self._decay(ema_decay)
+        alike = [
+            (group, *call) for group, p in due for call in self._counted(p, group["capturable"], found_inf)
+        ]
+        for group, steps, params in alike:
+            weights = local([self.state[p].get("master", p) for p in params])
+            grads = local([p.grad for p in params if p.grad is not None])
+            teachers, copies, teacher_copies = (
+                local([attached.get(p) for p in params])
+                for attached in (self._teachers, self._copies, self._teacher_copies)
+            )
+            for i, p in enumerate(params):
+                if "master" in self.state[p]:
+                    copies[i] = local([p])[0]
+            written = [t for t in (*teachers, *copies, *teacher_copies) if t is not None]
+            select("adamw_ema", self.backend, *weights, *grads, *written).adamw_ema_(
+                weights,
+                grads,
+                local([self.state[p]["exp_avg"] for p in params]),
+                local([self.state[p]["exp_avg_sq"] for p in params]),
+                steps,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                eps_mode=group["eps_mode"],
+                clip_factor=clip_factor,
+                teachers=teachers,
+                ema_decay=ema_decay,
+                copies=copies,
+                teacher_copies=teacher_copies,
+                found_inf=found_inf,
+            )
+            updated.update(params)
         if ema_decay is not None:
             if found_inf is not None:
                 ema_decay = decay_unless(found_inf, ema_decay)
             self._update_teachers([p for p in self._teachers if p not in updated], ema_decay)
+            if self._buffers is not None:
+                self._buffers.update(ema_decay, self.backend)
         return result
+
+    def _decay(self, given: float | Tensor | None) -> float | Tensor | None:
+        """The decay of the step under way; None: teachers stay."""
+        decay: Any = self.ema_decay if given is None else given
+        if callable(self.ema_decay):  # else steps do not change what torch.compile would compile anew for
+            self._updates += 1
+            decay = self.ema_decay(self._updates) if given is None else given
+        if isinstance(decay, (int, float)):
+            check_range("adamw_ema", "ema_decay", decay, minimum=0.0, maximum=1.0)
+        return None if not isinstance(decay, Tensor) and decay == 1.0 else decay
 
     def _check_found_inf(self, found_inf: Tensor) -> None:
         check_shape("adamw_ema", "found_inf", found_inf, ())
@@ -334,13 +358,9 @@ class AdamWEMA(torch.optim.Optimizer):
                 "host, which does not know whether a step was skipped"
             )
 
-    def _alike(
-        self, group: dict[str, Any], found_inf: Tensor | None
-    ) -> list[tuple[float | list[Tensor], list[Tensor]]]:
-        """(steps, parameters) of each call: parameters with a gradient, of one step, dtype and device."""
-        buckets: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        counts: list[Tensor] = []
-        histories: list[_History] = []
+    def _due(self, group: dict[str, Any]) -> list[tuple[Tensor, History]]:
+        """The group's parameters with a gradient, and their step counts, begun where need be."""
+        due: list[tuple[Tensor, History]] = []
         capturable, look = group["capturable"], None
         for p in group["params"]:
             history = self._histories.get(p)
@@ -355,17 +375,24 @@ class AdamWEMA(torch.optim.Optimizer):
                 if look is None:
                     self._looks = look = self._looks + 1
                 history = self._begin(p, capturable, look)
-            counts.append(history.step)
-            histories.append(history)
+            due.append((p, history))
+        return due
+
+    def _counted(
+        self, due: list[tuple[Tensor, History]], capturable: bool, found_inf: Tensor | None
+    ) -> list[tuple[float | list[Tensor], list[Tensor]]]:
+        """One step more of each: (steps, parameters) of each call, those of one step, dtype and device."""
+        buckets: defaultdict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for p, history in due:
             if capturable:
                 buckets[history.first, history.begun, history.missed, p.dtype, p.device].append(p)
             else:
                 buckets[float(history.step) + 1, p.dtype, p.device].append(p)
-        if counts:
-            taken = 1.0 if found_inf is None else [(found_inf == 0).float()] * len(counts)
-            torch._foreach_add_(counts, taken)
+        if due:
+            taken = 1.0 if found_inf is None else [(found_inf == 0).float()] * len(due)
+            torch._foreach_add_([history.step for _, history in due], taken)
         if capturable and not torch.compiler.is_compiling():
-            for history in histories:
+            for _, history in due:
                 history.version = history.step._version
         return [
             ([self.state[p]["step"] for p in params] if capturable else step, params)
@@ -387,31 +414,3 @@ class AdamWEMA(torch.optim.Optimizer):
                 self._teachers[p].copy_(p)
                 if p in self._teacher_copies:
                     self._teacher_copies[p].copy_(p)
-
-    def _by_param(self, name: str, given: _Attached) -> dict[Tensor, Tensor]:
-        if given is None:
-            return {}
-        if isinstance(given, Mapping):
-            return dict(given)
-        params = self._all_params()
-        if len(given) != len(params):
-            raise ValueError(
-                f"adamw_ema: {name} must have {len(params)} entries like params, got {len(given)}"
-            )
-        return {p: tensor for p, tensor in zip(params, given, strict=True) if tensor is not None}
-
-
-def _beside(p: Tensor, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of a parameter's state in `dtype`, with its device and strides: itself where it is so."""
-    check_shape("adamw_ema", f"the state's {name}", value, tuple(p.shape), like="its parameter")
-    check_same_shards("adamw_ema", f"the state's {name}", value, "its parameter", p)
-    if (value.dtype, value.device, value.stride()) == (dtype, p.device, p.stride()):
-        return value
-    return torch.empty_like(p, dtype=dtype).copy_(value)
-
-
-def _is_hidden(count: Tensor) -> bool:
-    """Whether its value cannot be read now."""
-    if torch.compiler.is_compiling() or count.is_meta:
-        return True
-    return count.is_cuda and torch.cuda.is_current_stream_capturing()
