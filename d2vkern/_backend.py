@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from d2vkern import _check_mode, _context, _cpu, _measured, _native
+from d2vkern import _check_mode, _context, _cpu, _derivatives, _measured, _native
 from d2vkern._context import state
 from d2vkern.peers import refusals
 
@@ -176,8 +176,11 @@ def select(stem: str, backend: str | None, *tensors: Tensor, **call: Any) -> Mod
 
     backend: the public function's `backend` argument; None leaves it to context, environment and auto.
     call: further arguments of the call that decide which implementations can take it.
-    Raises BackendError (a ValueError) for an unknown name and for a request that cannot be met.
+    Raises BackendError (a ValueError) for an unknown name and for a request that cannot be met,
+    NotImplementedError where no backend can run (`_derivatives.check_supported`).
     """
+    if not torch.compiler.is_compiling():
+        _derivatives.check_supported(stem)
     requested, spies = _context.current()
     name, origin = _request(stem, backend, requested)
     if name is None:
@@ -247,6 +250,8 @@ def _request(stem: str, backend: str | None, requested: dict[str, str]) -> tuple
 
 
 def _choose(stem: str, tensors: tuple[Tensor, ...], call: dict[str, Any]) -> str:
+    if torch.compiler.is_exporting():  # a program of torch's operators alone, which runs without d2vkern
+        return "eager"
     names = [name for name, one in REGISTRY[stem].items() if _is_automatic(one, tensors)]
     measured = None if torch.compiler.is_compiling() else _measured.order(stem, tensors, call)
     where, fastest = measured or ("", [])

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 ENVIRONMENT = "D2VKERN_NATIVE"
 FILE = Path(__file__).with_name("_C.so")
@@ -67,7 +68,8 @@ def problem() -> str:
 
 def about() -> About:
     """Facts of the loaded library. Call when `problem()` is empty."""
-    major, minor, patch, cuda, *codes = torch.ops.d2vkern_native.about()
+    with _disable_current_modes():  # which would write the question into the graph that they record
+        major, minor, patch, cuda, *codes = torch.ops.d2vkern_native.about()
     return About((major, minor, patch), cuda, tuple(map(_architecture, codes)))
 
 

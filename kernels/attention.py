@@ -45,8 +45,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from d2vkern._derivatives import first_order
 from d2vkern._library import define
 from d2vkern.kernels._attention import is_short
 from d2vkern.kernels._dropout import draw_seed
@@ -91,7 +91,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:2])
         dqkv, dscale = _bwd_op(dout, *ctx.saved_tensors, *ctx.settings, needs)

@@ -46,8 +46,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from d2vkern._derivatives import first_order
 from d2vkern._library import define
 from d2vkern.kernels._taps import MOST_TAPS
 from d2vkern.kernels.conv_block_bwd import backward, backward_outputs
@@ -88,7 +88,7 @@ class _ConvBlock(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("conv_block")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, weight, bias, masked, index = ctx.saved_tensors
         groups, residual, eps, clones = ctx.settings

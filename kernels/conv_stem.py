@@ -43,8 +43,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from d2vkern._derivatives import first_order
 from d2vkern._library import define, needed
 from d2vkern.kernels.conv_stem_bwd import backward, backward_outputs
 from d2vkern.kernels.conv_stem_fwd import forward, forward_outputs
@@ -81,7 +81,7 @@ class _ConvStem(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("conv_stem")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, r, mean, rstd, weight, norm_weight, norm_bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad

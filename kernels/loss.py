@@ -28,9 +28,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._library import define
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._launch import launch
@@ -104,7 +104,7 @@ class _MaskedRegression(torch.autograd.Function):
         return loss, pred_var, target_var
 
     @staticmethod
-    @once_differentiable
+    @first_order("loss")
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dloss is None:
             return (None,) * 9

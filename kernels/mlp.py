@@ -36,9 +36,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._library import define, gradients_like, needed
 from d2vkern._nvtx import op_range
 from d2vkern.kernels._column_sums import column_sums, new_partials, parts_of
@@ -348,7 +348,7 @@ class _GeluMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("gelu_mlp")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:5])
         gradients = _backward_op(dy, *ctx.saved_tensors, *ctx.settings, needs)

@@ -38,8 +38,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from d2vkern._derivatives import first_order
 from d2vkern._library import define, needed
 from d2vkern.kernels._dropout import draw_seed
 from d2vkern.kernels.residual_norm_bwd import backward, backward_outputs
@@ -84,7 +84,7 @@ class _ResidualNorm(torch.autograd.Function):
         return (z, y) if prenorm else y
 
     @staticmethod
-    @once_differentiable
+    @first_order("residual_norm")
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         *dsum, dy = douts
         z, _, _, _, _, _, seed = saved = ctx.saved_tensors

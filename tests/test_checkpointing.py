@@ -252,7 +252,7 @@ def choosy(monkeypatch: pytest.MonkeyPatch) -> None:
     eager = table["eager"].module
     table = {
         "triton": Implementation(
-            eager, lambda x, **_: ["no backward"] * (x.requires_grad and torch.is_grad_enabled())
+            eager, lambda x, *_, **__: ["no backward"] * (x.requires_grad and torch.is_grad_enabled())
         ),
         "eager": Implementation(eager),
     }

@@ -298,7 +298,7 @@ def test_double_backward_is_refused(triton_device: torch.device) -> None:
     pred, target, plan = make_case(SHAPES["small"], True, triton_device)
     loss = masked_regression_loss(pred, target, plan, backend="triton").loss * pred.sum()
     (grad,) = torch.autograd.grad(loss, pred, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         grad.sum().backward()
 
 

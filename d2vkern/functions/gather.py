@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._library import Kernel, needed
 from d2vkern.reference.philox import split64
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from d2vkern.ops.masks import MaskPlan
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+_LINEAR = 'backend="eager" has one'
 
 
 def _gathered(x: Tensor, ids_keep: Tensor, clones: int, extra: Tensor | None, *_: Tensor | None) -> Tensor:
@@ -112,7 +113,7 @@ def gather_with(forward: Callable[..., Tensor], backward: Callable[..., Gradient
             return forward(x, ids_keep, clones, extra, positions, per_mask)
 
         @staticmethod
-        @once_differentiable
+        @first_order("gather_tokens", _LINEAR)
         def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             (slot,) = ctx.saved_tensors
             x, _, _, _, extra, positions, per_mask = ctx.needs_input_grad
@@ -151,7 +152,7 @@ def scatter_with(
             return forward(x, slot, ctx.extras, noise_std, number, words, mask_token, keep_extra)
 
         @staticmethod
-        @once_differentiable
+        @first_order("scatter_tokens", _LINEAR)
         def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             ids_keep, slot = ctx.saved_tensors
             dextra = dout[:, : ctx.extras] if ctx.keep_extra else None

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
@@ -68,7 +68,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order("attention")
     @without_autocast
     @op_range("attention/bwd/eager")
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._nvtx import op_range
 
 from ..ops.masks import MaskPlan
@@ -149,7 +149,7 @@ class _ConvBlock(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order("conv_block")
     @without_autocast
     @op_range("conv_block/bwd/eager")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
@@ -115,7 +115,7 @@ def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tens
             return y
 
         @staticmethod
-        @once_differentiable
+        @first_order("conv_stem")
         @without_autocast
         @op_range(f"conv_stem/bwd/{backend}")
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,6 +165,9 @@ def with_products(backend: str, product_into: ProductInto) -> Callable[..., Tens
     def conv_stem(
         x: Tensor, weight: Tensor, stride: int, norm_weight: Tensor, norm_bias: Tensor, eps: float = 1e-5
     ) -> Tensor:
+        if torch.compiler.is_exporting():  # the loop over samples would fix their number
+            out = F.conv1d(x.transpose(1, 2), weight.to(x.dtype), stride=stride).transpose(1, 2)
+            return F.gelu(layer_norm(out, norm_weight.to(x.dtype), norm_bias.to(x.dtype), eps)[0])
         return _ConvStem.apply(x.contiguous(), weight, stride, norm_weight, norm_bias, eps)
 
     return conv_stem

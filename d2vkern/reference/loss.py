@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._nvtx import op_range
 from d2vkern.ops.masks import MaskPlan
 from d2vkern.reference._common import SLICE
@@ -66,7 +66,7 @@ class _MaskedRegression(torch.autograd.Function):
         return loss, pred_var, target_var
 
     @staticmethod
-    @once_differentiable
+    @first_order("loss")
     @op_range("loss/bwd/eager")
     def backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dloss is None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._nvtx import op_range
 
 from ._autocast import without_autocast
@@ -52,7 +52,7 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
             return y
 
         @staticmethod
-        @once_differentiable
+        @first_order("gelu_mlp")
         @without_autocast
         @op_range(f"mlp/bwd/{backend}")
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -89,7 +89,7 @@ def with_products(backend: str, affine: Linear, product: Product) -> tuple[Calla
             return affine(x, w.to(x.dtype), _cast(b, x))
 
         @staticmethod
-        @once_differentiable
+        @first_order("linear")
         @without_autocast
         @op_range(f"linear/bwd/{backend}")
         def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from d2vkern import _costs
+from d2vkern._derivatives import first_order
 from d2vkern._nvtx import op_range
 
 from ._common import rows_of
@@ -43,7 +43,7 @@ class _ResidualNorm(torch.autograd.Function):
         return (z, y) if prenorm else y
 
     @staticmethod
-    @once_differentiable
+    @first_order("residual_norm")
     @op_range("residual_norm/bwd/eager")
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         *dsum, dy = douts
