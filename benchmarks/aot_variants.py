@@ -176,11 +176,21 @@ def _residual_norm(dtype: torch.dtype) -> _Variants:
         z, y = d2vkern.residual_norm(**inputs, prenorm=True, backend=backend)
         return {"z": z, "y": y}
 
+    def make_scaled(device: torch.device) -> Inputs:
+        inputs = case.make(device)
+        return inputs | {"gamma": inputs["bias"].clone()}
+
+    def scaled(inputs: Inputs, backend: str | None) -> Outputs:
+        z, y = d2vkern.residual_norm(**inputs, prenorm=True, drop_path_p=0.1, seed=1, backend=backend)
+        return {"z": z, "y": y}
+
     two = replace(case, leaves=("x", "update"))
+    layer_scale = replace(case, make=make_scaled, leaves=(*case.leaves, "gamma"))
     return {
         "dropout, drop path, bias": (case, dropped, True),
         "no affine": (two, plain, True),
         "prenorm, fp32 stream": (case, low_update, True),
+        "prenorm, LayerScale, drop path": (layer_scale, scaled, True),
     }
 
 

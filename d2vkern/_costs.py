@@ -162,6 +162,7 @@ def residual_norm(
     weight: Tensor | None,
     bias: Tensor | None,
     update_bias: Tensor | None,
+    gamma: Tensor | None,
     keep: Tensor | None,
     prenorm: bool,
     *_: Any,
@@ -169,16 +170,17 @@ def residual_norm(
 ) -> Cost:
     """The sum is kept for backward; where nothing is dropped x and update share one gradient.
 
-    Of update only the dtype counts."""
+    Of update only the dtype counts. It is read again for gamma's gradient."""
     size, update_size = (x.numel() * tensor.element_size() for tensor in (x, update))
-    affine = _nbytes(weight, bias, update_bias)
+    affine = _nbytes(weight, bias, update_bias, gamma)
     forward = size * (2 + (prenorm or any(grad))) + update_size + affine
-    own_gradient = keep is not None or update.dtype != x.dtype
+    own_gradient = keep is not None or gamma is not None or update.dtype != x.dtype
+    updates = own_gradient + (gamma is not None)
     return Cost(
         bucket(rows=x.numel() // max(1, x.shape[-1]), D=x.shape[-1]),
         forward,
         0,
-        (size * (3 + prenorm) + own_gradient * update_size + 2 * affine, 0),
+        (size * (3 + prenorm) + updates * update_size + 2 * affine, 0),
     )
 
 

@@ -2,7 +2,7 @@
 
 In a backward kernel each of P programs sums the columns of its own rows and writes a row of the table; P
 follows from the tensor's shape alone. This kernel adds the P rows in an order fixed by P. No atomics, so the
-same inputs give the same bits. The C columns may be up to three gradients side by side, each with its dtype.
+same inputs give the same bits. The C columns may be up to four gradients side by side, each with its dtype.
 
 A program owns BLOCK_C columns and takes BLOCK_P rows at a time, all rows at once where P is at most 256. It
 moves 4 P C bytes, usually out of L2, where the first kernel has just written them.
@@ -32,19 +32,17 @@ def new_partials(like: Tensor, parts: int, outs: Sequence[Tensor | None]) -> Ten
 
 
 def column_sums(partials: Tensor, outs: Sequence[Tensor | None]) -> None:
-    """Write the column sums of `partials` [P, C] into up to three contiguous outs of C elements in all."""
+    """Write the column sums of `partials` [P, C] into up to four contiguous outs of C elements in all."""
     parts, columns = partials.shape
-    first, second, third = (*outs, None, None)[:3]
+    parts_of_row = (*outs, None, None, None)[:4]
     launch(
         column_sums_kernel,
         (triton.cdiv(columns, _BLOCK_C),),
         partials,
-        first,
-        second,
-        third,
+        *parts_of_row,
         parts,
         columns,
-        *(0 if out is None else out.numel() for out in (first, second)),
+        *(0 if out is None else out.numel() for out in parts_of_row[:3]),
         num_warps=4,
         fp_fusion=True,
         BLOCK_P=MOST_PARTS,
@@ -57,11 +55,13 @@ def column_sums_kernel(
     partials_ptr,  # [P, C] fp32
     first_ptr,  # [first] or None
     second_ptr,  # [second] or None
-    third_ptr,  # [C - first - second] or None
+    third_ptr,  # [third] or None
+    fourth_ptr,  # [C - first - second - third] or None
     parts,
     columns,
     first,
     second,
+    third,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -84,4 +84,7 @@ def column_sums_kernel(
         )
     if third_ptr is not None:
         place = column - first - second
-        tl.store(third_ptr + place, sums.to(third_ptr.dtype.element_ty), mask=(place >= 0) & inside)
+        tl.store(third_ptr + place, sums.to(third_ptr.dtype.element_ty), mask=(place >= 0) & (place < third))
+    if fourth_ptr is not None:
+        place = column - first - second - third
+        tl.store(fourth_ptr + place, sums.to(fourth_ptr.dtype.element_ty), mask=(place >= 0) & inside)

@@ -34,10 +34,13 @@ def residual_norm_bwd_kernel_rows(
     mean_ptr,  # [rows] fp32
     rstd_ptr,  # [rows] fp32
     weight_ptr,  # [D] or None
+    update_ptr,  # [rows, D], or None: no gradient of gamma
+    update_bias_ptr,  # [D] or None
+    gamma_ptr,  # [D] or None
     seed_ptr,  # [] int64, or None
     dx_ptr,  # [rows, D] or None
     dupdate_ptr,  # [rows, D] or None
-    partials_ptr,  # [programs, (WEIGHT + BIAS + UPDATE_BIAS) * D] fp32, maybe empty
+    partials_ptr,  # [programs, (WEIGHT + BIAS + UPDATE_BIAS + GAMMA) * D] fp32, maybe empty
     rows,
     group,
     dy_stride_sample,
@@ -55,6 +58,7 @@ def residual_norm_bwd_kernel_rows(
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
     UPDATE_BIAS: tl.constexpr,
+    GAMMA: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (D + CHUNK - 1) // CHUNK
     seed = 0 if seed_ptr is None else tl.load(seed_ptr)
@@ -63,13 +67,14 @@ def residual_norm_bwd_kernel_rows(
     last = (rows * (program + 1) // programs).to(tl.int32)
 
     # one [BLOCK_R, CHUNK] per chunk
-    weights, dweights, dbiases, dupdate_biases = (), (), (), ()
+    weights, dweights, dbiases, dupdate_biases, dgammas = (), (), (), (), ()
     for chunk in tl.static_range(CHUNKS):
         if weight_ptr is not None:
             column = (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
             weights = weights + (load_vector(weight_ptr, column, D, BLOCK_R),)
         zero = tl.zeros([BLOCK_R, CHUNK], tl.float32)
-        dweights, dbiases, dupdate_biases = dweights + (zero,), dbiases + (zero,), dupdate_biases + (zero,)
+        dweights, dbiases = dweights + (zero,), dbiases + (zero,)
+        dupdate_biases, dgammas = dupdate_biases + (zero,), dgammas + (zero,)
 
     for start in tl.range(first, last, BLOCK_R, num_stages=STAGES):
         # [BLOCK_R]
@@ -115,12 +120,19 @@ def residual_norm_bwd_kernel_rows(
                 dz *= tl.where(keep, factor, 0.0)
             elif HAS_PATH:
                 dz *= factor
+            if GAMMA:
+                update = tl.load(update_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                if update_bias_ptr is not None:
+                    update += load_vector(update_bias_ptr, column, D, BLOCK_R)
+                dgammas = replaced(dgammas, chunk, dgammas[chunk] + dz * update)
+            if gamma_ptr is not None:
+                dz *= load_vector(gamma_ptr, column, D, BLOCK_R)
             if dupdate_ptr is not None:
                 tl.store(dupdate_ptr + at, dz.to(dupdate_ptr.dtype.element_ty), mask=inside)
             if UPDATE_BIAS:
                 dupdate_biases = replaced(dupdate_biases, chunk, dupdate_biases[chunk] + dz)
 
-    sums_ptr = partials_ptr + program * (D * (WEIGHT + BIAS + UPDATE_BIAS))
+    sums_ptr = partials_ptr + program * (D * (WEIGHT + BIAS + UPDATE_BIAS + GAMMA))
     for chunk in tl.static_range(CHUNKS):
         # [CHUNK]
         column = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -131,10 +143,19 @@ def residual_norm_bwd_kernel_rows(
         if UPDATE_BIAS:
             at = D * (WEIGHT + BIAS) + column
             tl.store(sums_ptr + at, tl.sum(dupdate_biases[chunk], 0), mask=column < D)
+        if GAMMA:
+            at = D * (WEIGHT + BIAS + UPDATE_BIAS) + column
+            tl.store(sums_ptr + at, tl.sum(dgammas[chunk], 0), mask=column < D)
 
 
 def backward_outputs(
-    dy: Tensor, dsum: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any
+    dy: Tensor,
+    dsum: Tensor | None,
+    update: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
     *vectors, _seed, update_dtype, _p, _path_p, needs = rest
     like_update = z.new_empty(z.shape if needs[1] else (0,), dtype=update_dtype)
@@ -143,33 +164,44 @@ def backward_outputs(
 
 
 def _bwd_cost(
-    dy: Tensor, dsum: Tensor | None, z: Tensor, mean: Tensor, rstd: Tensor, *rest: Any
+    dy: Tensor,
+    dsum: Tensor | None,
+    update: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *rest: Any,
 ) -> _costs.Cost:
     *vectors, seed, update_dtype, _p, _path_p, _needs = rest
-    update = z.new_empty(0, dtype=update_dtype)
-    return _costs.residual_norm(z, update, *vectors, seed, dsum is not None, grad=(True,)).of_backward()
+    like_update = z.new_empty(0, dtype=update_dtype)
+    return _costs.residual_norm(z, like_update, *vectors, seed, dsum is not None, grad=(True,)).of_backward()
 
 
 @op_range("residual_norm/bwd/triton", _bwd_cost)
 def backward(
     dy: Tensor,
     dsum: Tensor | None,
+    update: Tensor | None,
     z: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     update_bias: Tensor | None,
+    gamma: Tensor | None,
     seed: Tensor | None,
     update_dtype: torch.dtype,
     dropout_p: float,
     drop_path_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, update, weight, bias and update_bias; those that `needs` does not ask for are empty."""
-    vectors = (weight, bias, update_bias)
+    """Gradients of x, update, weight, bias, update_bias and gamma; empty where `needs` does not ask for one.
+
+    update: given with gamma.
+    """
+    vectors = (weight, bias, update_bias, gamma)
     outputs = backward_outputs(
-        dy, dsum, z, mean, rstd, *vectors, seed, update_dtype, dropout_p, drop_path_p, needs
+        dy, dsum, update, z, mean, rstd, *vectors, seed, update_dtype, dropout_p, drop_path_p, needs
     )
     dx, dupdate, *dvectors = needed(outputs, needs)
     width = z.shape[-1]
@@ -179,7 +211,7 @@ def backward(
     if rows:
         dys = as_rows(dy)
         # Each sum over columns takes as many registers as the values of a row that a thread holds.
-        most = 16 if needs[4] else 24
+        most = 16 if needs[4] or needs[5] else 24
         config = row_config("residual_norm_bwd_kernel_rows", z, most, loop=True)
         launch(
             residual_norm_bwd_kernel_rows,
@@ -189,7 +221,7 @@ def backward(
             z,
             mean,
             rstd,
-            *dense(weight),
+            *dense(weight, update if needs[5] else None, update_bias if needs[5] else None, gamma),
             seed,
             dx,
             dupdate,
@@ -208,6 +240,7 @@ def backward(
             WEIGHT=needs[2],
             BIAS=needs[3],
             UPDATE_BIAS=needs[4],
+            GAMMA=needs[5],
             **config,
         )
     if any(needs[2:]):

@@ -30,6 +30,7 @@ def residual_norm_fwd_kernel(
     weight_ptr,  # [D] or None
     bias_ptr,  # [D] or None
     update_bias_ptr,  # [D] or None
+    gamma_ptr,  # [D] or None
     seed_ptr,  # [] int64, or None
     y_ptr,  # [rows, D]
     z_ptr,  # [rows, D] or None
@@ -77,6 +78,8 @@ def residual_norm_fwd_kernel(
             z *= tl.where(keep, factor, 0.0)
         elif HAS_PATH:
             z *= factor
+        if gamma_ptr is not None:
+            z *= load_vector(gamma_ptr, column, D, BLOCK_R)
         z += tl.load(x_ptr + x_row[:, None] + column, mask=inside, other=0.0).to(tl.float32)
         rounded = z.to(dtype)
         if z_ptr is not None:
@@ -118,6 +121,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     update_bias: Tensor | None,
+    gamma: Tensor | None,
     seed: Tensor | None,
     prenorm: bool,
     eps: float,
@@ -138,7 +142,7 @@ def forward(
         (triton.cdiv(rows, config["BLOCK_R"]),),
         xs.tensor,
         updates.tensor,
-        *dense(weight, bias, update_bias),
+        *dense(weight, bias, update_bias, gamma),
         seed,
         y,
         z if save or prenorm else None,

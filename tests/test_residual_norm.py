@@ -31,9 +31,9 @@ shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def make_case(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, update, weight, bias, update_bias."""
+    """x, update, weight, bias, update_bias, gamma."""
     rows = [leaf(*shape, dtype=dtype) for _ in range(2)]
-    return rows + [leaf(shape[-1], dtype=dtype) for _ in range(3)]
+    return rows + [leaf(shape[-1], dtype=dtype) for _ in range(4)]
 
 
 def plain(
@@ -42,20 +42,28 @@ def plain(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     update_bias: Tensor | None = None,
+    gamma: Tensor | None = None,
     *,
     eps: float = 1e-5,
     factor: Tensor | None = None,
 ) -> Tensor:
     w = None if weight is None else weight.to(x.dtype)
     b = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(plain_sum(x, update, update_bias, factor=factor), x.shape[-1:], w, b, eps)
+    return F.layer_norm(plain_sum(x, update, update_bias, gamma, factor=factor), x.shape[-1:], w, b, eps)
 
 
 def plain_sum(
-    x: Tensor, update: Tensor, update_bias: Tensor | None = None, *, factor: Tensor | None = None
+    x: Tensor,
+    update: Tensor,
+    update_bias: Tensor | None = None,
+    gamma: Tensor | None = None,
+    *,
+    factor: Tensor | None = None,
 ) -> Tensor:
     if update_bias is not None:
         update = update + update_bias.to(x.dtype)
+    if gamma is not None:
+        update = update * gamma.to(x.dtype)
     return x + (update if factor is None else update * factor)
 
 
@@ -65,9 +73,10 @@ def op(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     update_bias: Tensor | None = None,
+    gamma: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
-    return residual_norm(x, update, weight, bias, update_bias=update_bias, **settings)
+    return residual_norm(x, update, weight, bias, update_bias=update_bias, gamma=gamma, **settings)
 
 
 def plain_prenorm(x: Tensor, update: Tensor, *rest: Tensor, **settings: Any) -> Tensor:
@@ -81,7 +90,7 @@ def op_prenorm(*values: Tensor, **settings: Any) -> Tensor:
 
 
 @shapes
-@pytest.mark.parametrize("given", [2, 3, 4, 5], ids=["no affine", "weight", "affine", "update bias"])
+@pytest.mark.parametrize("given", [2, 3, 4, 5, 6], ids=["no affine", "weight", "affine", "bias", "gamma"])
 def test_matches_torch(shape: tuple[int, ...], given: int) -> None:
     assert_equals_plain(op, plain, make_case(shape)[:given], 1e-12)
 
@@ -98,7 +107,7 @@ def test_eps() -> None:
     [{}, {"dropout_p": 0.3, "seed": 3}, {"dropout_p": 0.3, "drop_path_p": 0.4, "seed": 3}],
     ids=["plain", "dropout", "dropout and path"],
 )
-@pytest.mark.parametrize("given", [2, 5], ids=["no affine", "everything"])
+@pytest.mark.parametrize("given", [2, 6], ids=["no affine", "everything"])
 @pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
 def test_gradcheck(prenorm: bool, given: int, settings: dict[str, Any]) -> None:
     inputs = tuple(make_case((3, 2, 5))[:given])
@@ -106,7 +115,7 @@ def test_gradcheck(prenorm: bool, given: int, settings: dict[str, Any]) -> None:
 
 
 @shapes
-@pytest.mark.parametrize("given", [2, 4, 5], ids=["no affine", "affine", "update bias"])
+@pytest.mark.parametrize("given", [2, 4, 6], ids=["no affine", "affine", "update bias, gamma"])
 def test_prenorm_matches_torch(shape: tuple[int, ...], given: int) -> None:
     inputs = make_case(shape)[:given]
     assert_equals_plain(op_prenorm, plain_prenorm, inputs, 1e-12)
@@ -121,7 +130,7 @@ def test_prenorm_matches_torch(shape: tuple[int, ...], given: int) -> None:
 
 def test_prenorm_outputs_may_be_used_alone() -> None:
     inputs = make_case((3, 4, 8))
-    for which, used in enumerate(inputs[:2] + inputs[4:] for _ in range(2)):
+    for which, used in enumerate([inputs[:2] + inputs[4:]] * 2):
         ours = torch.autograd.grad(op_prenorm(*inputs)[which].square().sum(), used)
         theirs = torch.autograd.grad(plain_prenorm(*inputs)[which].square().sum(), used)
         for actual, expected in zip(ours, theirs, strict=True):
@@ -138,7 +147,7 @@ def test_fp32_stream_takes_low_updates(low: torch.dtype, dropout_p: float) -> No
     run = partial(op_prenorm, dropout_p=dropout_p, seed=2)
     ours = values_and_gradients(run, [x, narrow, *vectors])
     theirs = values_and_gradients(run, [x, wide, *vectors])
-    assert [t.dtype for t in ours] == [torch.float32, torch.float32, low, *[torch.float32] * 3]
+    assert [t.dtype for t in ours] == [torch.float32, torch.float32, low, *[torch.float32] * 4]
     for i, (actual, expected) in enumerate(zip(ours, theirs, strict=True)):
         digits = 2 * torch.finfo(low).eps if i == 2 else 1e-6
         torch.testing.assert_close(actual.float(), expected, rtol=digits, atol=digits)
@@ -166,7 +175,7 @@ def test_dropout_and_drop_path_draw_from_different_bits() -> None:
 
 
 def test_drop_path_takes_whole_rows() -> None:
-    x, update, weight, bias, _ = make_case((64, 3, 8))
+    x, update, weight, bias, *_ = make_case((64, 3, 8))
     out = op(x, update, weight, bias, drop_path_p=0.5, seed=2)
     unchanged = plain(x, torch.zeros_like(x), weight, bias)
     doubled = plain(x, 2 * update, weight, bias)
@@ -235,9 +244,9 @@ def test_non_contiguous_inputs() -> None:
 @pytest.mark.parametrize("settings", [{}, {"dropout_p": 0.5, "drop_path_p": 0.5}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("shape", [(0, 4, 8), (3, 0, 8)], ids=["no samples", "no tokens"])
 def test_zero_size(shape: tuple[int, ...], settings: dict[str, Any]) -> None:
-    out, dx, du, dw, db, dub = values_and_gradients(lambda *v: op(*v, **settings), make_case(shape))
+    out, dx, du, *vectors = values_and_gradients(lambda *v: op(*v, **settings), make_case(shape))
     assert out.shape == dx.shape == du.shape == shape
-    assert all(torch.equal(grad, torch.zeros(8, dtype=torch.float64)) for grad in (dw, db, dub))
+    assert all(torch.equal(grad, torch.zeros(8, dtype=torch.float64)) for grad in vectors)
 
 
 def test_gradients_do_not_share_memory() -> None:
@@ -249,7 +258,7 @@ def test_gradients_do_not_share_memory() -> None:
 
 
 def test_what_is_held_for_backward() -> None:
-    x, update, weight, bias, _ = make_case((64, 64, 64), torch.float32)  # 1 MiB each
+    x, update, weight, bias, *_ = make_case((64, 64, 64), torch.float32)  # 1 MiB each
     out, held = live_memory(lambda: op(x, update, weight, bias))
     assert held < 2 * out.nbytes + out.nbytes // 8, "more than the output, the sum and its statistics"
     dropped, held = live_memory(lambda: op(x, update, weight, bias, dropout_p=0.1))

@@ -37,15 +37,15 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def make_case(
     shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32, masters: bool = False
 ) -> list[Tensor]:
-    """x, update, weight, bias, update_bias; masters: the vectors stay fp32."""
+    """x, update, weight, bias, update_bias, gamma; masters: the vectors stay fp32."""
     vectors = torch.float32 if masters else dtype
     made = [torch.randn(shape).to(dtype) for _ in range(2)]
-    made += [torch.randn(shape[-1]).to(vectors) for _ in range(3)]
+    made += [torch.randn(shape[-1]).to(vectors) for _ in range(4)]
     return [value.to(device).requires_grad_() for value in made]
 
 
 def op(backend: str, **settings: Any) -> Callable[..., Tensor]:
-    """The op as a function of x, update and up to three vectors; with prenorm z and y, stacked."""
+    """The op as a function of x, update and up to four vectors; with prenorm z and y, stacked."""
 
     def call(
         x: Tensor,
@@ -53,8 +53,10 @@ def op(backend: str, **settings: Any) -> Callable[..., Tensor]:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         update_bias: Tensor | None = None,
+        gamma: Tensor | None = None,
     ) -> Tensor:
-        out = residual_norm(x, update, weight, bias, update_bias=update_bias, backend=backend, **settings)
+        vectors = {"weight": weight, "bias": bias, "update_bias": update_bias, "gamma": gamma}
+        out = residual_norm(x, update, **vectors, backend=backend, **settings)
         return out if isinstance(out, Tensor) else torch.stack(out)
 
     return call
@@ -98,13 +100,15 @@ def test_prenorm_matches_eager(
 
 
 @pytest.mark.parametrize(
-    "given", [[], [2], [3], [4], [2, 3]], ids=["none", "weight", "bias", "update", "affine"]
+    "given",
+    [[], [2], [3], [4], [5], [2, 3], [2, 5]],
+    ids=["none", "weight", "bias", "update", "gamma", "affine", "weight and gamma"],
 )
 def test_vectors_may_be_left_out(given: list[int], triton_device: torch.device) -> None:
     inputs = make_case((3, 13, 8), triton_device)
 
     def call(backend: str, values: tuple[Tensor, ...]) -> Tensor:
-        filled: list[Any] = [*values[:2], None, None, None]
+        filled: list[Any] = [*values[:2], None, None, None, None]
         for place, value in zip(given, values[2:], strict=True):
             filled[place] = value
         return op(backend)(*filled)
@@ -116,7 +120,7 @@ def test_vectors_may_be_left_out(given: list[int], triton_device: torch.device) 
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("wanted", range(5), ids=["x", "update", "weight", "bias", "update_bias"])
+@pytest.mark.parametrize("wanted", range(6), ids=["x", "update", "weight", "bias", "update_bias", "gamma"])
 @pytest.mark.parametrize("settings", [{}, {"dropout_p": 0.5, "seed": 3}], ids=["plain", "dropout"])
 def test_each_gradient_alone(wanted: int, settings: dict[str, Any], triton_device: torch.device) -> None:
     inputs = [

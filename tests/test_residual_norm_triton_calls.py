@@ -34,19 +34,21 @@ def test_launches(triton_device: torch.device) -> None:
     forward_kernel, rows = "residual_norm_fwd_kernel", "residual_norm_bwd_kernel_rows"
     assert names == [[forward_kernel], [rows, "column_sums_kernel"], [forward_kernel, rows], [forward_kernel]]
     # z, mean and rstd are made for backward alone
-    assert [launch.args[7:10] == (None,) * 3 for launch in (*forward, *inference)] == [False, True]
+    assert [launch.args[8:11] == (None,) * 3 for launch in (*forward, *inference)] == [False, True]
 
 
 def test_ranges(triton_device: torch.device) -> None:
     inputs = make_case((3, 4, 8), triton_device)
     with force_ranges(True), tally_costs() as tallies:
-        values_and_gradients(op("triton"), inputs)
-        values_and_gradients(op("triton", dropout_p=0.1), inputs)
+        values_and_gradients(op("triton"), inputs[:5])
+        values_and_gradients(op("triton", dropout_p=0.1), inputs[:5])
+        values_and_gradients(op("triton", prenorm=True), inputs)
     tensor, vectors = 3 * 4 * 8 * 4, 3 * 8 * 4
     found = {name: (tally.calls, tally.bytes, tally.flops) for name, tally in tallies.items()}
     assert found == {
-        "residual_norm/fwd/triton": (2, 2 * (4 * tensor + vectors), 0),
-        "residual_norm/bwd/triton": (2, 7 * tensor + 4 * vectors, 0),
+        "residual_norm/fwd/triton": (3, 3 * (4 * tensor + vectors) + 8 * 4, 0),
+        # dy, z, dx; with dropout dupdate; with gamma dupdate, update and with prenorm dsum
+        "residual_norm/bwd/triton": (3, (3 + 4 + 6) * tensor + 6 * vectors + 2 * 8 * 4, 0),
     }
 
 
@@ -61,9 +63,9 @@ def test_opcheck(p: float, save: bool, triton_device: torch.device) -> None:
     torch.library.opcheck(torch.ops.d2vkern.residual_norm_fwd.default, forward)
     if save:
         y, *saved = torch.ops.d2vkern.residual_norm_fwd(*forward)
-        for needs in ([True, p > 0, True, True, True], [False, p > 0, False, False, True]):
+        for needs in ([True] * 6, [False, True, False, False, True, False]):
             dsum = y if prenorm else None
-            backward = (y, dsum, *saved, *vectors, seed, torch.float16, p, p, needs)
+            backward = (y, dsum, update.half(), *saved, *vectors, seed, torch.float16, p, p, needs)
             torch.library.opcheck(torch.ops.d2vkern.residual_norm_bwd.default, backward)
 
 
