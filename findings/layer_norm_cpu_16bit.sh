@@ -4,8 +4,8 @@
 # F.layer_norm of 6,400 rows in bf16, gradients of the output 0.5 + normal: the bias's gradient is their sum over
 # the rows, about 3,200 a channel. In bf16 a sum of 512 no longer takes an addend below 1, so it stands still:
 # it is 68% off on one thread (37% on two: each thread has its own sums), in fp16 1%. fp32 weight and bias beside
-# bf16 rows change nothing, and mean and rstd are saved in 16 bits unless they are fp32. Linear layers,
-# convolutions and sums over rows are summed in fp32 and lose nothing; so does layer_norm on CUDA.
+# bf16 rows change nothing, and mean and rstd are saved in 16 bits unless they are fp32. Linear layers
+# and sums over rows are summed in fp32 and lose nothing, as does layer_norm on CUDA (convolutions: conv_cpu_16bit.sh).
 #
 # Seen:
 #   torch 2.13.0+cpu, 1 thread

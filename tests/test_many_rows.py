@@ -94,3 +94,9 @@ def test_sums_of_many_rows(name: str, dtype: torch.dtype, backend: str) -> None:
     for actual, expected in zip(low, exact, strict=True):
         error = (actual.double() - expected).norm() / expected.norm()
         assert error < limit * torch.finfo(dtype).eps, (error, tuple(expected.shape))
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("block")])
+def test_sums_where_onednn_has_no_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    test_sums_of_many_rows(name, torch.bfloat16, "eager")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import statistics
-import time
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -181,22 +180,23 @@ def test_without_a_tool_nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> No
     assert tallies == {}
 
 
-def test_off_costs_less_than_a_microsecond_a_call() -> None:
+def test_off_costs_a_few_calls() -> None:
     def plain(x: object, y: object, z: object) -> object:
         return x
 
     ranged = op_range("toy/fwd/eager", lambda *_: Cost(""))(plain)
-    calls = 2_000
 
-    def nanoseconds(function) -> float:
-        start = time.perf_counter_ns()
-        for _ in range(calls):
+    def calls(function) -> int:
+        made = []
+        sys.setprofile(lambda frame, event, what: made.append(event) if "call" in event else None)
+        try:
             function(1, 2, 3)
-        return (time.perf_counter_ns() - start) / calls
+        finally:
+            sys.setprofile(None)
+        return len(made)
 
     assert not _nvtx.ranges_are_on()
-    extra = statistics.median(nanoseconds(ranged) - nanoseconds(plain) for _ in range(101))
-    assert extra < 1_000, f"{extra:.0f} ns"
+    assert calls(ranged) - calls(plain) <= 5
 
 
 @pytest.mark.parametrize(

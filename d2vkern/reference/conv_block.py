@@ -36,10 +36,23 @@ def _planes(x_NHWC: Tensor, groups: int) -> Tensor:
     return x.contiguous() if chained else x
 
 
+def _is_summed_low(x: Tensor) -> bool:
+    """Whether torch's convolutions add samples up in 16 bits: on a CPU whose oneDNN has none of the dtype."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    ops = torch.ops.mkldnn
+    has = ops._is_mkldnn_bf16_supported if x.dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
+    onednn = torch.backends.mkldnn
+    return not (onednn.is_available() and onednn.enabled and has())
+
+
 def _conv(x_NHWC: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """[N,H,W,C] -> [N,H,W,Cout], contiguous."""
     if x_NHWC.numel() == 0:
         return x_NHWC.new_zeros((*x_NHWC.shape[:3], weight.shape[0]))
+    if _is_summed_low(x_NHWC):
+        wide = None if bias is None else bias.float()
+        return _conv(x_NHWC.float(), weight.float(), wide, groups).to(x_NHWC.dtype)
     pad = (weight.shape[2] // 2, weight.shape[3] // 2)
     out = F.conv2d(_planes(x_NHWC, groups), weight, bias, padding=pad, groups=groups).permute(0, 2, 3, 1)
     return out[:, : x_NHWC.shape[1], : x_NHWC.shape[2]].contiguous()
@@ -51,6 +64,9 @@ def _conv_backward(
     """Gradients of `_conv` to x and weight."""
     if x_NHWC.numel() == 0:
         return torch.zeros_like(x_NHWC) if needs[0] else None, torch.zeros_like(weight) if needs[1] else None
+    if _is_summed_low(x_NHWC):
+        dx, dw = _conv_backward(dr_NHWC.float(), x_NHWC.float(), weight.float(), groups, needs)
+        return None if dx is None else dx.to(x_NHWC.dtype), None if dw is None else dw.to(weight.dtype)
     kh, kw = weight.shape[2], weight.shape[3]
     if kh % 2 == 0 or kw % 2 == 0:  # the dropped outputs had no gradient
         dr_NHWC = F.pad(dr_NHWC, (0, 0, 0, 1 - kw % 2, 0, 1 - kh % 2))
