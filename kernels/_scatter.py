@@ -52,24 +52,23 @@ def scatter_fwd_kernel(
     n = n.to(tl.int64)
     x_ptr += n * x_stride_n
     slot_ptr += n * tokens
-    if token_ptr is not None:
-        token = tl.load(token_ptr + d, mask=inside, other=0.0)
+    length = extras + tokens if KEEP_EXTRA else tokens
+    out_ptr += n * length * WIDTH
     first = block * BLOCK_T
+    count = tl.minimum(length - first, BLOCK_T)
     if KEEP_EXTRA:
-        out_ptr += n * (extras + tokens) * WIDTH
         for i in range(0, tl.minimum(extras - first, BLOCK_T)):
             s = (first + i).to(tl.int64)
             extra = tl.load(x_ptr + s * x_stride_s + d, mask=inside, other=0.0)
             tl.store(out_ptr + s * WIDTH + d, extra, mask=inside)
         # the tokens of this block of E + T rows
-        last = tl.minimum(first + BLOCK_T - extras, tokens)
-        first = tl.maximum(first - extras, 0)
         out_ptr += extras.to(tl.int64) * WIDTH
-    else:
-        out_ptr += n * tokens * WIDTH
-        last = tl.minimum(tokens, first + BLOCK_T)
+        count -= tl.maximum(tl.minimum(extras - first, BLOCK_T), 0)
+        first = tl.maximum(first - extras, 0)
+    if token_ptr is not None:
+        token = tl.load(token_ptr + d, mask=inside, other=0.0)
     slot = tl.load(slot_ptr + first)
-    for i in range(0, last - first):
+    for i in range(0, count):
         t = first + i
         next_slot = tl.load(slot_ptr + tl.minimum(t + 1, tokens - 1))
         # [BLOCK_D]
