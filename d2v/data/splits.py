@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -40,20 +41,31 @@ def kind_of(name: str) -> Kind | None:
     return None if found is None else next(kind for kind, names in NAMES.items() if found[1] in names)
 
 
+def around(files: Sequence[str]) -> int:
+    """How many folders lie around all of the files, as LibriSpeech/ does around its parts: they neither name
+    a part nor are the last above a file, which may be a class."""
+    if not files:
+        return 0
+    shared = Path(os.path.commonpath([os.path.dirname(file) for file in files])).parts
+    named = next((depth for depth, folder in enumerate(shared) if kind_of(folder)), len(shared))
+    return min(named, max(0, min(len(Path(file).parts) for file in files) - 2))
+
+
 def parts_of(files: Sequence[str], path: str, *, stems: bool = False) -> dict[str, np.ndarray]:
     """The numbers of the files of each part [k], ascending int64: "train", then what is held out.
 
-    files: relative to the data set's folder; a part is known by the first folder, or with `stems` (of shards,
-    tables and manifests) by the file's own name where that names one. Held-out parts, those for validation
-    first, have their names in lower case, without numbers of files. Of what is not divided there is one part,
-    `WHOLE`; files beside named parts are in none of them.
+    files: relative to the data set's folder; a part is known by the first folder (within those `around` all
+    files), or with `stems` (of shards, tables and manifests) by the file's own name where that names one.
+    Held-out parts, those for validation first, have their names in lower case, without numbers of files. Of
+    what is not divided there is one part, `WHOLE`; files beside named parts are in none of them.
     DataError where a part for training lies beside folders that are neither parts nor held out.
     """
     named: dict[str, list[int]] = {}
     others: dict[str, list[int]] = {}
+    outer = around(files)
     for number, file in enumerate(files):
-        folder, below, rest = file.replace(os.sep, "/").partition("/")
-        stem = (rest or folder).rpartition("/")[2].partition(".")[0]
+        folder, *below = Path(file).parts[outer:]
+        stem = os.path.basename(file).partition(".")[0]
         name = next((name for name in ([folder] if below else []) + [stem] * stems if kind_of(name)), None)
         where, key = (others, folder if below else "") if name is None else (named, name)
         where.setdefault(key, []).append(number)
@@ -107,6 +119,18 @@ def to_divide(parts: Mapping[str, T], path: str) -> T | None:
 def to_score(parts: Mapping[str, T]) -> dict[str, T]:
     """What a model is scored on: what is held out, or all of it where nothing is."""
     return {name: part for name, part in parts.items() if name != "train"} or dict(parts)
+
+
+def labelled(parts: Mapping[str, T], lacks: Callable[[T], str], report: Report) -> dict[str, T]:
+    """The parts without those that are held out and have no labels, which the report names, as long as any is
+    left. lacks: why a part has none, empty where it has."""
+    reasons = {name: lacks(part) for name, part in parts.items() if name not in ("train", WHOLE)}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    if len(reasons) == len(parts):
+        return dict(parts)
+    for name, reason in reasons.items():
+        report.leave_out(f"held out without labels ({reason})", [f"{report.path}, part {name}"])
+    return {name: part for name, part in parts.items() if name not in reasons}
 
 
 def training_classes(

@@ -16,9 +16,9 @@ from d2v.config.presets import preset
 from d2v.data.loader import number_classes
 from d2v.data.open import check_data, open_data, open_labelled
 from d2v.data.speech.transcripts import read_spoken
-from d2v.data.splits import NAMES, divide, kind_of, parts_of
+from d2v.data.splits import NAMES, around, divide, kind_of, parts_of
 from d2v.data.text.labelled import read_labelled
-from d2v.data.types import DataError
+from d2v.data.types import DataError, unused
 from tests.d2v.tiny_runs import tiny
 
 CLASSES = ["a"] * 10 + ["b"] * 4 + ["c"]
@@ -65,6 +65,15 @@ def test_files_are_divided_by_folders_and_by_their_own_names() -> None:
     assert parted("train/1", "2") == {"all": [0, 1]}
     with pytest.raises(DataError, match="train lies beside cat: is it a part, or a class"):
         parted("train/1", "cat/2")
+    assert parted("Libri/dev-clean/1/a", "Libri/train-960/1/b") == {"train": [1], "dev-clean": [0]}
+    assert parted("a/b/Train/cat/1", "a/b/Test/cat/2") == {"train": [0], "test": [1]}
+
+
+def test_folders_around_all_files_are_neither_parts_nor_classes() -> None:
+    assert around(["a/b/c/1", "a/b/d/2"]) == 2
+    assert around(["photos/cat/1", "photos/dog/2"]) == 1
+    assert around(["cat/1", "cat/2"]) == around(["1"]) == around(["a/1", "2"]) == around([]) == 0
+    assert around(["Libri/train/1/2/a", "Libri/train/1/2/b"]) == 1
 
 
 def test_classes_of_numbers_have_one_order() -> None:
@@ -116,6 +125,22 @@ def test_every_modality_has_the_same_parts(modality: str, tmp_path: Path) -> Non
         assert report.total == 6 and note in report.notes
     everything = open_data(str(tmp_path), cfg, purpose="eval").report
     assert everything.total == 12 and note not in everything.notes
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+@pytest.mark.parametrize("outer", ["", "packed/as"])
+def test_a_part_without_labels_is_left_out_by_name(modality: str, outer: str, tmp_path: Path) -> None:
+    for part, name in (("train", "x"), ("train", "y"), ("dev", "x"), ("test", "")):
+        for i in range(2):
+            MAKE[modality](tmp_path / outer / part / name, f"{i}")
+    found = open_labelled(str(tmp_path), tiny(modality))
+    assert {part: len(split) for part, split in found.splits.items()} == {"train": 4, "dev": 2}
+    assert list(found.classes) == ["x", "y"]
+    left = f"left out {tmp_path}, part test: held out without labels"
+    assert any(line.startswith(left) for line in unused(found.splits.values()))
+    (tmp_path / outer / "train").rename(tmp_path / outer / "training of others")
+    scored = open_labelled(str(tmp_path), tiny(modality), classes=["x", "y"])
+    assert list(scored.splits) == ["dev"]
 
 
 @pytest.mark.parametrize("modality", ["image", "audio", "text"])

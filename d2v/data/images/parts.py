@@ -12,7 +12,7 @@ from ...config.run import DataConfig
 from ..arrow import SUFFIXES as ROWS
 from ..arrow import Rows, listed
 from ..loader import number_classes
-from ..splits import NO_PART, WHOLE, in_no_part, parts_of
+from ..splits import NO_PART, WHOLE, around, in_no_part, parts_of
 from ..types import DataError, Report
 from ..walk import suffix_of, walk
 from .store import EXTENSIONS, FolderStore, Store, Subset, decoded, opened, read_npz
@@ -93,8 +93,11 @@ def _of_folder(path: Path, report: Report, divided: bool, label: str) -> dict[st
         report.leave_out("pictures beside tar files", pictures)
         return _of_tars(shards, path, report, divided)
     numbers = parts_of(pictures, str(path)) if divided else {WHOLE: np.arange(len(pictures))}
-    store = FolderStore(path, pictures, level=int(WHOLE not in numbers))
-    return _divided(store, pictures, numbers, report)
+    report.leave_out(NO_PART, in_no_part(pictures, numbers))
+    level = around(pictures) + int(WHOLE not in numbers)
+    return {
+        name: FolderStore(path, [pictures[i] for i in some.tolist()], level) for name, some in numbers.items()
+    }
 
 
 def _of_rows(root: Path, files: Sequence[str], report: Report, divided: bool, label: str) -> dict[str, Store]:
@@ -123,17 +126,9 @@ def _of_tars(shards: Sequence[Path], root: Path, report: Report, divided: bool) 
             report.leave_out(reason, members)
         if name == WHOLE:
             numbers = parts_of(store.files, str(root)) if divided else {WHOLE: np.arange(len(store))}
-            store.classify(int(WHOLE not in numbers))
-            return _divided(store, store.files, numbers, report)
-        store.classify(0)
+            store.classify(around(store.files) + int(WHOLE not in numbers))
+            report.leave_out(NO_PART, in_no_part(store.files, numbers))
+            return {part: store if part == WHOLE else part_of(store, some) for part, some in numbers.items()}
+        store.classify(around(store.files))
         stores[name] = store
     return stores
-
-
-def _divided(
-    store: Store, files: Sequence[str], numbers: dict[str, np.ndarray], report: Report
-) -> dict[str, Store]:
-    if WHOLE in numbers:
-        return {WHOLE: store}
-    report.leave_out(NO_PART, in_no_part(files, numbers))
-    return {name: part_of(store, some) for name, some in numbers.items()}

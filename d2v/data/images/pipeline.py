@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ...config.run import Config
 from ..embedded import digits
 from ..loader import Loader
-from ..splits import WHOLE, divide, for_training, to_divide, to_score, training_classes
+from ..splits import WHOLE, divide, for_training, labelled, to_divide, to_score, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from .parts import open_stores
 from .source import ImageSource
@@ -100,6 +100,7 @@ def _parts(path: str, report: Report, label: str, score: bool) -> dict[str, Stor
     if path == "digits":
         return {"train": _digits("probe"), "test": _digits("test")}
     stores = open_stores(Path(path), report, label=label)
+    stores = labelled(stores, lambda store: store.unlabelled if store.labels is None else "", report)
     if score:
         return to_score(stores)
     whole = to_divide(stores, path)

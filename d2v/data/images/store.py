@@ -99,7 +99,8 @@ class FolderStore(Store):
         if parts and all(len(p) > level + 1 for p in parts):
             self.classes, self.labels = number_classes([p[level] for p in parts])
         else:
-            self.unlabelled = "pictures lie directly in the folder, not in one subfolder per class"
+            bare = next((file for file, p in zip(self.files, parts, strict=True) if len(p) <= level + 1), "")
+            self.unlabelled = f"{bare} lies in no folder of a class"
 
     def __len__(self) -> int:
         return len(self.files)

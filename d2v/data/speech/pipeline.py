@@ -22,7 +22,7 @@ from ...model.logmel import log_mel
 from ..arrow import SUFFIXES as ROWS
 from ..embedded import speech
 from ..loader import Loader, number_classes
-from ..splits import WHOLE, divide, for_training, to_divide, to_score, training_classes
+from ..splits import WHOLE, around, divide, for_training, labelled, to_divide, to_score, training_classes
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from ..walk import suffix_of
 from .files import FileUtterances, Listing, Utterances, in_threads, list_audio, told_of
@@ -255,10 +255,16 @@ def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances,
     """The usable utterances of each part (or of those to score), the class of each, a report of each part."""
     opened = Report.of(path, cfg.data)
     listing = list_audio(Path(path), opened, cfg.data.label_column)
-    level = int(WHOLE not in listing.parts)
+    level = around(listing.names) + int(WHOLE not in listing.parts)
     in_rows = None if listing.rows is None else listing.rows.classes()
+
+    def lacks(numbers: np.ndarray) -> str:
+        names = (listing.names[i] for i in numbers.tolist() if in_rows is None)
+        return next((f"{name} lies in no folder" for name in names if len(Path(name).parts) < level + 2), "")
+
+    chosen = labelled(listing.parts, lacks, opened)
     parts: dict[str, tuple[Utterances, list[str], Report]] = {}
-    for part, numbers in listing.parts.items():
+    for part, numbers in chosen.items():
         report = dataclasses.replace(opened, unreadable={}, skipped={}, facts={}, notes=[])
         utterances = _usable(
             read_index(listing.select(numbers), _front(cfg).sample_rate, cfg.data.channels, report),

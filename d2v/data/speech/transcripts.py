@@ -31,7 +31,7 @@ from ..arrow import SUFFIXES as ROWS
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
 from ..loader import Loader
-from ..splits import divide, to_divide, to_score
+from ..splits import divide, labelled, to_divide, to_score
 from ..types import DataError, Report
 from ..walk import suffix_of, walk
 from .files import TEXT_COLUMNS, Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
@@ -183,7 +183,7 @@ def read_parts(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     }
     if not any(len(part.texts) for part in parts.values()):
         raise DataError(f"labels missing: {path}: no audio file has a transcript")
-    return parts
+    return labelled(parts, lambda part: "" if part.texts else "no file has a transcript", report)
 
 
 def _embedded(split: speech.SplitName, rate: int) -> Spoken:
