@@ -178,6 +178,27 @@ def test_teachers_by_name(form: str) -> None:
         assert torch.equal(dict(teacher.named_parameters())[name], p)
 
 
+@pytest.mark.parametrize("average", [EMA, torch.optim.swa_utils.AveragedModel])
+def test_an_average_is_a_teacher(average: Any) -> None:
+    model = Model()
+    ema = average(model)
+    optimizer = AdamWEMA(trained(model), 0.1, teacher=ema, model=model, ema_decay=0.0)
+    run(model, optimizer, range(1))
+    assert_same(ema.module, model)
+
+
+def test_parameters_in_the_place_of_others() -> None:
+    """As accelerate puts DTensors there: their teachers would stay behind without a word."""
+    model, teacher = pair()
+    optimizer = AdamWEMA(trained(model), teacher=teacher, model=model, ema_decay=0.5)
+    group = optimizer.param_groups[0]
+    group["params"] = [nn.Parameter(p.detach().clone()) for p in group["params"]]
+    with pytest.raises(
+        RuntimeError, match="adamw_ema: params must be those that teachers and copies were given for"
+    ):
+        optimizer.step()
+
+
 def test_learning_rate_schedulers_and_scalers_take_it() -> None:
     model, teacher = pair()
     optimizer = AdamWEMA(trained(model), 0.1, teacher=teacher, model=model, ema_decay=0.5)

@@ -297,6 +297,18 @@ def test_plans_move_and_are_copied() -> None:
         assert other.mask is not plan.mask
 
 
+@pytest.mark.gpu
+def test_plans_are_pinned() -> None:
+    loader = DataLoader(
+        [padded()[0], padded()[1]], batch_size=2, collate_fn=MaskPlan.collate, pin_memory=True
+    )
+    pinned = next(iter(loader))
+    assert all(getattr(pinned, name).is_pinned() for name in NAMES)
+    moved = pinned.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    assert_same(moved.to("cpu"), pinned)
+
+
 def test_a_plan_is_a_pytree() -> None:
     plan, plain = padded(), random_mask(torch.arange(2), 2, 8, prob=0.5)
     for one, tensors in ((plan, 6), (plain, 3)):

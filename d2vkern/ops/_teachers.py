@@ -5,13 +5,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from d2vkern._checks import check_choice, check_shape
-from d2vkern.ops._averages import unwrapped
-from d2vkern.ops.ema import ema_update_
+from d2vkern.ops import _averages
+from d2vkern.ops.ema import EMA, ema_update_
 
 Attached = Mapping[Tensor, Tensor] | Iterable[Tensor | None] | Iterable[tuple[str, Tensor]] | nn.Module | None
 _OP = "adamw_ema"
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside, of an average too."""
+    if isinstance(module, (EMA, AveragedModel)):
+        module = module.module
+    return _averages.unwrapped(module)
 
 
 def by_param(

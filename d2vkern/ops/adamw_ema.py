@@ -61,9 +61,9 @@ class AdamWEMA(torch.optim.Optimizer):
     amsgrad, maximize, differentiable: False; what they ask for is refused.
     foreach, fused: taken as torch's and change nothing: a step is fused where a backend can.
     teacher: the fp32 average of each parameter, as a mapping parameter -> tensor or a list aligned with the
-        parameters (None: no average), or by name: a module like `model`, or its named_parameters(). A mapping
-        or module may also hold tensors outside the groups. Tensors with requires_grad False are copied to
-        their teacher, not averaged.
+        parameters (None: no average), or by name: a module like `model` (or an EMA of it), or its
+        named_parameters(). A mapping or module may also hold tensors outside the groups. Tensors with
+        requires_grad False are copied to their teacher, not averaged.
     model: the module that params are of, whose names a teacher given by name has; not needed with params as
         named_parameters(). With it a teacher module's buffers follow the model's at each average.
     teacher_buffers: "average" floating buffers, as timm's ModelEmaV3, or "copy" them, as data2vec 2.0.
@@ -139,6 +139,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self._buffers: Buffers | None = None
         if isinstance(teacher, torch.nn.Module) and model is not None:
             self._buffers = Buffers(teacher, model, teacher_buffers)
+        self._attached = self._has_attached()
         if ema_decay is not None and teacher is None:
             raise ValueError("adamw_ema: ema_decay must come with teacher, got none")
         if isinstance(ema_decay, (int, float)):
@@ -171,6 +172,11 @@ class AdamWEMA(torch.optim.Optimizer):
             written = [(name, local([tensors.get(p) for p in rows])) for name, tensors in given.items()]
             check_memory("adamw_ema", written, [("params", local(rows))])
 
+    def _has_attached(self) -> bool:
+        """Whether a parameter of the groups has a teacher or copy."""
+        params = (p for group in self.param_groups for p in group["params"])
+        return any(p in self._teachers or p in self._copies for p in params)
+
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
@@ -190,7 +196,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """torch's, and what is attached: a copied or unpickled optimizer goes on as this one does."""
-        attached = ("backend", "_masters", "ema_decay", "_teachers", "_copies", "_teacher_copies", "_buffers")
+        attached = ["backend", "_masters", "ema_decay", "_teachers", "_copies", "_teacher_copies"]
+        attached += ["_buffers", "_attached"]
         return super().__getstate__() | {name: getattr(self, name) for name in attached}
 
     @torch.no_grad()
@@ -296,12 +303,15 @@ class AdamWEMA(torch.optim.Optimizer):
             self._check_found_inf(found_inf)
         clip_factor = replicated(clip_factor)
         updated: set[Tensor] = set()
+        if self._attached and not self._has_attached():
+            raise RuntimeError(
+                "adamw_ema: params must be those that teachers and copies were given for, got others in "
+                "their place (shard or wrap the model first, then make the optimizer)"
+            )
         due = [(group, self._due(group)) for group in self.param_groups]
         ema_decay = self._decay(ema_decay)
-        alike = [
-            (group, *call) for group, p in due for call in self._counted(p, group["capturable"], found_inf)
-        ]
-        for group, steps, params in alike:
+        calls = [(group, self._counted(found, group["capturable"], found_inf)) for group, found in due]
+        for group, steps, params in ((group, *call) for group, some in calls for call in some):
             weights = local([self.state[p].get("master", p) for p in params])
             grads = local([p.grad for p in params if p.grad is not None])
             teachers, copies, teacher_copies = (
