@@ -66,7 +66,21 @@ CASES = {
         lambda mask, keep, slot, x: d2vkern.scatter_tokens(x, d2vkern.MaskPlan(mask, keep, slot, 3), 0.0, 7),
         lambda samples: (*_parts(samples), torch.randn(3 * samples, _parts(1)[1].shape[1], 8)),
     ),
+    "masked_regression_loss": Case(
+        lambda mask, keep, slot, pred, target: (
+            d2vkern.masked_regression_loss(pred, target, d2vkern.MaskPlan(mask, keep, slot, 3)).loss
+        ),
+        lambda samples: (*_parts(samples), torch.randn(3 * samples, 13, 8), torch.randn(samples, 13, 8)),
+    ),
     "layer_targets": Case(lambda x, y: d2vkern.layer_targets([x, y]), _two(13, 8)),
+    "inverse_block_mask": Case(
+        lambda ids: _fields(d2vkern.inverse_block_mask(ids, 3, (6, 5), prob=0.8, length=3, seed=1)),
+        lambda samples: (torch.arange(samples),),
+    ),
+    "span_mask": Case(
+        lambda ids: _fields(d2vkern.span_mask(ids, 3, 40, prob=0.5, length=5, seed=1)),
+        lambda samples: (torch.arange(samples),),
+    ),
     "random_mask": Case(
         lambda ids: _fields(d2vkern.random_mask(ids, 3, 40, prob=0.5, seed=1)),
         lambda samples: (torch.arange(samples),),
