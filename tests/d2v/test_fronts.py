@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from d2v.config.fronts import ImageFront, LogMelFront, WaveformFront
+from d2vkern import MaskPlan
 from tests.d2v.tiny_models import SAMPLES, make_model, make_source
 
 
@@ -99,6 +100,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], str]] = {
         {"source": make_source("image"), "mask": MASK[:, :30]},
         ValueError,
         "mask must have 36 tokens for this source, got 30",
+    ),
+    "padded plan": (
+        "image",
+        {"source": make_source("image"), "mask": MaskPlan.from_mask(MASK, 2, pad=True)},
+        ValueError,
+        "mask must keep equally many tokens in every row, got a padded plan",
     ),
     "speech shape": (
         "audio",
