@@ -73,14 +73,6 @@ CASES = {
         lambda samples: (*_parts(samples), torch.randn(3 * samples, 13, 8), torch.randn(samples, 13, 8)),
     ),
     "layer_targets": Case(lambda x, y: d2vkern.layer_targets([x, y]), _two(13, 8)),
-    "inverse_block_mask": Case(
-        lambda ids: _fields(d2vkern.inverse_block_mask(ids, 3, (6, 5), prob=0.8, length=3, seed=1)),
-        lambda samples: (torch.arange(samples),),
-    ),
-    "span_mask": Case(
-        lambda ids: _fields(d2vkern.span_mask(ids, 3, 40, prob=0.5, length=5, seed=1)),
-        lambda samples: (torch.arange(samples),),
-    ),
     "random_mask": Case(
         lambda ids: _fields(d2vkern.random_mask(ids, 3, 40, prob=0.5, seed=1)),
         lambda samples: (torch.arange(samples),),
