@@ -28,9 +28,9 @@ def is_on(device: torch.device) -> bool:
 
 def for_product(x: Tensor, *parameters: Tensor | None) -> tuple[Any, ...]:
     """x and the parameters of a product, as autocast has them."""
-    if not is_on(x.device):
+    if not is_on(x.device) or x.dtype not in _CAST:
         return (x, *parameters)
-    dtype = torch.get_autocast_dtype(x.device.type) if x.dtype in _CAST else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type)
     return (x.to(dtype), *_masters(dtype, parameters))
 
 
