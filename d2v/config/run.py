@@ -108,9 +108,14 @@ class DataConfig:
     """audio: the length of a step is a multiple of this, rounded down when cropping and up when padding; 0:
     any. Few shapes are what train.compile and train.cuda_graph need"""
     text_column: str = "text"
-    """text: key of .jsonl lines and column of .csv, .tsv and .parquet tables that holds the text"""
+    """text: key of .jsonl lines and column of .csv, .tsv and .parquet tables that holds the text; audio: of
+    tables that name files what holds the transcript (text: also transcription, transcript, sentence, wrd)"""
     label_column: str = "label"
-    """that which holds the label, where labels are read, in rows of Hugging Face data sets too"""
+    """that which holds the label, where labels are read, in rows of Hugging Face data sets too, and in tables
+    that name files (label: also category, class, class_name, target)"""
+    audio_column: str = ""
+    """audio: of tables that name files what holds the names; empty: file_name, filename, file, path, audio,
+    audio_filepath, wav or fname"""
     block: int = 512
     """text: tokens per block, at least 4"""
     tokenizer: str | None = None

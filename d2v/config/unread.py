@@ -17,7 +17,17 @@ from .tune import AugmentConfig, DropConfig, FineTuneConfig
 
 OF_MODALITY = {
     "image": ("crop_scale", "flip", "mean", "std", "max_pixels", "label_column"),
-    "audio": ("max_seconds", "min_seconds", "pad", "wave_norm", "channels", "bucket_seconds", "label_column"),
+    "audio": (
+        "max_seconds",
+        "min_seconds",
+        "pad",
+        "wave_norm",
+        "channels",
+        "bucket_seconds",
+        "label_column",
+        "text_column",
+        "audio_column",
+    ),
     "text": ("text_column", "label_column", "block", "tokenizer"),
 }
 """fields of `data` that not every modality reads"""
@@ -40,7 +50,7 @@ Unread = dict[str, str]
 def unread_in_pretraining(cfg: Config) -> Unread:
     """Of `d2v train`."""
     found = _model(cfg.model) | _data(cfg.model.modality) | _schedule(cfg.optim)
-    if not cfg.probe.every and cfg.model.modality != "image":
+    if not cfg.probe.every and cfg.model.modality == "text":
         found["data.label_column"] = "with --probe.every 0"
     if not cfg.probe.every:
         found |= _each("probe.", ("data", "rows", "layers"), "with --probe.every 0")
@@ -72,6 +82,8 @@ def unread_in_finetuning(cfg: FineTuneConfig, *, ours: bool = True) -> Unread:
     found["data.tokenizer"] = "for fine-tuning, which takes the encoder's"
     if task != "ctc":
         found |= dict.fromkeys(("span.", "vocabulary"), f"for task {task}")
+        if modality == "audio":
+            found["data.text_column"] = f"for task {task}"
     else:
         found["data.pad"] = "for task ctc, which always pads"
         found["data.label_column"] = "for task ctc"

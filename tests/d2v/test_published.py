@@ -59,6 +59,7 @@ OURS = {
     "optim.power": "of another schedule",
     "data.workers": "speed", "data.prefetch": "speed", "data.max_pixels": "safety",
     "data.max_unreadable": "files", "data.text_column": "files", "data.label_column": "files",
+    "data.audio_column": "files",
     "data.channels": "mix: as there, raw_audio_dataset.py, postprocess",
     "data.tokenizer": "a path", "data.bucket_seconds": "0: as there, any length",
     "train.backend": "speed", "train.device": "speed", "train.compile": "speed", "train.cuda_graph": "speed",

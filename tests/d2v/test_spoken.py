@@ -136,7 +136,7 @@ def test_metadata_of_an_audiofolder(suffix: str, tmp_path: Path) -> None:
     assert report.skipped == {"no transcript": ["train/b.wav"]}
     rows.append(("a.wav", "something else"))
     write()
-    with pytest.raises(DataError, match=r"a second transcript of a\.wav"):
+    with pytest.raises(DataError, match=r"a second transcription of a\.wav"):
         read_parts(str(tmp_path), cfg, 16_000)
     table.write_text("no_name\n1\n" if suffix == "csv" else "{")
     with pytest.raises(DataError, match=f"metadata.{suffix}: "):

@@ -13,6 +13,8 @@ from ..arrow import SUFFIXES as ROWS
 from ..arrow import Rows, listed
 from ..loader import number_classes
 from ..splits import NO_PART, WHOLE, around, in_no_part, parts_of
+from ..tables import CLASSES, IN_NO_TABLE, columns_of, read_described, tables_in
+from ..tables import SUFFIXES as TABLES
 from ..types import DataError, Report
 from ..walk import suffix_of, walk
 from .store import EXTENSIONS, FolderStore, Store, Subset, decoded, opened, read_npz
@@ -51,16 +53,22 @@ class RowStore(Store):
 
 
 def open_stores(
-    path: Path, report: Report, *, divided: bool = True, label: str = DataConfig.label_column
+    path: Path,
+    report: Report,
+    *,
+    divided: bool = True,
+    label: str = DataConfig.label_column,
+    labelled: bool = False,
 ) -> dict[str, Store]:
     """The pictures of each part of a data set: "train" and held-out ones, or all of them as `WHOLE`.
 
     divided: False takes all as `WHOLE` (of a .npz those for training). label: the column of classes in
-    tables. What is not read is named in `report`. DataError when there are no pictures.
+    tables. labelled: leaves out what tables do not name. What is not read is named in `report`. DataError
+    when there are no pictures.
     """
     stores: Mapping[str, Store | None]
     if path.is_dir():
-        stores = _of_folder(path, report, divided, label)
+        stores = _of_folder(path, report, divided, label, labelled)
     elif suffix_of(path.name) in ROWS:
         stores = _of_rows(path.parent, [path.name], report, divided, label)
     elif path.suffix.lower() == ".npz":
@@ -81,23 +89,41 @@ def open_stores(
     return found
 
 
-def _of_folder(path: Path, report: Report, divided: bool, label: str) -> dict[str, Store]:
-    found = walk(path, {*EXTENSIONS, *ROWS, ".tar"})
+def _of_folder(path: Path, report: Report, divided: bool, label: str, labelled: bool) -> Mapping[str, Store]:
+    found = walk(path, {*EXTENSIONS, *ROWS, ".tar", *TABLES})
     report.left_out |= found.left_out
     if rows := [file for file in found.files if suffix_of(file) in ROWS]:
-        report.leave_out("beside tables", [file for file in found.files if suffix_of(file) not in ROWS])
+        report.leave_out("beside tables", [file for file in found.files if suffix_of(file) in EXTENSIONS])
         return _of_rows(path, rows, report, divided, label)
     shards = [path / file for file in found.files if suffix_of(file) == ".tar"]
-    pictures = [file for file in found.files if suffix_of(file) != ".tar"]
+    pictures = [file for file in found.files if suffix_of(file) in EXTENSIONS]
     if shards:
         report.leave_out("pictures beside tar files", pictures)
         return _of_tars(shards, path, report, divided)
-    numbers = parts_of(pictures, str(path)) if divided else {WHOLE: np.arange(len(pictures))}
-    report.leave_out(NO_PART, in_no_part(pictures, numbers))
+    whole = {WHOLE: np.arange(len(pictures))}
+    numbers = parts_of(pictures, str(path)) if divided else whole
     level = around(pictures) + int(WHOLE not in numbers)
-    return {
-        name: FolderStore(path, [pictures[i] for i in some.tolist()], level) for name, some in numbers.items()
-    }
+
+    def stores(of: Mapping[str, str] | None = None) -> dict[str, FolderStore]:
+        files = {part: [pictures[i] for i in some.tolist()] for part, some in numbers.items()}
+        return {part: FolderStore(path, some, level, of) for part, some in files.items()}
+
+    by_folder = stores()
+    if label != DataConfig.label_column or not any(len(store.classes) > 1 for store in by_folder.values()):
+        tables = tables_in(path, [file for file in found.files if suffix_of(file) in TABLES])
+        wanted = columns_of(label, DataConfig.label_column, CLASSES)
+        table = read_described(path, pictures, tables, wanted, report)
+        if table is not None:
+            numbers = table.parts or numbers if divided else whole
+            if labelled:
+                report.leave_out(IN_NO_TABLE, [file for file in pictures if file not in table.of])
+                has = np.array([file in table.of for file in pictures])
+                numbers = {part: some[has[some]] for part, some in numbers.items()}
+            else:
+                report.leave_out(NO_PART, in_no_part(pictures, numbers))
+            return stores(table.of)
+    report.leave_out(NO_PART, in_no_part(pictures, numbers))
+    return by_folder
 
 
 def _of_rows(root: Path, files: Sequence[str], report: Report, divided: bool, label: str) -> dict[str, Store]:

@@ -99,7 +99,7 @@ def _parts(path: str, report: Report, label: str, score: bool) -> dict[str, Stor
     """Train and held-out pictures: as they are divided on disk, else by `divide`; or those to score."""
     if path == "digits":
         return {"train": _digits("probe"), "test": _digits("test")}
-    stores = open_stores(Path(path), report, label=label)
+    stores = open_stores(Path(path), report, label=label, labelled=True)
     stores = labelled(stores, lambda store: store.unlabelled if store.labels is None else "", report)
     if score:
         return to_score(stores)

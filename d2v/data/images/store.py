@@ -13,7 +13,7 @@ import re
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ..loader import number_classes
+from ..tables import IN_NO_TABLE
 from ..types import DataError
 from .eval_picture import Damaged, reason
 
@@ -92,11 +93,19 @@ class Store(ABC):
 class FolderStore(Store):
     """Files at any depth below a folder, in sorted order; a folder above a file is its class."""
 
-    def __init__(self, root: Path, files: Sequence[str], level: int = 0) -> None:
-        """files: relative to root. level: of the folders of classes, 0 directly below root"""
+    def __init__(
+        self, root: Path, files: Sequence[str], level: int = 0, classes: Mapping[str, str] | None = None
+    ) -> None:
+        """files: relative to root. level: of the folders of classes, 0 directly below root. classes: of
+        files, where tables say so."""
         self.root, self.files = root, list(files)
         parts = [Path(file).parts for file in self.files]
-        if parts and all(len(p) > level + 1 for p in parts):
+        if classes is not None:
+            bare = next((file for file in self.files if file not in classes), "")
+            self.unlabelled = f"{bare}: {IN_NO_TABLE}"
+            if not bare:
+                self.classes, self.labels = number_classes([classes[file] for file in self.files])
+        elif parts and all(len(p) > level + 1 for p in parts):
             self.classes, self.labels = number_classes([p[level] for p in parts])
         else:
             bare = next((file for file, p in zip(self.files, parts, strict=True) if len(p) <= level + 1), "")

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -22,7 +22,9 @@ from ...config.run import Channels, DataConfig
 from ..arrow import SUFFIXES as ROWS
 from ..arrow import Rows, kind_of_rows, listed
 from ..lines import lines_of, not_utf8
-from ..splits import NO_PART, WHOLE, in_no_part, parts_of
+from ..splits import NO_PART, WHOLE, around, in_no_part, parts_of
+from ..tables import CLASSES, TEXTS, columns_of, read_described, tables_in
+from ..tables import SUFFIXES as TABLES
 from ..types import DataError, Report, Unreadable
 from ..walk import suffix_of, walk
 from .reading import Header, read_header, read_wave
@@ -35,8 +37,7 @@ SUFFIXES = (
 )  # fmt: skip
 MEMORY = Path("/dev/shm")
 """where a row's sound is a file for a moment, where there is such a place"""
-TEXT_COLUMNS = ("transcription", "transcript", "text", "sentence")
-"""of tables, that hold a transcript, the first that is there"""
+Wants = Literal["parts", "classes", "texts"]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -97,6 +98,10 @@ class Listing:
     """of manifests, which hold the lengths"""
     rows: RowSounds | None = None
     """where the names are rows of tables"""
+    described: dict[str, str] | None = None
+    """what tables say of the files, as `list_audio` was asked"""
+    level: int = 0
+    """of the folders of classes"""
 
     def select(self, keep: np.ndarray) -> Listing:
         """The files numbered `keep` [k], all of them one part."""
@@ -167,31 +172,74 @@ class RowSounds:
         return dict(zip(self.places, found, strict=True))
 
 
-def list_audio(path: Path, report: Report, label: str = DataConfig.label_column) -> Listing:
+def list_audio(path: Path, report: Report, data: DataConfig, wants: Wants = "parts") -> Listing:
     """The audio files under a folder at any depth, of tables or fairseq's manifests in it, or of one file or
     manifest; or the rows of Hugging Face data sets.
 
-    label: the column of classes in rows. What is not read is named in `report`. DataError when there are
-    none.
+    wants: what tables are asked of the files, in `described` of what is returned. What is not read is named
+    in `report`. DataError when there are none.
     """
     if rows := _row_files(path):
-        return _of_rows(path, rows, report, label)
+        return _of_rows(path, rows, report, data.label_column)
     if is_manifest(path):
         root, names, headers = read_manifest(path)
         return Listing(root, names, {WHOLE: np.arange(len(names))}, headers)
-    found = walk(path, SUFFIXES)
+    found = walk(path, {*SUFFIXES, *TABLES})
     report.left_out |= found.left_out
+    sounds = [file for file in found.files if suffix_of(file) in SUFFIXES]
     if path.is_dir() and (tables := read_tables(path)):
-        return of_tables(path, tables, found.files, report)
-    if found.files:
-        parts = parts_of(found.files, str(path))
-        report.leave_out(NO_PART, in_no_part(found.files, parts))
-        return Listing(found.root, found.files, parts)
+        return of_tables(path, tables, sounds, report)
+    if sounds:
+        beside = [file for file in found.files if suffix_of(file) in TABLES] if path.is_dir() else []
+        return _of_files(found.root, sounds, beside, report, data, wants)
     manifests = [path / name for name in walk(path, (".tsv",), ()).files if is_manifest(path / name)]
     if not manifests:
         left = "".join(f"; {line}" for line in report.lines())
         raise DataError(f"data: {path}: no audio files ({', '.join(s[1:] for s in SUFFIXES)}){left}")
     return of_manifests(path, manifests)
+
+
+def _of_files(
+    root: Path, sounds: list[str], beside: list[str], report: Report, data: DataConfig, wants: Wants
+) -> Listing:
+    """Sounds in folders, divided by these, by lists, or by the tables beside them."""
+    if parts := _listed(root, sounds):
+        level = around(sounds)
+    else:
+        parts = parts_of(sounds, str(root))
+        level = around(sounds) + int(WHOLE not in parts)
+    classes = {Path(sound).parts[level : level + 1] for sound in sounds if len(Path(sound).parts) > level + 1}
+    wanted: tuple[str, ...] = ()
+    if wants != "texts":
+        wanted += columns_of(data.label_column, DataConfig.label_column, CLASSES)
+    if wants != "classes":
+        wanted += columns_of(data.text_column, DataConfig.text_column, TEXTS)
+    asked = wants == "texts" or (wants == "classes" and (data.audio_column or len(wanted) == 1))
+    described = None
+    if asked or len(classes) < 2:
+        tables = tables_in(root, beside, data.audio_column)
+        if wants == "texts" and not tables and (bare := [n for n in beside if Path(n).stem == "metadata"]):
+            raise DataError(
+                f"data: {root / bare[0]}: a table without a column of file names, such as file_name"
+            )
+        described = read_described(root, sounds, tables, wanted, report)
+    if described is not None and described.parts:
+        parts = described.parts
+    report.leave_out(NO_PART, in_no_part(sounds, parts))
+    of = None if described is None else described.of
+    return Listing(root, sounds, parts, described=of, level=level)
+
+
+def _listed(root: Path, sounds: Sequence[str]) -> dict[str, np.ndarray]:
+    """The parts that Speech Commands' lists of files make; empty without any."""
+    lists = {part: root / f"{part}_list.txt" for part in ("validation", "testing")}
+    try:
+        held = {part: set(lines_of(file.read_bytes())) for part, file in lists.items() if file.is_file()}
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: {root}: validation_list.txt or testing_list.txt: {not_utf8(error)}") from None
+    places = [next((part for part, files in held.items() if sound in files), "train") for sound in sounds]
+    found = parts_of([f"{place}/file" for place in places], str(root)) if held else {}
+    return found if len(found) > 1 else {}
 
 
 def _row_files(path: Path) -> list[str]:
@@ -209,7 +257,7 @@ def _of_rows(path: Path, files: list[str], report: Report, label: str) -> Listin
     files = listed(root, files, report)
     parts = parts_of(files, str(path), stems=True) if path.is_dir() else {WHOLE: np.arange(len(files))}
     report.leave_out(NO_PART, in_no_part(files, parts))
-    tables = [Rows([root / files[i] for i in some.tolist()], "Audio", label, TEXT_COLUMNS)
+    tables = [Rows([root / files[i] for i in some.tolist()], "Audio", label, TEXTS)
               for some in parts.values()]  # fmt: skip
     ends = np.cumsum([0, *map(len, tables)])
     numbers = {part: np.arange(ends[i], ends[i + 1]) for i, part in enumerate(parts)}

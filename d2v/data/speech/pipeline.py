@@ -22,7 +22,8 @@ from ...model.logmel import log_mel
 from ..arrow import SUFFIXES as ROWS
 from ..embedded import speech
 from ..loader import Loader, number_classes
-from ..splits import WHOLE, around, divide, for_training, labelled, to_divide, to_score, training_classes
+from ..splits import divide, for_training, labelled, to_divide, to_score, training_classes
+from ..tables import IN_NO_TABLE
 from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
 from ..walk import suffix_of
 from .files import FileUtterances, Listing, Utterances, in_threads, list_audio, told_of
@@ -110,7 +111,7 @@ def _open(path: str, cfg: Config, purpose: str, report: Report) -> Utterances:
     """The usable utterances for training, or all of them (of the embedded set the test split)."""
     if path == "speech":
         return _usable(_embedded(cfg, "train" if purpose == "train" else "test", report), cfg, report)
-    listing = list_audio(Path(path), report)
+    listing = list_audio(Path(path), report, cfg.data)
     if purpose == "train":
         listing = listing.select(for_training(listing.parts, report))
     return _usable(read_index(listing, _front(cfg).sample_rate, cfg.data.channels, report), cfg, report)
@@ -254,12 +255,16 @@ def open_labelled(
 def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances, list[str], Report]]:
     """The usable utterances of each part (or of those to score), the class of each, a report of each part."""
     opened = Report.of(path, cfg.data)
-    listing = list_audio(Path(path), opened, cfg.data.label_column)
-    level = around(listing.names) + int(WHOLE not in listing.parts)
-    in_rows = None if listing.rows is None else listing.rows.classes()
+    listing = list_audio(Path(path), opened, cfg.data, "classes")
+    level = listing.level
+    known = listing.described if listing.rows is None else listing.rows.classes()
+    if known is not None and listing.rows is None:
+        opened.leave_out(IN_NO_TABLE, [name for name in listing.names if name not in known])
+        has = np.array([name in known for name in listing.names])
+        listing.parts = {part: some[has[some]] for part, some in listing.parts.items()}
 
     def lacks(numbers: np.ndarray) -> str:
-        names = (listing.names[i] for i in numbers.tolist() if in_rows is None)
+        names = (listing.names[i] for i in numbers.tolist() if known is None)
         return next((f"{name} lies in no folder" for name in names if len(Path(name).parts) < level + 2), "")
 
     chosen = labelled(listing.parts, lacks, opened)
@@ -271,9 +276,7 @@ def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances,
             cfg,
             report,
         )
-        classes = (
-            _classes(path, utterances, level) if in_rows is None else [in_rows[n] for n in utterances.names]
-        )
+        classes = _classes(path, utterances, level) if known is None else [known[n] for n in utterances.names]
         parts[part] = (utterances, classes, report)
     if score:
         return to_score(parts)

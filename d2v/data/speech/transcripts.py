@@ -10,13 +10,12 @@ of all is.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ...config.atomic import write_json
 from ...config.fronts import LogMelFront, WaveformFront
-from ...config.run import Channels, Config
+from ...config.run import Channels, Config, DataConfig
 from ..arrow import SUFFIXES as ROWS
 from ..embedded import speech
 from ..lines import lines_of, not_utf8
@@ -34,16 +33,18 @@ from ..loader import Loader
 from ..splits import divide, labelled, to_divide, to_score
 from ..types import DataError, Report
 from ..walk import suffix_of, walk
-from .files import TEXT_COLUMNS, Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
+from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
 from .pipeline import find_usable, read_index
 from .source import AudioSource, SpeechUtterances
 from .tables import read_tables
 
-METADATA = ("metadata.csv", "metadata.jsonl")
-"""of a Hugging Face audiofolder: file_name, relative to the table, and a transcript"""
 BESIDE = (".txt", ".lab", ".trn")
 """suffixes of a transcript beside a sound"""
+PHONES = ".phn"
+"""suffix of what lies beside TIMIT's sounds too"""
+_SAMPLES = re.compile(r"^0 \d+ ")
+"""what begins a transcript of TIMIT: its first and last sample"""
 _IDENTIFIER = re.compile(r"\s*\([\w./-]+\)\s*$")
 """what ends a line of .trn: the name of the utterance"""
 
@@ -170,7 +171,7 @@ def read_parts(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     if not Path(path).is_dir() and suffix_of(path) not in ROWS:
         raise DataError(f"labels missing: {path}: a folder of speech and transcripts is needed")
     report = Report.of(path, cfg.data)
-    listing, said = _transcribed(Path(path), report)
+    listing, said = _transcribed(Path(path), report, cfg.data)
     parts = {
         part: _part(
             listing.select(numbers),
@@ -192,7 +193,7 @@ def _embedded(split: speech.SplitName, rate: int) -> Spoken:
     return Spoken(SpeechUtterances(numbers, rate), texts, Report("speech", len(numbers)))
 
 
-def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
+def _transcribed(root: Path, report: Report, data: DataConfig) -> tuple[Listing, dict[str, str]]:
     """The audio files of a folder, and what is said in those that have a transcript."""
     manifests = [root / name for name in walk(root, (".tsv",)).files]
     manifests = [file for file in manifests if is_manifest(file) and _texts_of(file) is not None]
@@ -203,12 +204,12 @@ def _transcribed(root: Path, report: Report) -> tuple[Listing, dict[str, str]]:
             texts = _manifest_texts(manifest, len(files))
             said |= {str((folder / file).absolute()): text for file, text in zip(files, texts, strict=True)}
         return of_manifests(root, manifests), said
-    listing = list_audio(root, report)
+    listing = list_audio(root, report, data, "texts")
     if listing.rows is not None:
         return listing, listing.rows.texts()
     if tables := read_tables(root):
         return listing, {name: text for rows in tables.values() for name, text in rows.items()}
-    return listing, _folder_texts(listing.root, listing.names, report)
+    return listing, _folder_texts(listing.root, listing.names, listing.described or {})
 
 
 def _part(listing: Listing, said: dict[str, str], rate: int, channels: Channels, report: Report) -> Spoken:
@@ -222,53 +223,30 @@ def _part(listing: Listing, said: dict[str, str], rate: int, channels: Channels,
     return Spoken(utterances, [said[name] for name in utterances.names], report)
 
 
-def _folder_texts(root: Path, files: list[str], report: Report) -> dict[str, str]:
-    """Transcripts of files, from Librispeech's lists, else metadata files, else text files beside them."""
-    tables = walk(root, (".csv", ".jsonl")).files
-    tables = [name for name in tables if os.path.basename(name).lower() in METADATA]
-    in_metadata: dict[str, str] = {}
-    for table in tables:
-        for name, text in _metadata(root / table):
-            file = os.path.normpath(os.path.join(os.path.dirname(table), name))
-            if in_metadata.setdefault(file, text) != text:
-                raise DataError(f"data: {root / table}: a second transcript of {name}")
-    there = set(files)
-    report.leave_out("named in a table but not there", sorted(in_metadata.keys() - there))
+def _folder_texts(root: Path, files: list[str], in_tables: Mapping[str, str]) -> dict[str, str]:
+    """Transcripts of files, from Librispeech's lists, else tables, else text files beside them."""
     listed: dict[str, str] = {}
     for table in walk(root, (".txt",)).files:
         if table.endswith(".trans.txt"):
             for line in _lines(root / table):
                 name, _, text = line.partition(" ")
                 listed[os.path.join(os.path.dirname(table), name)] = text
+    beside = {
+        (os.path.splitext(name)[0], suffix_of(name)): name for name in walk(root, (*BESIDE, PHONES)).files
+    }
     said: dict[str, str] = {}
     for file in files:
         stem = os.path.splitext(file)[0]
         if stem in listed:
             said[file] = listed[stem]
-        elif file in in_metadata:
-            said[file] = in_metadata[file]
-        elif beside := next((root / f"{stem}{x}" for x in BESIDE if (root / f"{stem}{x}").is_file()), None):
-            text = " ".join(_lines(beside))
-            said[file] = _IDENTIFIER.sub("", text) if beside.suffix == ".trn" else text
+        elif file in in_tables:
+            said[file] = in_tables[file]
+        elif suffix := next((suffix for suffix in BESIDE if (stem, suffix) in beside), ""):
+            words = " ".join(_lines(root / beside[stem, suffix]))
+            if suffix == ".trn":
+                words = _IDENTIFIER.sub("", words)
+            said[file] = _SAMPLES.sub("", words) if (stem, PHONES) in beside else words
     return said
-
-
-def _metadata(file: Path) -> Iterator[tuple[str, str]]:
-    """Names and transcripts of a metadata file; nothing of one without transcripts."""
-    lines = _lines(file)
-    try:
-        if file.suffix.lower() == ".csv":
-            rows = list(csv.DictReader(f"{line}\n" for line in lines))
-        else:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        for number, row in enumerate(rows, start=1):
-            if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
-                raise DataError(f"data: {file}: row {number} has no file_name")
-            text = next((row[name] for name in TEXT_COLUMNS if name in row), None)
-            if isinstance(text, str):
-                yield row["file_name"], text
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"data: {file}: {error}") from None
 
 
 def _texts_of(manifest: Path) -> Path | None:
