@@ -85,6 +85,13 @@ WITHOUT = ("MaskPlan", "grad_norm", "linear")
 ALL = {name: case for name, case in (CASES | INSTEAD).items() if case.stem in STEMS and name not in WITHOUT}
 FURTHER = {
     "loss, graph kept": Case("loss", _loss_kept, lambda t: (*_parts(_plan(t)), _rand(6, t, 8))),
+    "scatter_tokens, a token": Case(
+        "gather",
+        lambda mask, keep, slot, x, token: (
+            d2vkern.scatter_tokens(x, d2vkern.MaskPlan(mask, keep, slot, 3), mask_token=token),
+        ),
+        lambda t: (*_parts(_plan(t // 2)), _rand(6, _plan(t // 2).kept + 1, 8), _rand(8)),
+    ),
 }
 """calls that reach registered ops which the others do not"""
 

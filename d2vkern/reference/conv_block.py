@@ -36,14 +36,19 @@ def _planes(x_NHWC: Tensor, groups: int) -> Tensor:
     return x.contiguous() if chained else x
 
 
+@torch.compiler.assume_constant_result
+def _onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has convolutions of a 16-bit dtype on this processor."""
+    onednn, ops = torch.backends.mkldnn, torch.ops.mkldnn
+    if not (onednn.is_available() and onednn.enabled):
+        return False
+    has = ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported()
+    return bool(has)
+
+
 def _is_summed_low(x: Tensor) -> bool:
     """Whether torch's convolutions add samples up in 16 bits: on a CPU whose oneDNN has none of the dtype."""
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    ops = torch.ops.mkldnn
-    has = ops._is_mkldnn_bf16_supported if x.dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported
-    onednn = torch.backends.mkldnn
-    return not (onednn.is_available() and onednn.enabled and has())
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _onednn_has(x.dtype)
 
 
 def _conv(x_NHWC: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
