@@ -18,6 +18,7 @@ import torch
 
 from ..config.fronts import Modality
 from ..config.run import Config
+from .shards import refuse_compressed, suffixes_in
 from .types import DataError, Labelled, Pipeline, Report
 from .walk import suffix_of, walk
 
@@ -36,6 +37,7 @@ def _module(path: str, cfg: Config) -> ModuleType:
             )
     elif not Path(path).exists():
         raise DataError(f"data: {path} does not exist; embedded data sets: {', '.join(EMBEDDED)}")
+    refuse_compressed(path)
     return importlib.import_module(f".{ROOMS[modality]}.pipeline", __package__)
 
 
@@ -95,7 +97,8 @@ def guess_modality(path: str) -> Modality:
 
     A text beside a picture or sound of its name is its label or transcript and does not count; of as many
     files pictures come first, then sounds. A .tsv is a manifest of sounds when its first line is a folder,
-    else a table of texts; rows of .arrow and .parquet files are what their columns hold.
+    else a table of texts; rows of .arrow and .parquet files are what their columns hold, a tar what its first
+    picture or sound is.
     Raises DataError when `path` does not exist or holds no file of any modality.
     """
     from .arrow import SUFFIXES as ROWS
@@ -107,6 +110,7 @@ def guess_modality(path: str) -> Modality:
     root = Path(path)
     if not root.exists():
         raise DataError(f"data: {path} does not exist")
+    refuse_compressed(path)
     kinds: dict[Modality, set[str]] = {
         "image": {*IMAGE, ".npz", ".tar"},
         "audio": {*SUFFIXES},
@@ -119,6 +123,9 @@ def guess_modality(path: str) -> Modality:
         kind = next(kind for kind, known in kinds.items() if suffix in known)
         if suffix in ROWS:
             kind = kind_of_rows(files.root / file)
+        elif suffix == ".tar":
+            held = (s for s in suffixes_in(files.root / file) if s in IMAGE or s in SUFFIXES)
+            kind = "audio" if next(held, "") in SUFFIXES else "image"
         elif suffix == ".tsv" and is_manifest(files.root / file):
             kind = "audio"
         found[kind].append(file)

@@ -29,6 +29,7 @@ from ..types import DataError, Report, Unreadable
 from ..walk import suffix_of, walk
 from .reading import Header, read_header, read_wave
 from .tables import read_tables
+from .tars import TarSounds, sounds_of_tars
 
 SUFFIXES = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".spx", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd",
@@ -71,7 +72,12 @@ class FileUtterances(Utterances):
     """One utterance per file."""
 
     def __init__(
-        self, root: Path, names: list[str], headers: list[Header], rate: int, rows: RowSounds | None = None
+        self,
+        root: Path,
+        names: list[str],
+        headers: list[Header],
+        rate: int,
+        rows: RowSounds | TarSounds | None = None,
     ) -> None:
         self.root, self.names, self.headers, self.rate, self.rows = root, names, headers, rate, rows
         self.lengths = np.array([header.samples(rate) for header in headers], dtype=np.int64)
@@ -96,8 +102,8 @@ class Listing:
     """the numbers of the files of each part, as `splits.parts_of` has them"""
     headers: list[Header | str] | None = None
     """of manifests, which hold the lengths"""
-    rows: RowSounds | None = None
-    """where the names are rows of tables"""
+    rows: RowSounds | TarSounds | None = None
+    """where the names are rows of tables, or members of tars"""
     described: dict[str, str] | None = None
     """what tables say of the files, as `list_audio` was asked"""
     level: int = 0
@@ -128,7 +134,7 @@ class Listing:
 
 
 @contextmanager
-def sound_file(root: Path, name: str, rows: RowSounds | None) -> Iterator[Path]:
+def sound_file(root: Path, name: str, rows: RowSounds | TarSounds | None) -> Iterator[Path]:
     """The file of a sound; of a row's bytes one in memory, for as long as it is needed. Unreadable."""
     value = root / name if rows is None else rows.encoded(name)
     if isinstance(value, Path):
@@ -174,7 +180,7 @@ class RowSounds:
 
 def list_audio(path: Path, report: Report, data: DataConfig, wants: Wants = "parts") -> Listing:
     """The audio files under a folder at any depth, of tables or fairseq's manifests in it, or of one file or
-    manifest; or the rows of Hugging Face data sets.
+    manifest; or the rows of Hugging Face data sets; or, without any other, the members of tars.
 
     wants: what tables are asked of the files, in `described` of what is returned. What is not read is named
     in `report`. DataError when there are none.
@@ -184,15 +190,22 @@ def list_audio(path: Path, report: Report, data: DataConfig, wants: Wants = "par
     if is_manifest(path):
         root, names, headers = read_manifest(path)
         return Listing(root, names, {WHOLE: np.arange(len(names))}, headers)
-    found = walk(path, {*SUFFIXES, *TABLES})
+    found = walk(path, {*SUFFIXES, *TABLES, ".tar"})
     report.left_out |= found.left_out
     sounds = [file for file in found.files if suffix_of(file) in SUFFIXES]
+    tars = [file for file in found.files if suffix_of(file) == ".tar"]
     if path.is_dir() and (tables := read_tables(path)):
+        report.leave_out("tar files beside tables", tars)
         return of_tables(path, tables, sounds, report)
     if sounds:
+        report.leave_out("tar files beside sounds", tars)
         beside = [file for file in found.files if suffix_of(file) in TABLES] if path.is_dir() else []
         return _of_files(found.root, sounds, beside, report, data, wants)
     manifests = [path / name for name in walk(path, (".tsv",), ()).files if is_manifest(path / name)]
+    if not manifests and tars:
+        members, parts = sounds_of_tars(found.root, tars, SUFFIXES, report)
+        if members.places:
+            return Listing(found.root, list(members.places), parts, rows=members)
     if not manifests:
         left = "".join(f"; {line}" for line in report.lines())
         raise DataError(f"data: {path}: no audio files ({', '.join(s[1:] for s in SUFFIXES)}){left}")

@@ -240,7 +240,7 @@ def open_labelled(
             source = AudioSource(path, utterances, cfg)
             splits[part] = AudioSplit(source, _phone_labels(utterances, _front(cfg)), cfg, report)
         return Labelled(splits, speech.phone_names(), "token")
-    if not Path(path).is_dir() and suffix_of(path) not in ROWS:
+    if not Path(path).is_dir() and suffix_of(path) not in (*ROWS, ".tar"):
         raise DataError(f"labels missing: {path}: one folder per class is needed, got a file")
     parts = _classed(path, cfg, score=classes is not None)
     by_part = {name: number_classes(named)[0] for name, (_, named, _) in parts.items()}

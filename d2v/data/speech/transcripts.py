@@ -38,9 +38,8 @@ from .letters import SPECIALS, WORD, normalise, spell, to_letters
 from .pipeline import find_usable, read_index
 from .source import AudioSource, SpeechUtterances
 from .tables import read_tables
+from .tars import BESIDE
 
-BESIDE = (".txt", ".lab", ".trn")
-"""suffixes of a transcript beside a sound"""
 PHONES = ".phn"
 """suffix of what lies beside TIMIT's sounds too"""
 _SAMPLES = re.compile(r"^0 \d+ ")
@@ -168,7 +167,7 @@ def read_parts(path: str, cfg: Config, rate: int) -> dict[str, Spoken]:
     """All utterances that have a transcript, of each part, or of one part `WHOLE`."""
     if path == "speech":
         return {part: _embedded(part, rate) for part in speech.SPLITS}
-    if not Path(path).is_dir() and suffix_of(path) not in ROWS:
+    if not Path(path).is_dir() and suffix_of(path) not in (*ROWS, ".tar"):
         raise DataError(f"labels missing: {path}: a folder of speech and transcripts is needed")
     report = Report.of(path, cfg.data)
     listing, said = _transcribed(Path(path), report, cfg.data)
