@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from d2v.config.run import Channels
 from d2v.data.open import check_data, open_data
+from d2v.data.speech.files import list_audio
+from d2v.data.speech.pipeline import read_index
+from d2v.data.speech.reading import read_header, read_wave, resample
 from d2v.data.speech.transcripts import read_spoken
-from d2v.data.types import DataError
+from d2v.data.types import DataError, Report
 from tests.d2v.tiny_runs import tiny
 
 
@@ -27,7 +32,9 @@ def write(path: Path, *lines: str) -> None:
 
 def said(root: Path) -> dict[str, dict[str, str]]:
     """part -> {file: transcript}"""
-    found = read_spoken(str(root), tiny("audio"), 16_000)
+    cfg = tiny("audio")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, max_seconds=10.0))
+    found = read_spoken(str(root), cfg, 16_000)
     return {
         part: dict(zip([Path(name).name for name in some.utterances.names], some.texts, strict=True))
         for part, some in found.items()
@@ -94,13 +101,8 @@ def test_files_that_a_table_names_and_that_are_not_there_are_named(tmp_path: Pat
     "make, file, line, match",
     [
         (kaldi, "data/train/wav.scp", "u_x sox x.wav -t wav - |", "a command, which is not run"),
-        (kaldi, "data/train/segments", "u_a v_a 0 1", "parts of recordings are not read"),
-        (
-            nemo,
-            "train_manifest.json",
-            '{"audio_filepath": "a", "offset": 2.0}',
-            "line 4: parts of recordings",
-        ),
+        (kaldi, "data/train/segments", "u_a v_a 0 1", "line 1: must be utterance, recording of wav.scp"),
+        (nemo, "train_manifest.json", '{"audio_filepath": "a", "offset": "x"}', "line 4: not an object with"),
         (nemo, "train_manifest.json", "[[", "line 4: not an object with audio_filepath"),
         (nemo, "train_manifest.json", '{"audio_filepath": 1}', "line 4: audio_filepath and text must be"),
         (
@@ -118,9 +120,7 @@ def test_files_that_a_table_names_and_that_are_not_there_are_named(tmp_path: Pat
         (common_voice, "train.tsv", "one column", "line 5: 1 columns, 3 are needed"),
     ],
 )
-def test_rows_that_are_no_whole_files_are_refused(
-    make, file: str, line: str, match: str, tmp_path: Path
-) -> None:
+def test_damaged_tables_are_refused(make, file: str, line: str, match: str, tmp_path: Path) -> None:
     make(tmp_path)
     with (tmp_path / file).open("a") as opened:
         opened.write(f"{line}\n")
@@ -138,3 +138,59 @@ def test_transcripts_beside_sounds(tmp_path: Path) -> None:
     assert dict(sorted({**found["train"], **found["test"]}.items())) == {
         "a.wav": "one (two)", "b.wav": "three", "c.wav": "four five", "d.e.wav": "six",
     }  # fmt: skip
+
+
+def segments(root: Path, suffix: str) -> dict[str, tuple[int, int]]:
+    """Kaldi's, of two stereo recordings at 8 kHz; -> frames of each utterance."""
+    noise = np.random.default_rng(1)
+    for name in "xy":
+        (root / "wav").mkdir(exist_ok=True)
+        soundfile.write(root / "wav" / f"{name}.{suffix}", 0.1 * noise.standard_normal((24_000, 2)), 8_000)
+    write(root / "all" / "wav.scp", *(f"rec-{name} wav/{name}.{suffix}" for name in "xy"))
+    write(root / "all" / "segments", "u1 rec-x 0.5 1.25", "u2 rec-x 1.25 -1", "u3 rec-y 0 3.05")
+    return {"x:u1": (4_000, 10_000), "x:u2": (10_000, 24_000), "y:u3": (0, 24_000)}
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("channels", ["mix", "first"])
+def test_pieces_are_what_their_recordings_hold_there(suffix: str, channels: Channels, tmp_path: Path) -> None:
+    """Without transcripts a data set for pretraining; every piece is resampled alone."""
+    places = segments(tmp_path, suffix)
+    cfg = tiny("audio")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, channels=channels))
+    listing = list_audio(tmp_path, report := Report(str(tmp_path), 0), cfg.data)
+    found = read_index(listing, 16_000, channels, report)
+    assert not report.unreadable and len(found) == 3
+    for index, (name, (first, last)) in enumerate(places.items()):
+        path = tmp_path / "wav" / f"{name[0]}.{suffix}"
+        assert found.names[index] == f"wav/{name[0]}.{suffix}{name[1:]}"
+        whole = read_wave(path, read_header(path), 8_000, channels)
+        wave = found.wave(index, channels)
+        assert np.array_equal(wave, resample(whole[first:last], 8_000, 16_000))
+        assert len(wave) == found.lengths[index] == 2 * (last - first)
+
+
+def test_pieces_have_transcripts_and_bounds(tmp_path: Path) -> None:
+    segments(tmp_path, "wav")
+    write(tmp_path / "all" / "text", "u1 one", "u2 two", "u3 three", "u4 four", "u5 five", "u6")
+    with (tmp_path / "all" / "segments").open("a") as file:
+        file.write("u4 rec-y 2 3.5\nu5 rec-y 2 2\nu6 rec-y 0 1\n")
+    found = said(tmp_path)
+    assert sorted(sum((list(some.values()) for some in found.values()), [])) == ["one", "three", "two"]
+    cfg = tiny("audio")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=1))
+    assert check_data(str(tmp_path), cfg).unreadable == {
+        "wav/y.wav:u4": "2 to 3.5 s is no piece of a recording of 3 s",
+        "wav/y.wav:u5": "2 to 2 s is no piece of a recording of 3 s",
+    }
+
+
+def test_nemo_names_pieces_by_offset_and_duration(tmp_path: Path) -> None:
+    segments(tmp_path, "wav")
+    (tmp_path / "all" / "wav.scp").unlink()
+    rows = [{"offset": 0, "duration": 0.5, "text": "a"}, {"offset": 0.5, "duration": 1, "text": "b"},
+            {"offset": 1.5, "text": "c"}, {"duration": 3, "text": "whole"}]  # fmt: skip
+    rows = [{"audio_filepath": f"wav/{'xy'[i // 3]}.wav", **row} for i, row in enumerate(rows)]
+    write(tmp_path / "manifest.json", *map(json.dumps, rows))
+    texts = sum((list(some.items()) for some in said(tmp_path).values()), [])
+    assert dict(texts) == {"x.wav:0-0.5": "a", "x.wav:0.5-1.5": "b", "x.wav:1.5-": "c", "y.wav": "whole"}

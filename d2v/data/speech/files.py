@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,15 +20,16 @@ import numpy as np
 
 from ...config.run import Channels, DataConfig
 from ..arrow import SUFFIXES as ROWS
-from ..arrow import Rows, kind_of_rows, listed
+from ..arrow import Rows as ArrowRows
+from ..arrow import kind_of_rows, listed
 from ..lines import lines_of, not_utf8
 from ..splits import NO_PART, WHOLE, around, in_no_part, parts_of
 from ..tables import CLASSES, TEXTS, columns_of, read_described, tables_in
 from ..tables import SUFFIXES as TABLES
 from ..types import DataError, Report, Unreadable
 from ..walk import suffix_of, walk
-from .reading import Header, read_header, read_wave
-from .tables import read_tables
+from .reading import Header, piece_of, read_header, read_wave
+from .tables import Row, Rows, read_tables
 from .tars import TarSounds, sounds_of_tars
 
 SUFFIXES = (
@@ -78,17 +79,22 @@ class FileUtterances(Utterances):
         headers: list[Header],
         rate: int,
         rows: RowSounds | TarSounds | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
+        """files: of the names that are not their files' own."""
         self.root, self.names, self.headers, self.rate, self.rows = root, names, headers, rate, rows
+        self.files = files or {}
         self.lengths = np.array([header.samples(rate) for header in headers], dtype=np.int64)
 
     def wave(self, index: int, channels: Channels = "mix") -> np.ndarray:
-        with sound_file(self.root, self.names[index], self.rows) as path:
+        name = self.names[index]
+        with sound_file(self.root, self.files.get(name, name), self.rows) as path:
             return read_wave(path, self.headers[index], self.rate, channels)
 
     def select(self, keep: np.ndarray) -> FileUtterances:
         names = [self.names[i] for i in keep]
-        return FileUtterances(self.root, names, [self.headers[i] for i in keep], self.rate, self.rows)
+        headers = [self.headers[i] for i in keep]
+        return FileUtterances(self.root, names, headers, self.rate, self.rows, self.files)
 
 
 @dataclass
@@ -104,6 +110,8 @@ class Listing:
     """of manifests, which hold the lengths"""
     rows: RowSounds | TarSounds | None = None
     """where the names are rows of tables, or members of tars"""
+    pieces: dict[str, Row] | None = None
+    """of tables: what the names stand for, where that is not a whole file"""
     described: dict[str, str] | None = None
     """what tables say of the files, as `list_audio` was asked"""
     level: int = 0
@@ -117,13 +125,28 @@ class Listing:
 
     def utterances(self, names: list[str], headers: list[Header], rate: int) -> FileUtterances:
         """Some of the files, with their headers."""
-        return FileUtterances(self.root, names, headers, rate, self.rows)
+        files = {name: row.file for name, row in (self.pieces or {}).items()}
+        return FileUtterances(self.root, names, headers, rate, self.rows, files)
 
     def read_headers(self) -> list[Header | str]:
         """Of each file its header, or the reason why it has none."""
         if self.headers is None:
-            self.headers = in_threads(self._header, self.names)
+            pieces = self.pieces or {}
+            files = [pieces[name].file if name in pieces else name for name in self.names]
+            once = list(dict.fromkeys(files))
+            found = dict(zip(once, in_threads(self._header, once), strict=True))
+            self.headers = [self._piece(n, found[file]) for n, file in zip(self.names, files, strict=True)]
         return self.headers
+
+    def _piece(self, name: str, header: Header | str) -> Header | str:
+        """Of a name, given the header of its file."""
+        piece = self.pieces[name].piece if self.pieces and name in self.pieces else None
+        if piece is None or isinstance(header, str) or header.problem():
+            return header
+        try:
+            return piece_of(header, *piece)
+        except Unreadable as error:
+            return str(error)
 
     def _header(self, name: str) -> Header | str:
         try:
@@ -151,7 +174,7 @@ def sound_file(root: Path, name: str, rows: RowSounds | TarSounds | None) -> Ite
 class RowSounds:
     """The sounds in rows of Hugging Face data sets, by name."""
 
-    def __init__(self, tables: Sequence[Rows]) -> None:
+    def __init__(self, tables: Sequence[ArrowRows]) -> None:
         self.tables = list(tables)
         self.places = {
             table.name(row): (number, row) for number, table in enumerate(tables) for row in range(len(table))
@@ -270,7 +293,7 @@ def _of_rows(path: Path, files: list[str], report: Report, label: str) -> Listin
     files = listed(root, files, report)
     parts = parts_of(files, str(path), stems=True) if path.is_dir() else {WHOLE: np.arange(len(files))}
     report.leave_out(NO_PART, in_no_part(files, parts))
-    tables = [Rows([root / files[i] for i in some.tolist()], "Audio", label, TEXTS)
+    tables = [ArrowRows([root / files[i] for i in some.tolist()], "Audio", label, TEXTS)
               for some in parts.values()]  # fmt: skip
     ends = np.cumsum([0, *map(len, tables)])
     numbers = {part: np.arange(ends[i], ends[i + 1]) for i, part in enumerate(parts)}
@@ -278,7 +301,7 @@ def _of_rows(path: Path, files: list[str], report: Report, label: str) -> Listin
     return Listing(root, list(rows.places), numbers, rows=rows)
 
 
-def of_tables(path: Path, tables: Mapping[str, Collection[str]], files: list[str], report: Report) -> Listing:
+def of_tables(path: Path, tables: Mapping[str, Rows], files: list[str], report: Report) -> Listing:
     """The sounds that tables name, divided by the names of the tables; other files are named in `report`."""
     parts = parts_of(list(tables), str(path), stems=True)
     report.leave_out(NO_PART, in_no_part(list(tables), parts))
@@ -289,8 +312,11 @@ def of_tables(path: Path, tables: Mapping[str, Collection[str]], files: list[str
             raise DataError(f"data: {path}: {twice} is in {part} and in another part")
         numbers[part] = np.arange(len(names), len(names) + len(own))
         names |= own
-    report.leave_out("named in no table", [file for file in files if file not in names])
-    return Listing(path, list(names), numbers)
+    every = {name: row for table in rows for name, row in table.items()}
+    named = {row.file for row in every.values()}
+    report.leave_out("named in no table", [file for file in files if file not in named])
+    pieces = {name: row for name, row in every.items() if row.piece is not None}
+    return Listing(path, list(names), numbers, pieces=pieces)
 
 
 def of_manifests(path: Path, manifests: list[Path]) -> Listing:

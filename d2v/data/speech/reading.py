@@ -33,6 +33,10 @@ MOST_FRAMES = 1 << 13
 """frames that a byte can hold: more than Opus and FLAC make of silence"""
 LOUDEST = 1e12
 """largest value of a float file: beyond it is no scale of sound, and squares overflow"""
+OVERHANG = 0.1
+"""seconds by which a piece may end after its recording: tables round"""
+SEEKABLE = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+"""what libsndfile enters at any frame, with the values that decoding from the start gives; FLAC is PCM"""
 UNKNOWN = -1
 """frames of a file that must be decoded to know them"""
 
@@ -55,6 +59,10 @@ class Header:
     seconds: float | None = None
     """duration announced by a container that is decoded to measure it"""
     container: Container = field(default=Container(), repr=False)
+    start: int = 0
+    """first frame, at `rate`, of a piece of a recording"""
+    recording: Header | None = field(default=None, repr=False)
+    """that this is a piece of"""
 
     def problem(self, channels: Channels = "mix") -> str:
         """Why the file cannot be used; empty when it can. channels: data.channels"""
@@ -94,11 +102,27 @@ def read_header(path: Path) -> Header:
     return replace(header, frames=frames, rate=first, channels=channels, damage=damage)
 
 
+def piece_of(recording: Header, start: float, end: float | None) -> Header:
+    """A piece of a recording. start, end: seconds; None: until the recording's end, which `end` may exceed by
+    `OVERHANG`. Raises Unreadable for what is no piece of it."""
+    seconds = recording.frames / recording.rate
+    end = seconds if end is None or seconds < end <= seconds + OVERHANG else end
+    if not 0 <= start < end <= seconds:
+        raise Unreadable(f"{start:g} to {end:g} s is no piece of a recording of {seconds:g} s")
+    first, last = round(start * recording.rate), round(end * recording.rate)
+    if first == last:
+        raise Unreadable(f"{start:g} to {end:g} s is less than a frame at {recording.rate} Hz")
+    return replace(recording, frames=last - first, start=first, recording=recording)
+
+
 def read_wave(path: Path, expected: Header, rate: int, channels: Channels = "mix") -> np.ndarray:
     """[expected.samples(rate)] float32 at `rate`, of several channels their mean or the first.
 
+    A piece of a recording has the frames that it has in the recording's waveform, and is resampled alone.
     Raises Unreadable with the reason.
     """
+    if expected.recording is not None:
+        return resample(_read_piece(path, expected, expected.recording, channels), expected.rate, rate)
     header = _look(path)
     if header.measured:  # of which the index knows what decoding will show
         header = replace(header, rate=expected.rate)
@@ -126,14 +150,41 @@ def read_wave(path: Path, expected: Header, rate: int, channels: Channels = "mix
         raise Unreadable(_disagrees(len(wave), segments[0][0] if segments else 0, expected))
     if len(wave) < expected.frames * (1 - SHORTFALL):
         raise Unreadable(f"truncated: {expected.frames} frames announced, {len(wave)} there")
+    _check_values(wave)
+    if len(wave) < expected.frames:
+        wave = np.pad(wave, (0, expected.frames - len(wave)))
+    return resample(wave, header.rate, rate)
+
+
+def _read_piece(path: Path, piece: Header, recording: Header, channels: Channels) -> np.ndarray:
+    """[piece.frames] float32 at the recording's rate; all is decoded of what cannot be entered anywhere."""
+    enters = recording.decoder == "soundfile" and recording.format.endswith(SEEKABLE)
+    if not enters or recording.container.links:
+        return read_wave(path, recording, recording.rate, channels)[piece.start : piece.start + piece.frames]
+    header = _look(path)
+    if problem := header.problem(channels):
+        raise Unreadable(problem)
+    if (header.frames, header.rate) != (recording.frames, recording.rate):
+        raise Unreadable(_disagrees(header.frames, header.rate, recording))
+    try:
+        with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path) as file:
+            file.seek(piece.start)
+            block = file.read(piece.frames, dtype="float32", always_2d=True)
+    except soundfile.SoundFileError as error:
+        raise Unreadable(str(getattr(error, "error_string", error))) from error
+    if len(block) < piece.frames:
+        raise Unreadable(f"truncated: {piece.frames} frames from {piece.start} on wanted, {len(block)} there")
+    wave = np.ascontiguousarray(block[:, 0]) if channels == "first" else block.mean(axis=1)
+    _check_values(wave)
+    return wave
+
+
+def _check_values(wave: np.ndarray) -> None:
     loudest = float(np.maximum(wave.max(initial=0), -wave.min(initial=0)))
     if not math.isfinite(loudest):
         raise Unreadable("holds NaN or inf")
     if loudest > LOUDEST:
         raise Unreadable(f"holds values up to {loudest:.3g}, must be at most {LOUDEST:g}")
-    if len(wave) < expected.frames:
-        wave = np.pad(wave, (0, expected.frames - len(wave)))
-    return resample(wave, header.rate, rate)
 
 
 def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:

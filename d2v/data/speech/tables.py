@@ -1,8 +1,8 @@
 """Tables that say which sounds a data set has, in which part, and what is said in each.
 
-Read as they are published: Common Voice (`clips/` beside train.tsv, dev.tsv and test.tsv), Kaldi (`wav.scp`
-beside `text` in a folder for each part), and NeMo's manifests (a JSON object a line, with audio_filepath and
-text).
+Read as they are published: Common Voice (`clips/` beside train.tsv, dev.tsv and test.tsv), Kaldi and ESPnet
+(`wav.scp`, and maybe `text` and `segments`, in a folder for each part), and NeMo's manifests (a JSON object a
+line, with audio_filepath, and maybe text, and offset and duration of a piece of a recording).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..lines import lines_of, not_utf8
@@ -19,21 +20,35 @@ from ..walk import walk
 
 PEEK = 1 << 20
 """bytes of a first line that are looked at to know a table"""
-Rows = dict[str, str]
-"""a sound, relative to the data set's folder or absolute -> its transcript"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sound, or a piece of a recording."""
+
+    file: str
+    """relative to the data set's folder, or absolute"""
+    text: str
+    """its transcript; empty: none"""
+    piece: tuple[float, float | None] | None = None
+    """where it begins and ends in the file, in seconds; None: at the file's end"""
+
+
+Rows = dict[str, Row]
+"""name of an utterance, which is its file's, or begins with it -> the utterance"""
 
 
 def read_tables(root: Path) -> dict[str, Rows]:
     """The rows of each table in a folder, by the table's name; empty without any.
 
     Of Common Voice the tables of parts, without them validated.tsv. DataError for damaged tables, for two
-    transcripts of one sound in a table, and for rows that are not whole files.
+    transcripts of one sound in a table.
     """
     found: dict[str, Rows] = {}
     voices: dict[str, Path] = {}
     for name in walk(root, (".tsv", ".json", ".jsonl", ".scp"), ()).files:
         file, base = root / name, os.path.basename(name)
-        if base == "wav.scp" and (file.parent / "text").is_file():
+        if base == "wav.scp":
             found[os.path.dirname(name) or name] = _kaldi(root, file)
         elif base.endswith(".tsv") and {"path", "sentence"} <= set(_first_line(file).split("\t")):
             voices[name] = file
@@ -61,13 +76,19 @@ def _lines(file: Path) -> list[str]:
         raise DataError(f"data: {file}: {not_utf8(error)}") from None
 
 
+def _named(root: Path, sound: Path) -> str:
+    """A file as listings have it: relative to root where it lies below."""
+    path = os.path.normpath(sound)
+    return os.path.relpath(path, root) if Path(path).is_relative_to(root) else os.path.abspath(path)
+
+
 def _rows(root: Path, file: Path, pairs: Iterable[tuple[Path, str]]) -> Rows:
+    """Of whole files."""
     found: Rows = {}
     for sound, text in pairs:
-        path = os.path.normpath(sound)
-        name = os.path.relpath(path, root) if Path(path).is_relative_to(root) else os.path.abspath(path)
-        if found.setdefault(name, text) != text:
-            raise DataError(f"data: {file}: a second transcript of {name}")
+        row = Row(_named(root, sound), text)
+        if found.setdefault(row.file, row) != row:
+            raise DataError(f"data: {file}: a second transcript of {row.file}")
     return found
 
 
@@ -88,10 +109,6 @@ def _common_voice(root: Path, file: Path) -> Rows:
 
 
 def _kaldi(root: Path, file: Path) -> Rows:
-    if (file.parent / "segments").is_file():
-        raise DataError(
-            f"data: {file.parent / 'segments'}: parts of recordings are not read: cut them to files"
-        )
     sounds: dict[str, str] = {}
     for number, line in enumerate(_lines(file), start=1):
         name, _, sound = line.strip().partition(" ")
@@ -102,10 +119,33 @@ def _kaldi(root: Path, file: Path) -> Rows:
                 f"data: {file}, line {number}: a command, which is not run: give the files it makes"
             )
         sounds[name] = sound.strip()
-    texts = dict(line.strip().partition(" ")[::2] for line in _lines(file.parent / "text") if line.strip())
-    return _rows(
-        root, file, ((_found(root, file, sound), texts.get(name, "")) for name, sound in sounds.items())
-    )
+    said = file.parent / "text"
+    texts = dict(_split(line) for line in _lines(said)) if said.is_file() else {}
+    segments = file.parent / "segments"
+    if not segments.is_file():
+        found = ((_found(root, file, sound), texts.get(name, "")) for name, sound in sounds.items())
+        return _rows(root, file, found)
+    rows: Rows = {}
+    places = {name: _named(root, _found(root, file, sound)) for name, sound in sounds.items()}
+    for number, line in enumerate(_lines(segments), start=1):
+        if not line.strip():
+            continue
+        try:
+            name, recording, first, last = line.split()
+            start, end = float(first), float(last)
+            place = places[recording]
+        except (ValueError, KeyError):
+            raise DataError(
+                f"data: {segments}, line {number}: must be utterance, recording of wav.scp, start and end in "
+                f"seconds, got {line!r}"
+            ) from None
+        rows[f"{place}:{name}"] = Row(place, texts.get(name, ""), (start, None if end < 0 else end))
+    return rows
+
+
+def _split(line: str) -> tuple[str, str]:
+    name, *text = line.strip().split(maxsplit=1) or ("",)
+    return name, text[0] if text else ""
 
 
 def _found(root: Path, table: Path, sound: str) -> Path:
@@ -125,20 +165,26 @@ def _is_nemo(line: str) -> bool:
 
 
 def _nemo(root: Path, file: Path) -> Rows:
-    pairs = []
+    rows: Rows = {}
     for number, line in enumerate(_lines(file), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            sound, text, offset = row["audio_filepath"], row.get("text", ""), row.get("offset") or 0
+            entry = json.loads(line)
+            sound, text, seconds = entry["audio_filepath"], entry.get("text") or "", entry.get("duration")
+            start = None if entry.get("offset") is None else float(entry["offset"])
+            end = None if start is None or seconds is None else start + float(seconds)
         except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
-            raise DataError(f"data: {file}, line {number}: not an object with audio_filepath") from None
+            raise DataError(
+                f"data: {file}, line {number}: not an object with audio_filepath, and numbers as offset and "
+                "duration"
+            ) from None
         if not isinstance(sound, str) or not isinstance(text, str):
             raise DataError(f"data: {file}, line {number}: audio_filepath and text must be strings")
-        if offset:
-            raise DataError(
-                f"data: {file}, line {number}: parts of recordings are not read: cut them to files"
-            )
-        pairs.append((_found(root, file, sound), text))
-    return _rows(root, file, pairs)
+        place = _named(root, _found(root, file, sound))
+        piece = None if start is None else (start, end)
+        name = place if piece is None else f"{place}:{start:g}-{'' if end is None else format(end, 'g')}"
+        row = Row(place, text, piece)
+        if rows.setdefault(name, row) != row:
+            raise DataError(f"data: {file}, line {number}: a second transcript of {name}")
+    return rows

@@ -207,7 +207,7 @@ def _transcribed(root: Path, report: Report, data: DataConfig) -> tuple[Listing,
     if listing.rows is not None:
         return listing, listing.rows.texts()
     if tables := read_tables(root):
-        return listing, {name: text for rows in tables.values() for name, text in rows.items()}
+        return listing, {name: row.text for rows in tables.values() for name, row in rows.items()}
     return listing, _folder_texts(listing.root, listing.names, listing.described or {})
 
 
