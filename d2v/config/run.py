@@ -83,6 +83,9 @@ class DataConfig:
     max_unreadable: float = 0.01
     """share of the samples that may be unreadable, each replaced by another; more stop the run. Up to 10 may
     be, or half of a smaller data set; 0: none"""
+    shuffle_window: int = 0
+    """samples that are shuffled together: an epoch goes through the data in pieces of a sixteenth of this, in
+    random order, so that reading stays near what was read; 0: the whole data set"""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """image: share of the area kept by the random resized crop"""
     flip: bool = True
@@ -126,6 +129,7 @@ class DataConfig:
         check_sizes(
             self, "data", batch=100_000_000, prefetch=10_000, block=10_000_000, max_pixels=MOST_PIXELS
         )
+        check(self.shuffle_window >= 0, "data.shuffle_window", "at least 0", self.shuffle_window)
         check(self.bucket_seconds >= 0, "data.bucket_seconds", "at least 0", self.bucket_seconds)
         norms = get_args(WaveNorm)
         check(self.wave_norm in norms, "data.wave_norm", f"one of {', '.join(norms)}", self.wave_norm)

@@ -30,6 +30,8 @@ ORDER, AUGMENT, SUBSTITUTE, LIMIT, TIME_MASK, CHANNEL_MASK, NOISE, PIXELS, MIX =
 
 ENDED = (BrokenPipeError, ConnectionResetError, EOFError)
 """what a process meets that starts one which ends at once"""
+PIECES = 16
+"""of neighbouring samples in a window that is shuffled"""
 ATTEMPTS = 100
 """samples tried in place of an unreadable one before giving up"""
 
@@ -47,11 +49,28 @@ def number_classes(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return classes, np.array([number[name] for name in names], dtype=np.int64)
 
 
+def windows(rng: np.random.Generator, count: int, window: int) -> list[np.ndarray]:
+    """The numbers of `count` samples, each once, in windows of `window` (the last one: what is left).
+
+    A window is PIECES pieces of neighbours, chosen at random and cut at other places each time, so that
+    samples which lie in order of their classes come mixed. One that holds all, or 0, draws nothing.
+    """
+    if not 0 < window < count:
+        return [np.arange(count)]
+    size = -(-window // PIECES)
+    cuts = np.arange(rng.integers(size), count, size)
+    pieces = [piece for piece in np.split(np.arange(count), cuts) if len(piece)]
+    order = np.concatenate([pieces[i] for i in rng.permutation(len(pieces))])
+    return np.split(order, range(window, count, window))
+
+
 class Source(ABC):
     """A data set with random access. Picklable: each worker holds a copy."""
 
-    def __init__(self, path: str, seed: int, batch: int) -> None:
+    def __init__(self, path: str, seed: int, batch: int, window: int = 0) -> None:
+        """window: see `data.shuffle_window`"""
         self.path = path
+        self.window = window
         self.seed = seed
         self.batch = batch
         """samples of a global step, or seconds for audio"""
@@ -88,7 +107,8 @@ class Source(ABC):
     def steps(self, epoch: int) -> list[np.ndarray]:
         """Sample ids of each global step of an epoch; the incomplete last one is dropped."""
         count = len(self) // self.batch
-        order = generator(self.seed, ORDER, epoch).permutation(len(self))
+        rng = generator(self.seed, ORDER, epoch)
+        order = np.concatenate([rng.permutation(some) for some in windows(rng, len(self), self.window)])
         return list(order[: count * self.batch].reshape(count, self.batch))
 
     def split(self, ids: np.ndarray, micro: int) -> list[np.ndarray]:

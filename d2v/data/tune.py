@@ -156,7 +156,9 @@ def _sentences(
     if cfg.data_limit is not None:
         strata = np.zeros_like(keep) if cfg.head.regression else labels
         keep = choose(strata, cfg.data_limit, cfg.train.seed)
-    source = SentenceSource(path, [tokens[i] for i in keep], cfg.train.seed, cfg.data.batch, pad)
+    source = SentenceSource(
+        path, [tokens[i] for i in keep], cfg.train.seed, cfg.data.batch, pad, cfg.data.shuffle_window
+    )
     kept = torch.from_numpy(labels[keep])
     parts: dict[str, Part] = {
         name: SentencePart(*some, pad, report) for name, some in encoded.items() if name != "train"

@@ -278,6 +278,7 @@ def test_diff_maths():
     assert diff_maths(old, old) == []
     neutral = changed("train", save_every=7, keep=3, log_every=1, device="cpu", min_rank=0.0, alarm_after=1)
     assert diff_maths(old, neutral) == [] and diff_maths(old, changed("data", workers=3, prefetch=9)) == []
+    assert diff_maths(old, changed("data", shuffle_window=9)) == ["data.shuffle_window: 0 -> 9"]
     assert diff_maths(old, changed("train", steps=10)) == [f"train.steps: {old.train.steps} -> 10"]
     assert diff_maths(old, changed("optim", clip=None)) == ["optim.clip: 4.0 -> none"]
     assert diff_maths(old, changed("train", micro_batch=8)) == ["train.micro_batch: none -> 8"]

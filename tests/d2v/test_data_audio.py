@@ -14,6 +14,7 @@ import torch
 
 from d2v.config.presets import preset
 from d2v.config.run import Config
+from d2v.data.loader import ORDER, generator, windows
 from d2v.data.open import check_data, open_data, open_labelled
 from d2v.data.speech.reading import resample
 from d2v.data.types import Batch, DataError, Pipeline, Position
@@ -103,6 +104,21 @@ def test_every_utterance_once_and_no_batch_too_long(folder: Path, pad: bool) -> 
         orders.append(ids)
     assert orders[0] != orders[1]
     assert len(epoch(pipeline)) <= 1.7 * 24 * 2 / 10
+
+
+def test_a_window_of_utterances_is_read_before_the_next(folder: Path) -> None:
+    """Steps hold utterances of one window alone, each once in an epoch, whatever their lengths."""
+    cfg = config(batch=4, shuffle_window=8)
+    pipeline = open_data(str(folder), cfg)
+    orders = [[i for step in epoch(pipeline, n) for b in step for i in b.ids.tolist()] for n in (0, 1)]
+    assert all(sorted(ids) == list(range(24)) for ids in orders) and orders[0] != orders[1]
+    for number, ids in enumerate(orders):
+        rng = generator(cfg.train.seed, ORDER, number)
+        found = windows(rng, 24, 8)[0]
+        assert sorted(ids[:8]) == sorted(found.tolist())
+    resumed = steps(open_data(str(folder), cfg), 2, Position(0, 3))
+    for a, b in zip(resumed, steps(pipeline, 5)[3:], strict=True):
+        assert all(torch.equal(x.source, y.source) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("pad", [False, True], ids=["crop", "pad"])

@@ -15,15 +15,17 @@ import torch
 
 import d2v
 from d2v.config.run import DataConfig
-from d2v.data.loader import AUGMENT, Loader, Source, generator
+from d2v.data.loader import AUGMENT, PIECES, Loader, Source, generator, windows
 from d2v.data.types import Batch, DataError, Position, Report, Unreadable
 
 
 class Numbers(Source):
     """Sample i is the number i plus a fraction drawn from its augmentation stream."""
 
-    def __init__(self, count: int = 20, batch: int = 6, bad: tuple[int, ...] = (), seed: int = 3) -> None:
-        super().__init__("numbers", seed, batch)
+    def __init__(
+        self, count: int = 20, batch: int = 6, bad: tuple[int, ...] = (), seed: int = 3, window: int = 0
+    ) -> None:
+        super().__init__("numbers", seed, batch, window)
         self.count = count
         self.bad = bad
 
@@ -73,6 +75,34 @@ def test_resuming_at_any_position_continues_exactly():
         rest = take(loader(Numbers()), 8 - done, position)
         for a, b in zip(rest, expected[done:], strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 1_000])
+@pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 64, 999, 1_000, 5_000])
+def test_windows_hold_every_sample_once_and_few_pieces(count: int, window: int) -> None:
+    orders = []
+    for seed in (0, 0, 1):
+        found = windows(np.random.default_rng(seed), count, window)
+        assert [len(some) for some in found[:-1]] == [window] * (len(found) - 1)
+        assert 0 < len(found[-1]) <= max(window, 1)
+        assert sorted(np.concatenate(found).tolist()) == list(range(count))
+        for some in found:  # pieces that were cut by a window's or the data set's ends count as well
+            assert int((np.diff(np.sort(some)) != 1).sum()) + 1 <= PIECES + 2
+        orders.append(np.concatenate(found).tolist())
+    assert orders[0] == orders[1]
+    assert (orders[0] != orders[2]) == (window < count and count > 2)
+
+
+def test_a_window_is_shuffled_differs_by_epoch_and_resumes() -> None:
+    whole = loader(Numbers(count=300, window=64))
+    steps = take(whole, 100)
+    epochs = [torch.cat(steps[i : i + 50]).floor().long().tolist() for i in (0, 50)]
+    assert all(sorted(ids) == list(range(300)) for ids in epochs) and epochs[0] != epochs[1]
+    assert sorted(epochs[0][:64]) != list(range(64)) and epochs[0][:64] != sorted(epochs[0][:64])
+    for done in (1, 49, 50, 73):
+        rest = take(loader(Numbers(count=300, window=64)), 100 - done, Position(*divmod(done, 50)), micro=4)
+        assert all(torch.equal(a, b) for a, b in zip(rest, steps[done:], strict=True))
+    assert not torch.equal(take(loader(Numbers(count=300)), 1)[0], steps[0])
 
 
 def test_a_step_does_not_depend_on_the_micro_batch():

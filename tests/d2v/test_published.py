@@ -62,6 +62,7 @@ OURS = {
     "data.audio_column": "files",
     "data.channels": "mix: as there, raw_audio_dataset.py, postprocess",
     "data.tokenizer": "a path", "data.bucket_seconds": "0: as there, any length",
+    "data.shuffle_window": "0: as there, the whole data set",
     "train.backend": "speed", "train.device": "speed", "train.compile": "speed", "train.cuda_graph": "speed",
     "train.micro_batch": "memory",
     "train.save_every": "files", "train.keep": "files", "train.log_every": "files",

@@ -133,7 +133,7 @@ def test_options_that_others_make_idle_are_refused(
 
 
 def test_every_field_of_data_is_read_by_all_or_by_those_named() -> None:
-    shared = {"batch", "workers", "prefetch", "max_unreadable"}
+    shared = {"batch", "workers", "prefetch", "max_unreadable", "shuffle_window"}
     named = {field for fields in OF_MODALITY.values() for field in fields}
     assert not named & shared
     assert {f.name for f in dataclasses.fields(DataConfig)} == {*named, *shared}

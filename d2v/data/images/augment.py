@@ -28,7 +28,7 @@ class AugmentedImages(Source):
     """Training pictures, cropped and flipped as `ImageSource` does, then augmented."""
 
     def __init__(self, source: ImageSource, augment: AugmentConfig) -> None:
-        super().__init__(source.path, source.seed, source.batch)
+        super().__init__(source.path, source.seed, source.batch, source.window)
         if augment.rand_ops and source.store.floating:
             raise ValueError(
                 "finetune: augment.rand_ops must be 0 for float pictures, whose range is unknown"

@@ -64,7 +64,7 @@ class ImageSource(Source):
     """A store of pictures as training samples of one size."""
 
     def __init__(self, path: str, store: Store, cfg: Config) -> None:
-        super().__init__(path, cfg.train.seed, cfg.data.batch)
+        super().__init__(path, cfg.train.seed, cfg.data.batch, cfg.data.shuffle_window)
         assert isinstance(cfg.model.front, ImageFront)
         self.store = store
         self.front = cfg.model.front

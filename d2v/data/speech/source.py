@@ -19,7 +19,7 @@ from torch import Tensor
 from ...config.fronts import LogMelFront, WaveformFront
 from ...config.run import Channels, Config
 from ..embedded import speech
-from ..loader import AUGMENT, ORDER, SUBSTITUTE, Source, generator
+from ..loader import AUGMENT, ORDER, SUBSTITUTE, Source, generator, windows
 from ..types import Batch
 from .files import Utterances
 from .reading import Header, resample
@@ -67,7 +67,7 @@ class AudioSource(Source):
     """Utterances as training samples."""
 
     def __init__(self, path: str, utterances: Utterances, cfg: Config) -> None:
-        super().__init__(path, cfg.train.seed, cfg.data.batch)
+        super().__init__(path, cfg.train.seed, cfg.data.batch, cfg.data.shuffle_window)
         self.utterances = utterances
         assert isinstance(cfg.model.front, (WaveformFront, LogMelFront))
         self.rate = cfg.model.front.sample_rate
@@ -139,27 +139,31 @@ class AudioSource(Source):
         return shortest // self.multiple * self.multiple or shortest
 
     def _plan(self, epoch: int) -> _Epoch:
+        """The steps of each window in turn."""
+        rng = generator(self.seed, ORDER, epoch)
+        steps = [ids for some in windows(rng, len(self), self.window) for ids in self._cut(some, rng)]
+        step_of = np.empty(len(self), dtype=np.int64)
+        target = np.empty(len(self), dtype=np.int64)
+        for number, ids in enumerate(steps):
+            step_of[ids] = number
+            target[ids] = self._common_length(ids)
+        return _Epoch(steps, step_of, target)
+
+    def _cut(self, window: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
         """Sort by length, longest first and ties by chance, cut into steps, shuffle the steps.
 
         Source: fairseq, RawAudioDataset.ordered_indices and batch_by_size; BUCKET is ours.
         """
-        rng = generator(self.seed, ORDER, epoch)
-        tie = rng.permutation(len(self))
-        order = np.lexsort((tie, self.capped // int(BUCKET * self.rate)))[::-1]
+        tie, capped = rng.permutation(len(window)), self.capped[window]
+        order = np.lexsort((tie, capped // int(BUCKET * self.rate)))[::-1]
         budget, longest, first = self.batch * self.rate, 0, 0
         cuts: list[int] = []
         # counted at the upper end of the bucket, so that a bucket's steps hold equally many
-        counted = np.minimum(-(-self.capped // self.multiple) * self.multiple, budget)
+        counted = np.minimum(-(-capped // self.multiple) * self.multiple, budget)
         for place, length in enumerate(counted[order].tolist()):
             longest = max(longest, length)
             if (place - first + 1) * longest > budget:
                 cuts.append(place)
                 first, longest = place, length
-        parts = np.split(order, cuts)
-        step_of = np.empty(len(self), dtype=np.int64)
-        target = np.empty(len(self), dtype=np.int64)
-        steps = [parts[i] for i in rng.permutation(len(parts))]
-        for number, ids in enumerate(steps):
-            step_of[ids] = number
-            target[ids] = self._common_length(ids)
-        return _Epoch(steps, step_of, target)
+        parts = np.split(window[order], cuts)
+        return [parts[i] for i in rng.permutation(len(parts))]

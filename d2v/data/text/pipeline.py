@@ -60,7 +60,7 @@ class TextSource(Source):
     """Blocks of a token stream on disk."""
 
     def __init__(self, path: str, stream: Path, dtype: str, cfg: Config) -> None:
-        super().__init__(path, cfg.train.seed, cfg.data.batch)
+        super().__init__(path, cfg.train.seed, cfg.data.batch, cfg.data.shuffle_window)
         self.block = cfg.data.block
         self.stream, self.dtype = stream, dtype
         self.tokens = stream.stat().st_size // np.dtype(dtype).itemsize

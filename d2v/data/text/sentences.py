@@ -99,8 +99,10 @@ def pad(rows: Sequence[np.ndarray], value: int) -> tuple[Tensor, Tensor]:
 class SentenceSource(Source):
     """Tokenised samples for training."""
 
-    def __init__(self, path: str, tokens: list[np.ndarray], seed: int, batch: int, pad_id: int = PAD) -> None:
-        super().__init__(path, seed, batch)
+    def __init__(
+        self, path: str, tokens: list[np.ndarray], seed: int, batch: int, pad_id: int = PAD, window: int = 0
+    ) -> None:
+        super().__init__(path, seed, batch, window)
         self.tokens, self.pad_id = tokens, pad_id
 
     def __len__(self) -> int:
