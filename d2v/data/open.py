@@ -87,6 +87,10 @@ def check_data(path: str, cfg: Config, *, any_batch: bool = False) -> Report:
     report, module = Report.of(path, cfg.data), _module(path, cfg)
     try:
         module.check_data(path, cfg, report, any_batch)
+        if cfg.model.modality == "audio":
+            from .speech.transcripts import check_transcripts
+
+            check_transcripts(path, cfg, report)
     except DataError as error:
         report.refused = str(error)
     return report

@@ -185,6 +185,20 @@ def test_pieces_have_transcripts_and_bounds(tmp_path: Path) -> None:
     }
 
 
+def test_check_counts_transcripts_and_names_those_too_long_to_train_on(tmp_path: Path) -> None:
+    for i, text in enumerate(("short", "a" * 30, "", "ab " * 400)):
+        sound(tmp_path / "train" / f"{i}.wav")
+        write(tmp_path / "train" / f"{i}.txt", text)
+    cfg = tiny("audio")
+    cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, batch=1))
+    report = check_data(str(tmp_path), cfg)
+    assert report.facts["transcripts"] == {"train": 3} and not report.refused
+    long = "of train 2 transcripts are longer than their frames, which fine-tuning leaves out"
+    assert f"{long}: train/1.wav, train/3.wav" in report.notes
+    (tmp_path / "train" / "0.txt").write_bytes(b"\xff")
+    assert any("0.txt: not UTF-8" in note for note in check_data(str(tmp_path), cfg).notes)
+
+
 def test_nemo_names_pieces_by_offset_and_duration(tmp_path: Path) -> None:
     segments(tmp_path, "wav")
     (tmp_path / "all" / "wav.scp").unlink()

@@ -31,7 +31,7 @@ from ..embedded import speech
 from ..lines import lines_of, not_utf8
 from ..loader import Loader
 from ..splits import divide, labelled, to_divide, to_score
-from ..types import DataError, Report
+from ..types import EXAMPLES, DataError, Report
 from ..walk import suffix_of, walk
 from .files import Listing, Utterances, is_manifest, list_audio, of_manifests, read_manifest
 from .letters import SPECIALS, WORD, normalise, spell, to_letters
@@ -109,19 +109,26 @@ class Spoken:
     def select(self, keep: np.ndarray) -> Spoken:
         return Spoken(self.utterances.select(keep), [self.texts[i] for i in keep], self.report)
 
+    def too_long(self, front: WaveformFront | LogMelFront, given: Vocabulary | None) -> list[int]:
+        """The numbers of those with more letters and repeats than frames."""
+        found = []
+        for i, (text, length) in enumerate(zip(self.texts, self.utterances.lengths.tolist(), strict=True)):
+            letters = to_letters(normalise(text)) if given is None else given.encode(text).tolist()
+            repeats = sum(a == b for a, b in itertools.pairwise(letters))
+            if len(letters) + repeats > front.frames(length):
+                found.append(i)
+        return found
+
     def that_fits(self, path: str, front: WaveformFront | LogMelFront, given: Vocabulary | None) -> Spoken:
         """Those that CTC can align, the others named: it needs a frame for each letter and one more
         between equal ones, else its loss is infinite (and zero_infinity makes it 0).
 
         given: the vocabulary, else it is counted on the texts. Raises DataError for none.
         """
-        fits = []
-        for text, length in zip(self.texts, self.utterances.lengths.tolist(), strict=True):
-            letters = to_letters(normalise(text)) if given is None else given.encode(text).tolist()
-            repeats = sum(a == b for a, b in itertools.pairwise(letters))
-            fits.append(len(letters) + repeats <= front.frames(length))
+        long = set(self.too_long(front, given))
+        fits = [i not in long for i in range(len(self.texts))]
         reason = "transcript is longer than its frames"
-        self.report.skip(reason, [self.utterances.names[i] for i, fit in enumerate(fits) if not fit])
+        self.report.skip(reason, [self.utterances.names[i] for i in sorted(long)])
         if not any(fits):
             raise DataError(f"data: {path}: no utterance can be trained on: {'; '.join(self.report.lines())}")
         return self if all(fits) else self.select(np.flatnonzero(fits))
@@ -144,6 +151,27 @@ def read_spoken(path: str, cfg: Config, rate: int, *, score: bool = False) -> di
         name: usable_part(name, part, path, cfg, rate, train=name == "train" and not score)
         for name, part in found.items()
     }
+
+
+def check_transcripts(path: str, cfg: Config, report: Report) -> None:
+    """Say in the report what fine-tuning would find: how many utterances have transcripts, and which of these
+    are too long for the frames of the preset's front end."""
+    front = cfg.model.front
+    assert isinstance(front, WaveformFront | LogMelFront)
+    try:
+        parts = read_parts(path, cfg, front.sample_rate)
+    except DataError as error:
+        if not str(error).startswith("labels missing"):
+            report.notes.append(f"transcripts cannot be read: {error}")
+        return
+    report.facts["transcripts"] = {name: len(part.texts) for name, part in parts.items()}
+    for name, part in parts.items():
+        if long := [part.utterances.names[i] for i in part.too_long(front, None)]:
+            which = f"{', '.join(long[:EXAMPLES])}{' ...' if len(long) > EXAMPLES else ''}"
+            report.notes.append(
+                f"of {name} {len(long):,} transcripts are longer than their frames, which fine-tuning leaves "
+                f"out: {which}"
+            )
 
 
 def usable_part(name: str, part: Spoken, path: str, cfg: Config, rate: int, train: bool) -> Spoken:
