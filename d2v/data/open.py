@@ -137,7 +137,8 @@ def guess_modality(path: str) -> Modality:
     found["text"] = [file for file in found["text"] if os.path.splitext(file)[0] not in seen]
     if not any(found.values()):
         known = "; ".join(f"{kind}: {' '.join(sorted(suffixes))}" for kind, suffixes in kinds.items())
-        raise DataError(f"data: {path} holds no image, audio or text file; what is read: {known}")
+        left = "".join(f"; {line}" for line in Report(path, 0, left_out=files.left_out).lines())
+        raise DataError(f"data: {path} holds no image, audio or text file{left}; what is read: {known}")
     return max(found, key=lambda kind: len(found[kind]))
 
 

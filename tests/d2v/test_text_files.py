@@ -194,7 +194,7 @@ def test_tokenizers_are_trained_on_a_sample_of_large_corpora(
         ("null", "not an object of JSON"),
         ('{"text": ["a"]}', 'not an object with a string "text"'),
         ('{"text": null}', 'not an object with a string "text"'),
-        ('{"Text": "a"}', 'not an object with a string "text"'),
+        ('{"Text": "a"}', 'not an object with a string "text": --data.text-column may be Text'),
         ('{"text": "a"', "not JSON: "),
         ('{"text": "a"} {"text": "b"}', "not JSON: Extra data"),
         ('{"text": "a\0"}', "not JSON: Invalid control character"),

@@ -107,7 +107,7 @@ class Files(Corpus):
                 yield pieces_of(file)
             return
         for name, values in records(file, report, (self.column,)):
-            text, reason = text_or_reason(values.get(self.column), self.column)
+            text, reason = text_or_reason(values, self.column)
             if reason:
                 report.unreadable[name] = reason
             elif not text.strip():

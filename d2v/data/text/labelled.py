@@ -125,13 +125,13 @@ def _sentences(
         if not files:
             return None
     for name, entry in (record for file in files for record in records(file, report, *names)):
-        text, reason = text_or_reason(entry.get(data.text_column), data.text_column)
+        text, reason = text_or_reason(entry, data.text_column)
         if reason:
             report.unreadable[name] = reason
             continue
         label = _label(entry.get(data.label_column), data.label_column, numbers, name)
         second = entry.get(SECOND)
-        if second is not None and (reason := text_or_reason(second, SECOND)[1]):
+        if second is not None and (reason := text_or_reason(entry, SECOND)[1]):
             raise DataError(f"data: {name}: {reason}")
         found.append(Sentence((text,) if second is None else (text, second), label))
     return found
@@ -147,7 +147,7 @@ def _label(value: Any, column: str, numbers: bool, where: str) -> str:
         number = _number(value, where)
         if number.is_integer() and abs(number) < 1 << 53 and not isinstance(value, str):
             return str(int(number))
-    return text_or_reason(str(value), column)[0]
+    return text_or_reason({column: str(value)}, column)[0]
 
 
 def _number(label: Any, where: str) -> float:

@@ -193,10 +193,13 @@ def has_column(file: Path, column: str) -> bool:
     return first is None or column in first[1]
 
 
-def text_or_reason(value: Any, column: str) -> tuple[str, str | None]:
+def text_or_reason(record: Mapping[str, Any], column: str) -> tuple[str, str | None]:
     """A record's text, and why it cannot be read."""
+    value = record.get(column)
     if not isinstance(value, str):
-        return "", f'not an object with a string "{column}"'
+        has = [name for name, other in record.items() if isinstance(other, str)]
+        others = f": --data.text-column may be {', '.join(has)}" if has and column not in record else ""
+        return "", f'not an object with a string "{column}"{others}'
     try:
         value.encode()
     except UnicodeEncodeError as error:
