@@ -2,31 +2,37 @@
 
     python -m benchmarks.bench_data                    half a minute; writes results/data_cpu.json
     python -m benchmarks.bench_data --data photos/     pictures of your own beside these
+    python -m benchmarks.bench_data --against OTHER/   another version of the project beside this one
 
 A sample is what leaves a worker: `Source.read` of the training data, without the device's part. Each kind
-stands beside the plain way to do it: of pictures Pillow's decoder and its resize of the box, which is what
-the loader did before; of sounds libsndfile's whole file; of text a slice of an array. They take turns; time
-is that of the process, best of the rounds, on one thread. Pictures are scikit-learn's two photographs, sounds
-the embedded speech, text the embedded prose.
+stands beside the plain way to do it: of pictures Pillow's decoder and its resize of the box; of sounds
+libsndfile's whole file; of text a slice of an array, and the tokenizer alone. They take turns; time is that
+of the process (of its threads, with the tokenizer's), best of the rounds, on one thread. Pictures are
+scikit-learn's two photographs, sounds the embedded speech, text the embedded prose.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
+from benchmarks.data_reader import tokenised
 from benchmarks.machine import provenance
 from benchmarks.report import Results, markdown, short, write_json
 from d2v.config.presets import preset
@@ -58,6 +64,37 @@ class Kind:
     count: int
     ours: Read
     plain: Read
+    folder: Path
+    preset: str
+    tokenizer: Path | None = None
+    per_sample: float = 1.0
+    """units that a sample holds"""
+
+
+class Version:
+    """Another version of the project, which reads in a process of its own."""
+
+    def __init__(self, root: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(root.resolve()), "OMP_NUM_THREADS": "1"}
+        script = Path(__file__).with_name("data_reader.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], cwd=root, env=environment, text=True, stdin=PIPE, stdout=PIPE
+        )
+
+    def ask(self, **request: Any) -> dict[str, float]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        if not (answer := self.process.stdout.readline()):
+            raise RuntimeError(f"the other version ended with {self.process.wait()} at {request}")
+        return json.loads(answer)
+
+    def open(self, kind: Kind) -> None:
+        tokenizer = None if kind.tokenizer is None else str(kind.tokenizer)
+        found = self.ask(open=str(kind.folder), preset=kind.preset, tokenizer=tokenizer)
+        assert found["samples"] == kind.count, "it finds other samples"
+
+    def close(self) -> None:
+        self.process.communicate()
 
 
 def image_kind(name: str, folder: Path) -> Kind:
@@ -84,7 +121,7 @@ def image_kind(name: str, folder: Path) -> Kind:
             cut = picture.convert("RGB").resize((w, h), Image.Resampling.BICUBIC, box=scaled)
         return np.asarray(cut)
 
-    return Kind(name, "pictures", len(source), source.read, plain)
+    return Kind(name, "pictures", len(source), source.read, plain, folder, "image_base")
 
 
 def sound_kind(suffix: str, folder: Path, count: int) -> Kind:
@@ -103,24 +140,43 @@ def sound_kind(suffix: str, folder: Path, count: int) -> Kind:
         len(source),
         source.read,
         lambda index, _: soundfile.read(folder / source.name(index), dtype="float32"),
+        folder,
+        "audio_base",
     )
 
 
-def text_kind(folder: Path, texts: Sequence[str]) -> Kind:
-    """Blocks of 512 tokens of a corpus that is tokenised."""
+def text_kinds(folder: Path, texts: Sequence[str]) -> list[Kind]:
+    """Blocks of 512 tokens of a corpus that is tokenised, and tokenising one, in millions of characters."""
     folder.mkdir()
     for number, text in enumerate(texts):
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     source = _source(folder, "text_base")
+    tokenizer = Path(source.meta["tokenizer"])
     tokens = np.arange(512 * len(source), dtype=np.int32)
     block = 512
-    return Kind(
+    blocks = Kind(
         "text, blocks of 512",
         "blocks",
         len(source),
         source.read,
         lambda index, _: tokens[index * block : (index + 1) * block].astype(np.int64),
+        folder,
+        "text_base",
+        tokenizer,
     )
+    plain = Tokenizer.from_file(str(tokenizer))
+    tokenising = Kind(
+        "text, tokenised",
+        "million characters",
+        1,
+        lambda *_: tokenised(str(folder), "text_base", str(tokenizer)),
+        lambda *_: plain.encode_batch(list(texts), add_special_tokens=False),
+        folder,
+        "text_base",
+        tokenizer,
+        per_sample=sum(map(len, texts)) / 1e6,
+    )
+    return [blocks, tokenising]
 
 
 def _source(path: Path, name: str) -> Source:
@@ -144,21 +200,39 @@ def draw_pictures(folder: Path, width: int, height: int, kind: str, options: dic
     return folder
 
 
-def measure(kind: Kind, seconds: float, rounds: int) -> list[dict[str, Any]]:
-    """A row for each way, with its samples a second of one core: the best of rounds that take turns."""
-    ways = {"ours": kind.ours, "plain": kind.plain}
-    rates = dict.fromkeys(ways, 0.0)
+def measure(kind: Kind, seconds: float, rounds: int, other: Version | None) -> list[dict[str, Any]]:
+    """A row for each way, with its samples a second of one core: all rounds, which take turns."""
+    ways: dict[str, Callable[[int], float]] = {
+        "ours": lambda epoch: _rate(kind.ours, kind.count, seconds, epoch),
+        "plain": lambda epoch: _rate(kind.plain, kind.count, seconds, epoch),
+    }
+    if other is not None and kind.unit == "million characters":
+        request = {"tokenise": str(kind.folder), "preset": kind.preset, "tokenizer": str(kind.tokenizer)}
+        ways["before"] = lambda _: 1 / other.ask(**request)["taken"]
+    elif other is not None:
+        other.open(kind)
+
+        def before(epoch: int) -> float:
+            found = other.ask(seconds=seconds, epoch=epoch)
+            return found["done"] / found["taken"]
+
+        ways["before"] = before
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     for epoch in range(rounds):
-        for name, read in ways.items():
-            began, done = time.process_time(), 0
-            while (taken := time.process_time() - began) < seconds or not done:
-                read(done % kind.count, epoch)
-                done += 1
-            rates[name] = max(rates[name], done / taken)
+        for name, way in ways.items():
+            rates[name].append(kind.per_sample * way(epoch))
     return [
-        {"kind": kind.name, "unit": kind.unit, "variant": name, "per_second": rate}
-        for name, rate in rates.items()
+        {"kind": kind.name, "unit": kind.unit, "variant": name, "per_second": max(some), "rounds": some}
+        for name, some in rates.items()
     ]
+
+
+def _rate(read: Read, count: int, seconds: float, epoch: int) -> float:
+    began, done = time.process_time(), 0
+    while (taken := time.process_time() - began) < seconds or not done:
+        read(done % count, epoch)
+        done += 1
+    return done / taken
 
 
 def data_table(found: Results) -> list[str]:
@@ -166,13 +240,15 @@ def data_table(found: Results) -> list[str]:
     rows: dict[str, dict[str, Any]] = {}
     for row in found.data["rows"]:
         rows.setdefault(row["kind"], {"unit": row["unit"]})[row["variant"]] = row["per_second"]
-    cells = [
-        [name, row["unit"], short(row["plain"]), short(row["ours"]), f"{row['ours'] / row['plain']:.2f}",
-         f"{GPU_PICTURES / row['ours']:.1f}" if row["unit"] == "pictures" else ""]
-        for name, row in rows.items()
-    ]  # fmt: skip
-    head = ["a core, a second", "of", "plain", "d2v", "ratio", f"cores for {GPU_PICTURES} a second"]
-    return markdown(head, cells, 2)
+    compared = any("before" in row for row in rows.values())
+    cells = []
+    for name, row in rows.items():
+        before = [short(row["before"]), f"{row['ours'] / row['before']:.2f}"] if compared else []
+        cores = f"{GPU_PICTURES / row['ours']:.1f}" if row["unit"] == "pictures" else ""
+        ratio = f"{row['ours'] / row['plain']:.2f}"
+        cells.append([name, row["unit"], short(row["plain"]), short(row["ours"]), ratio, *before, cores])
+    head = ["a core, a second", "of", "plain", "d2v", "ratio", *["before", "ratio"] * compared]
+    return markdown([*head, f"cores for {GPU_PICTURES} a second"], cells, 2)
 
 
 @contextmanager
@@ -192,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, help="a folder of pictures to measure as well")
+    parser.add_argument("--against", type=Path, help="a checkout of another version to measure as well")
     parser.add_argument("--seconds", type=float, default=0.5, help="of each turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="toy sizes of pictures, little text")
@@ -202,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         from d2v.data.embedded.text import documents
 
-        texts = [text for _, text in documents()[:40]]
+        texts = [text for _, text in documents()[:200]]
     with tempfile.TemporaryDirectory() as place, _one_thread():
         folder = Path(place)
         os.environ.setdefault("D2V_CACHE", str(folder / "cache"))
@@ -213,12 +290,17 @@ def main(arguments: list[str] | None = None) -> int:
         if args.data:
             kinds.append(image_kind(args.data.name, args.data))
         kinds += [sound_kind(suffix, folder / suffix, 12 if args.smoke else 24) for suffix in SOUNDS]
-        kinds.append(text_kind(folder / "text", texts))
+        kinds += text_kinds(folder / "text", texts)
+        other = None if args.against is None else Version(args.against)
         rows = []
         for kind in kinds:
-            rows += measure(kind, args.seconds, args.rounds)
-            plain, ours = rows[-1]["per_second"], rows[-2]["per_second"]
-            print(f"{kind.name}: {plain:,.1f} {kind.unit}/s plainly, {ours:,.1f} here ({ours / plain:.2f})")
+            found = measure(kind, args.seconds, args.rounds, other)
+            rates = {row["variant"]: row["per_second"] for row in found}
+            ours, rows = rates.pop("ours"), rows + found
+            beside = ", ".join(f"{rate:,.1f} {name} ({ours / rate:.2f})" for name, rate in rates.items())
+            print(f"{kind.name}: {ours:,.1f} {kind.unit}/s here, {beside}")
+        if other is not None:
+            other.close()
     write_json(args.out, {"provenance": provenance(torch.device("cpu")) | {"threads": 1}, "rows": rows})
     return 0
 

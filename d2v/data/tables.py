@@ -129,7 +129,7 @@ def read_described(
     parts: dict[str, str] = {}
     for table in tables:
         column, part = str(table.first(wanted)), table.first(PARTS)
-        report.notes.append(f"what files are says the column {column} of {table.path}")
+        report.notes.append(f"{table.path} is followed by its column {column}")
         for number, row in table.rows():
             name, value = row[table.file], "" if row[column] is None else str(row[column]).strip()
             file = names.find(table.path, name)
