@@ -18,6 +18,7 @@ import torch
 
 from ..config.fronts import Modality
 from ..config.run import Config
+from .remote import at_hand
 from .shards import refuse_compressed, suffixes_in
 from .types import DataError, Labelled, Pipeline, Report
 from .walk import suffix_of, walk
@@ -49,7 +50,7 @@ def open_data(
     purpose: Literal["train", "eval"] = "train",
     run_dir: str | Path | None = None,
 ) -> Pipeline:
-    """The batches of a folder, file, tar or embedded data set ("digits", "speech", "text").
+    """The batches of a folder, file, tar, URL of these or embedded data set ("digits", "speech", "text").
 
     purpose: "train" takes the training part where the data set has parts, "eval" all of it (of an embedded
         one the held-out part). Whether samples are augmented depends on how they are read: `micro_batches`
@@ -58,6 +59,7 @@ def open_data(
     Derived files (token blocks) are kept in `cache.default_cache()`.
     Raises DataError.
     """
+    path = at_hand(path)
     return _module(path, cfg).open_data(
         path,
         cfg,
@@ -75,6 +77,7 @@ def open_labelled(
     classes: those of a model that is to be scored: the splits are what is held out, or all of a data set
     where nothing is, in which not every class need occur.
     """
+    path = at_hand(path)
     return _module(path, cfg).open_labelled(path, cfg, run_dir=_path(run_dir), classes=classes)
 
 
@@ -84,7 +87,8 @@ def check_data(path: str, cfg: Config, *, any_batch: bool = False) -> Report:
 
     any_batch: whether a data set may be smaller than `data.batch`.
     """
-    report, module = Report.of(path, cfg.data), _module(path, cfg)
+    report, path = Report.of(path, cfg.data), at_hand(path)
+    module = _module(path, cfg)
     try:
         module.check_data(path, cfg, report, any_batch)
         if cfg.model.modality == "audio":
@@ -111,7 +115,7 @@ def guess_modality(path: str) -> Modality:
     from .speech.files import SUFFIXES, is_manifest
     from .text.corpus import EXTENSIONS as TEXT
 
-    root = Path(path)
+    root = Path(at_hand(path))
     if not root.exists():
         raise DataError(f"data: {path} does not exist")
     refuse_compressed(path)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from .remote import RemoteTar, shard_of
 from .types import DataError, Unreadable
 from .walk import BESIDE, is_hidden
 
@@ -33,7 +36,7 @@ class Shards:
 
         DataError for what is no whole, uncompressed tar.
         """
-        self.shards = list(shards)
+        self.shards = [shard_of(shard) for shard in shards]
         self.members: list[tuple[int, str, int, int]] = []
         """shard, name, offset and size in bytes"""
         self.left_out: dict[str, list[str]] = {}
@@ -43,34 +46,14 @@ class Shards:
         self._beside: dict[tuple[int, str], dict[str, str]] = {}
         """shard, and name without a suffix or key -> suffix -> text"""
         for number, shard in enumerate(self.shards):
-            try:
-                with tarfile.open(shard, "r:") as tar:
-                    for member in _files_of(tar):
-                        self._add(number, member, tar, kinds, beside)
-            except (tarfile.TarError, OSError, RecursionError) as error:
-                raise DataError(f"data: {shard}: not a whole, uncompressed tar file: {error}") from None
-
-    def _add(
-        self, number: int, member: tarfile.TarInfo, tar: tarfile.TarFile, kinds: Collection[str],
-        beside: Collection[str],
-    ) -> None:  # fmt: skip
-        stem, suffix = os.path.splitext(member.name)
-        suffix = suffix.lower()
-        where = f"{self.shards[number]}:{member.name}"
-        if suffix in kinds:
-            if member.issparse():
-                self._sparse[len(self.members)] = member
-            self.members.append((number, member.name, member.offset_data, member.size))
-        elif suffix in beside:
-            try:
-                text = _contents(tar, member).decode("utf-8-sig").strip()
-            except (UnicodeDecodeError, Unreadable) as error:
-                raise DataError(f"data: {where}: {error}") from None
-            for name in (stem, _key(member.name)):
-                self._beside.setdefault((number, name), {})[suffix] = text
-        elif suffix not in BESIDE:
-            reason = f"suffix {suffix} is not read" if suffix else "without a suffix"
-            self.left_out.setdefault(reason, []).append(where)
+            index, sparse = _index(shard, sorted(kinds), sorted(beside))
+            self._sparse |= {len(self.members) + i: member for i, member in sparse.items()}
+            self.members += [(number, *member) for member in index["members"]]
+            for name, suffix, text in index["beside"]:
+                for key in (os.path.splitext(name)[0], _key(name)):
+                    self._beside.setdefault((number, key), {})[suffix] = text
+            for reason, names in index["left_out"].items():
+                self.left_out.setdefault(reason, []).extend(f"{shard}:{name}" for name in names)
 
     def __len__(self) -> int:
         return len(self.members)
@@ -93,14 +76,62 @@ class Shards:
 
     def read(self, index: int) -> bytes:
         """The bytes of a member. Raises OSError, Unreadable."""
-        shard, name, offset, size = self.members[index]
+        number, name, offset, size = self.members[index]
+        shard = self.shards[number]
         if index in self._sparse:
-            with tarfile.open(self.shards[shard], "r:") as tar:
+            with _opened(shard) as tar:
                 return _contents(tar, self._sparse[index])
         if size > MOST_BYTES:
             raise Unreadable(f"{size:,} bytes are too many for one sample, more than {MOST_BYTES:,}")
-        with open(self.shards[shard], "rb", buffering=0) as file:
+        if isinstance(shard, RemoteTar):
+            return shard.read(offset, size)
+        with open(shard, "rb", buffering=0) as file:
             return os.pread(file.fileno(), size, offset)
+
+
+def _opened(shard: Path | RemoteTar) -> tarfile.TarFile:
+    if isinstance(shard, RemoteTar):
+        return tarfile.open(fileobj=shard.open(), mode="r:")
+    return tarfile.open(shard, "r:")
+
+
+def _index(
+    shard: Path | RemoteTar, kinds: Collection[str], beside: Collection[str]
+) -> tuple[dict[str, Any], dict[int, tarfile.TarInfo]]:
+    """What `Shards` keeps of a shard, JSON-able: members (name, offset, size), beside (name, suffix, text),
+    left_out (reason -> names); and the sparse ones among the members. Of a shard at a URL it is kept."""
+    sparse: dict[int, tarfile.TarInfo] = {}
+
+    def make() -> dict[str, Any]:
+        index: dict[str, Any] = {"members": [], "beside": [], "left_out": {}}
+        try:
+            with _opened(shard) as tar:
+                for member in _files_of(tar):
+                    suffix = os.path.splitext(member.name)[1].lower()
+                    if suffix in kinds:
+                        if member.issparse():
+                            sparse[len(index["members"])] = member
+                        index["members"].append((member.name, member.offset_data, member.size))
+                    elif suffix in beside:
+                        index["beside"].append((member.name, suffix, _text(shard, tar, member)))
+                    elif suffix not in BESIDE:
+                        reason = f"suffix {suffix} is not read" if suffix else "without a suffix"
+                        index["left_out"].setdefault(reason, []).append(member.name)
+        except (tarfile.TarError, OSError, RecursionError) as error:
+            raise DataError(f"data: {shard}: not a whole, uncompressed tar file: {error}") from None
+        if sparse and isinstance(shard, RemoteTar):
+            raise DataError(f"data: {shard}: holds sparse files, which are read from local tars alone")
+        return index
+
+    index = shard.kept(json.dumps([kinds, beside]), make) if isinstance(shard, RemoteTar) else make()
+    return index, sparse
+
+
+def _text(shard: Path | RemoteTar, tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    try:
+        return _contents(tar, member).decode("utf-8-sig").strip()
+    except (UnicodeDecodeError, Unreadable) as error:
+        raise DataError(f"data: {shard}:{member.name}: {error}") from None
 
 
 def refuse_compressed(path: str) -> None:
@@ -114,7 +145,7 @@ def refuse_compressed(path: str) -> None:
 def suffixes_in(shard: Path) -> Iterator[str]:
     """The suffixes of a tar's members in order, in lower case, as far as it can be read."""
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with _opened(shard_of(shard)) as tar:
             for member in _files_of(tar):
                 yield os.path.splitext(member.name)[1].lower()
     except (tarfile.TarError, OSError, RecursionError):

@@ -19,6 +19,7 @@ from .images.augment import AugmentedImages
 from .images.pipeline import ImageSplit
 from .loader import LIMIT, Loader, Source, generator
 from .open import open_labelled
+from .remote import at_hand
 from .speech.pipeline import AudioSplit
 from .speech.source import AudioSource
 from .speech.transcripts import SpokenPart, Vocabulary, read_spoken
@@ -62,6 +63,7 @@ def open_tune_data(
     the data, are kept in run_dir and found there again. Raises DataError and ValueError.
     """
     open_task = {"classify": _classes, "sentence": _sentences, "ctc": _spoken}[cfg.head.task]
+    path = at_hand(path)
     data = open_task(path, cfg, device, encoder_dir, run_dir)
     for name, part in data.parts.items():
         if not len(part):
@@ -74,6 +76,7 @@ def open_to_score(path: str, cfg: FineTuneConfig, names: Sequence[str], *, run_d
 
     names: the run's classes or letters. Raises DataError.
     """
+    path = at_hand(path)
     if cfg.head.task == "classify":
         labelled = open_labelled(path, as_pretraining(cfg), run_dir=run_dir, classes=names)
         return dict(_by_sample(labelled, path))

@@ -116,6 +116,8 @@ class ImageSource(Source):
             raise DataError(
                 f"data: {self.name(index)} has {error.got} channels, front.channels is {error.wanted}"
             ) from None
+        except DataError:  # of a shard that cannot be reached, which is no fault of a picture
+            raise
         except BROKEN as error:
             raise Unreadable(reason(error)) from None
 
