@@ -7,7 +7,7 @@
 A sample is what leaves a worker: `Source.read` of the training data, without the device's part. Each kind
 stands beside the plain way to do it: of pictures Pillow's decoder and its resize of the box; of sounds
 libsndfile's whole file; of text a slice of an array, and the tokenizer alone. They take turns; time is that
-of the process (of its threads, with the tokenizer's), best of the rounds, on one thread. Pictures are
+of the process (with the tokenizer's threads), the median of the rounds, on one thread. Pictures are
 scikit-learn's two photographs, sounds the embedded speech, text the embedded prose.
 """
 
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -201,7 +202,7 @@ def draw_pictures(folder: Path, width: int, height: int, kind: str, options: dic
 
 
 def measure(kind: Kind, seconds: float, rounds: int, other: Version | None) -> list[dict[str, Any]]:
-    """A row for each way, with its samples a second of one core: all rounds, which take turns."""
+    """A row for each way, with its samples a second of one core: the median of rounds that take turns."""
     ways: dict[str, Callable[[int], float]] = {
         "ours": lambda epoch: _rate(kind.ours, kind.count, seconds, epoch),
         "plain": lambda epoch: _rate(kind.plain, kind.count, seconds, epoch),
@@ -222,7 +223,13 @@ def measure(kind: Kind, seconds: float, rounds: int, other: Version | None) -> l
         for name, way in ways.items():
             rates[name].append(kind.per_sample * way(epoch))
     return [
-        {"kind": kind.name, "unit": kind.unit, "variant": name, "per_second": max(some), "rounds": some}
+        {
+            "kind": kind.name,
+            "unit": kind.unit,
+            "variant": name,
+            "per_second": statistics.median(some),
+            "rounds": some,
+        }
         for name, some in rates.items()
     ]
 
