@@ -106,7 +106,7 @@ def guess_modality(path: str) -> Modality:
     A text beside a picture or sound of its name is its label or transcript and does not count; of as many
     files pictures come first, then sounds. A .tsv is a manifest of sounds when its first line is a folder,
     else a table of texts; rows of .arrow and .parquet files are what their columns hold, a tar what its first
-    picture or sound is.
+    picture or sound is, or texts where it has neither.
     Raises DataError when `path` does not exist or holds no file of any modality.
     """
     from .arrow import SUFFIXES as ROWS
@@ -132,8 +132,7 @@ def guess_modality(path: str) -> Modality:
         if suffix in ROWS:
             kind = kind_of_rows(files.root / file)
         elif suffix == ".tar":
-            held = (s for s in suffixes_in(files.root / file) if s in IMAGE or s in SUFFIXES)
-            kind = "audio" if next(held, "") in SUFFIXES else "image"
+            kind = _kind_of_tar(files.root / file)
         elif suffix == ".tsv" and is_manifest(files.root / file):
             kind = "audio"
         found[kind].append(file)
@@ -144,6 +143,19 @@ def guess_modality(path: str) -> Modality:
         left = "".join(f"; {line}" for line in Report(path, 0, left_out=files.left_out).lines())
         raise DataError(f"data: {path} holds no image, audio or text file{left}; what is read: {known}")
     return max(found, key=lambda kind: len(found[kind]))
+
+
+def _kind_of_tar(shard: Path) -> Modality:
+    from .images.store import EXTENSIONS as IMAGE
+    from .speech.files import SUFFIXES
+    from .text.tars import MEMBERS
+
+    texts = False
+    for suffix in suffixes_in(shard):
+        if suffix in IMAGE or suffix in SUFFIXES:
+            return "image" if suffix in IMAGE else "audio"
+        texts = texts or suffix in MEMBERS
+    return "text" if texts else "image"
 
 
 def _path(value: str | Path | None) -> Path | None:

@@ -120,3 +120,16 @@ def test_what_is_no_tar_is_named(tmp_path: Path) -> None:
     shard(tmp_path / "empty.tar", **{"a.docx": b""})
     with pytest.raises(DataError, match=r"no pictures in it; .*a.docx: suffix .docx is not read"):
         opened(tmp_path / "empty.tar")
+
+
+def test_tars_of_a_class_each(tmp_path: Path) -> None:
+    """ImageNet's form once its one tar is unpacked; shards of other names have no classes."""
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        for name in ("n01", "n02"):
+            shard(tmp_path / part / f"{name}.tar", **{f"{name}_{i}.JPEG": png(i) for i in range(3)})
+    found = open_stores(tmp_path, Report(str(tmp_path), 0))
+    assert {part: len(store) for part, store in found.items()} == {"train": 6, "val": 6}
+    assert all(list(store.classes) == ["n01", "n02"] for store in found.values())
+    shard(tmp_path / "train" / "n02.tar", **{"other_0.JPEG": png(0)})
+    assert "has no .cls" in open_stores(tmp_path, Report(str(tmp_path), 0))["train"].unlabelled

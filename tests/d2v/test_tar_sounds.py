@@ -15,7 +15,7 @@ import torch
 
 from d2v.data.open import check_data, guess_modality, open_data, open_labelled
 from d2v.data.speech.transcripts import read_spoken
-from d2v.data.types import DataError, Position
+from d2v.data.types import DataError, Position, unused
 from tests.d2v.test_tar import classes, opened, png, seen, shard
 from tests.d2v.tiny_runs import tiny
 
@@ -68,6 +68,19 @@ def test_classes_transcripts_and_parts(tmp_path: Path) -> None:
     }  # fmt: skip
     report = check_data(str(tmp_path), tiny("audio"))
     assert report.left_out["in no part"] == ["extra.tar"] and not report.unreadable and not report.refused
+
+
+def test_held_out_tars_without_classes_are_left_out_by_name(tmp_path: Path) -> None:
+    for part in ("train", "dev", "test"):
+        members = {f"{i}.wav": encoded(i) for i in range(4)}
+        members |= {f"{i}.cls": b"xy"[i % 2 : i % 2 + 1] for i in range(4) if part != "test"}
+        shard(tmp_path / f"{part}.tar", **members)
+    found = open_labelled(str(tmp_path), tiny("audio"))
+    assert {part: len(split) for part, split in found.splits.items()} == {"train": 4, "dev": 4}
+    assert any("part test: held out without labels" in line for line in unused(found.splits.values()))
+    shard(tmp_path / "train.tar", **{"0.wav": encoded(0)})
+    with pytest.raises(DataError, match=r"labels missing: .*train\.tar:0\.wav has no \.cls"):
+        open_labelled(str(tmp_path), tiny("audio"))
 
 
 def test_folders_within_a_tar_and_broken_members(tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import sys
+import tarfile
 import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from d2v.data.open import guess_modality
 from d2v.data.text import corpus, records, tokenizer
-from d2v.data.text.corpus import open_corpus
+from d2v.data.text.corpus import Files, open_corpus
+from d2v.data.text.labelled import read_labelled
 from d2v.data.text.tokenizer import encode_beginnings, train_tokenizer
 from d2v.data.types import DataError, Report
 
@@ -375,3 +379,45 @@ def test_what_is_read(tmp_path: Path) -> None:
     ):
         open_corpus(str(write(tmp_path / "f.json", "{}")), Report("", 0))
     assert corpus.EXTENSIONS is records.EXTENSIONS
+
+
+def tar_of(path: Path, **members: bytes) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("form", ["txt", "json", "jsonl"])
+def test_texts_in_tars_are_those_of_files(form: str, tmp_path: Path) -> None:
+    """Beside a .txt a .json describes it; what cannot be read is named."""
+    texts = [f"the text of number {i} " * 40 for i in range(6)]
+    (tmp_path / "files").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "files" / f"{i}.txt").write_text(text)
+    lines = [json.dumps({"text": text}).encode() for text in texts]
+    if form == "txt":
+        members = {f"{i}.txt": text.encode() for i, text in enumerate(texts)}
+        members |= {"0.json": b"{}", "6.txt": b"\xff", "7.txt": b" "}
+    elif form == "json":
+        members = {f"{i}.json": line for i, line in enumerate(lines)}
+        members |= {"6.json": b"[", "7.json": b'{"text": " "}'}
+    else:
+        members = {
+            "a.jsonl": b"\n".join(lines[:4]),
+            "b.jsonl": b"\n".join([*lines[4:], b"[", b'{"text": ""}']),
+        }
+    (tmp_path / "tars").mkdir()
+    tar_of(tmp_path / "tars" / "train-0.tar", **members)
+    report = Report(str(tmp_path), 0)
+    found = Files(str(tmp_path / "tars"), report)
+    assert ["".join(pieces) for pieces in found.documents(report)] == texts
+    assert report.total == 8 and len(report.unreadable) == 1
+    (name,) = report.unreadable
+    assert name.startswith(f"{tmp_path}/tars/train-0.tar:") and [len(x) for x in report.skipped.values()] == [
+        1
+    ]
+    assert guess_modality(str(tmp_path / "tars")) == "text" and found.size() >= sum(map(len, texts))
+    with pytest.raises(DataError, match="labels missing"):
+        read_labelled(str(tmp_path / "tars"))

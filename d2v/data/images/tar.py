@@ -20,7 +20,8 @@ class TarStore(Store):
         self.files, self.left_out = self.shards.files, self.shards.left_out
 
     def classify(self, level: int) -> None:
-        """Take the classes from the .cls files, or without any from folders within the tar.
+        """Take the classes from the .cls files; without any from folders within the tar, or from the names of
+        the tars, where the names of all their members begin with them: n01440764_18.JPEG in n01440764.tar.
 
         level: of the folders of classes, 0 for the first
         """
@@ -28,6 +29,10 @@ class TarStore(Store):
         parts = [name.split("/") for name in self.files]
         if not any(listed) and all(len(p) > level + 1 for p in parts) and len({p[level] for p in parts}) > 1:
             listed = [p[level] for p in parts]
+        elif not any(listed):
+            stems = [Path(str(self.shards.shards[shard])).stem for shard, *_ in self.shards.members]
+            if all(p[-1].startswith(f"{stem}_") for p, stem in zip(parts, stems, strict=True)):
+                listed = [*stems]
         if None in listed:
             self.unlabelled = f"{self.name(listed.index(None))} has no .cls beside it"
         else:

@@ -190,15 +190,17 @@ class RowSounds:
         found = zip(self.places, (text for table in self.tables for text in table.texts()), strict=True)
         return {name: text for name, text in found if isinstance(text, str)}
 
-    def classes(self) -> dict[str, str]:
-        """The class of every row. DataError where one has none."""
-        found: list[str] = []
+    def classes(self) -> tuple[dict[str, str], str]:
+        """The class of every row that has one, and why others have none."""
+        found: dict[str, str] = {}
+        without = ""
+        names = iter(self.places)
         for table in self.tables:
             labels = table.labels()
-            if labels is None:
-                raise DataError(f"labels missing: {table.unlabelled}")
-            found += labels
-        return dict(zip(self.places, found, strict=True))
+            without = without or ("" if labels is not None else table.unlabelled)
+            own = [next(names) for _ in range(len(table))]
+            found |= {} if labels is None else dict(zip(own, labels, strict=True))
+        return found, without
 
 
 def list_audio(path: Path, report: Report, data: DataConfig, wants: Wants = "parts") -> Listing:

@@ -257,17 +257,21 @@ def _classed(path: str, cfg: Config, score: bool) -> dict[str, tuple[Utterances,
     opened = Report.of(path, cfg.data)
     listing = list_audio(Path(path), opened, cfg.data, "classes")
     level = listing.level
-    known = listing.described if listing.rows is None else listing.rows.classes()
+    known, why = (listing.described, "") if listing.rows is None else listing.rows.classes()
     if known is not None and listing.rows is None:
         opened.leave_out(IN_NO_TABLE, [name for name in listing.names if name not in known])
         has = np.array([name in known for name in listing.names])
         listing.parts = {part: some[has[some]] for part, some in listing.parts.items()}
 
     def lacks(numbers: np.ndarray) -> str:
-        names = (listing.names[i] for i in numbers.tolist() if known is None)
+        names = (listing.names[i] for i in numbers.tolist())
+        if known is not None:
+            return why if any(name not in known for name in names) else ""
         return next((f"{name} lies in no folder" for name in names if len(Path(name).parts) < level + 2), "")
 
     chosen = labelled(listing.parts, lacks, opened)
+    if known is not None and (bare := next(filter(None, map(lacks, chosen.values())), "")):
+        raise DataError(f"labels missing: {bare}")
     parts: dict[str, tuple[Utterances, list[str], Report]] = {}
     for part, numbers in chosen.items():
         report = dataclasses.replace(opened, unreadable={}, skipped={}, facts={}, notes=[])

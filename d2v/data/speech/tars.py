@@ -52,19 +52,16 @@ class TarSounds:
         found = (values.get(key) for key in TEXTS) if isinstance(values, dict) else ()
         return next((text for text in found if isinstance(text, str)), None)
 
-    def classes(self) -> dict[str, str]:
-        """The class of every sound, from .cls, or without any from folders. DataError where one has none."""
+    def classes(self) -> tuple[dict[str, str], str]:
+        """Of every sound that has one its class, from .cls, else from folders; and why others have none."""
         named = {name: self.shards.beside(index, ".cls") for name, index in self.places.items()}
         if not any(named.values()):
             files = self.shards.files
             folders = {name: files[index].split("/") for name, index in self.places.items()}
             named = {n: f[self.level] if len(f) > self.level + 1 else None for n, f in folders.items()}
-        classes = {name: of for name, of in named.items() if of}
-        if missing := next((name for name in named if name not in classes), ""):
-            raise DataError(
-                f"labels missing: {missing} has no .cls beside it and lies in no folder of a class"
-            )
-        return classes
+        missing = next((name for name, of in named.items() if not of), "")
+        why = f"{missing} has no .cls beside it and lies in no folder of a class" if missing else ""
+        return {name: of for name, of in named.items() if of}, why
 
 
 def sounds_of_tars(

@@ -1,6 +1,7 @@
 """Where text lies: .txt files (one document each), .jsonl files, .csv, .tsv and .parquet tables (one document
-a line or row, its "text" or another column), or the standard library. A document that is not UTF-8, or a line
-that is not such JSON, is unreadable as a whole: counted and skipped. So are documents without a character.
+a line or row, its "text" or another column), tar shards of texts, or the standard library. A document that is
+not UTF-8, or a line that is not such JSON, is unreadable as a whole: counted and skipped. So are documents
+without a character.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import numpy as np
 
 from ..arrow import listed
 from ..embedded import text as stdlib
+from ..shards import Shards
 from ..splits import NO_PART, WHOLE, for_training, in_no_part, parts_of
 from ..types import DataError, Report
-from ..walk import walk
+from ..walk import suffix_of, walk
 from .records import (
     COMPRESSED,
     EMPTY,
@@ -30,6 +32,7 @@ from .records import (
     text_or_reason,
     why_unreadable,
 )
+from .tars import MEMBERS, TAR, texts_of
 
 UNPACKED = 4
 """about how many times as large a compressed text is"""
@@ -68,9 +71,9 @@ class Files(Corpus):
         What is not read is named in `report`.
         """
         self.path, self.column = path, column
-        found = walk(Path(path), EXTENSIONS, ())
+        found = walk(Path(path), (*EXTENSIONS, TAR), ())
         report.left_out |= found.left_out
-        if Path(path).is_file() and not kind_of(path):
+        if Path(path).is_file() and not kind_of(path) and suffix_of(path) != TAR:
             found.files = []
         names = sorted(listed(found.root, found.files, report), key=Path)
         if not names:
@@ -83,19 +86,27 @@ class Files(Corpus):
         if purpose == "train":
             report.leave_out(NO_PART, in_no_part(names, self.parts))
             self.files = [self.files[i] for i in for_training(self.parts, report)]
+        self.shards = {file: Shards([file], MEMBERS) for file in self.files if suffix_of(file.name) == TAR}
 
     def fingerprint(self) -> str:
         return _fingerprint(self.files) + ("" if self.column == "text" else self.column)
 
     def size(self) -> int:
-        sizes = ((file.stat().st_size, file.suffix.lower() in COMPRESSED) for file in self.files)
-        return sum(size * (UNPACKED if packed else 1) for size, packed in sizes)
+        members = sum(size for shard in self.shards.values() for *_, size in shard.members)
+        files = (file for file in self.files if file not in self.shards)
+        sizes = ((file.stat().st_size, file.suffix.lower() in COMPRESSED) for file in files)
+        return members + sum(size * (UNPACKED if packed else 1) for size, packed in sizes)
 
     def documents(self, report: Report) -> Iterator[Iterator[str]]:
         for file in self.files:
             yield from self._documents(file, report)
 
     def _documents(self, file: Path, report: Report) -> Iterator[Iterator[str]]:
+        if file in self.shards:
+            for name, text, reason in texts_of(self.shards[file], self.column):
+                report.total += 1
+                yield from _sorted_out(name, text, reason, report)
+            return
         if kind_of(file.name) == ".txt":
             report.total += 1
             reason = why_unreadable(file)
@@ -107,13 +118,17 @@ class Files(Corpus):
                 yield pieces_of(file)
             return
         for name, values in records(file, report, (self.column,)):
-            text, reason = text_or_reason(values, self.column)
-            if reason:
-                report.unreadable[name] = reason
-            elif not text.strip():
-                report.skip(EMPTY, [name])
-            else:
-                yield cut(text)
+            yield from _sorted_out(name, *text_or_reason(values, self.column), report)
+
+
+def _sorted_out(name: str, text: str, reason: str | None, report: Report) -> Iterator[Iterator[str]]:
+    """A document in pieces; nothing of one that is unreadable or empty, which the report names."""
+    if reason:
+        report.unreadable[name] = reason
+    elif not text.strip():
+        report.skip(EMPTY, [name])
+    else:
+        yield cut(text)
 
 
 class StandardLibrary(Corpus):

@@ -97,7 +97,7 @@ def _read_lines(path: str, report: Report, numbers: bool, data: DataConfig) -> d
     """Of each part, or of one part `WHOLE`."""
     found = Files(path, report, "label", data.text_column)
     parts = {
-        part: [file for i in some if kind_of((file := found.files[i]).name) != ".txt"]
+        part: [file for i in some if kind_of((file := found.files[i]).name) not in (".txt", "")]
         for part, some in found.parts.items()
     }
     if not any(parts.values()):
