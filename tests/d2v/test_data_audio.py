@@ -365,10 +365,9 @@ def test_folders_without_audio(tmp_path: Path) -> None:
     (tmp_path / "train.tsv").write_text(".\n")
     with pytest.raises(DataError, match=r"train.tsv: no audio files"):
         open_data(str(tmp_path), config())
-    write(tmp_path / "a.wav", tone(2))
-    write(tmp_path / "b.wav", tone(2))
+    (tmp_path / "lists").mkdir()
     for part, name in (("train", "a"), ("valid", "b")):
-        (tmp_path / "lists").mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.wav", tone(2))
         (tmp_path / "lists" / f"{part}.tsv").write_text(f"..\n{name}.wav\t32000\n")
     pipeline = open_data(str(tmp_path / "lists"), config(batch=2))
     assert [Path(pipeline.source.name(i)).name for i in range(len(pipeline.source))] == ["a.wav"]
