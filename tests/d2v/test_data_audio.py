@@ -113,8 +113,7 @@ def test_a_window_of_utterances_is_read_before_the_next(folder: Path) -> None:
     orders = [[i for step in epoch(pipeline, n) for b in step for i in b.ids.tolist()] for n in (0, 1)]
     assert all(sorted(ids) == list(range(24)) for ids in orders) and orders[0] != orders[1]
     for number, ids in enumerate(orders):
-        found = windows(generator(cfg.train.seed, ORDER, number), 24, 8)[0]
-        assert sorted(ids[:8]) == sorted(found.tolist())
+        assert {*ids[:8]} == {*windows(generator(cfg.train.seed, ORDER, number), 24, 8)[0].tolist()}
     resumed = steps(open_data(str(folder), cfg), 2, Position(0, 3))
     for a, b in zip(resumed, steps(pipeline, 5)[3:], strict=True):
         assert all(torch.equal(x.source, y.source) for x, y in zip(a, b, strict=True))
