@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.results_table import main as results_table
 
@@ -230,6 +231,10 @@ def test_arguments_that_cannot_be(machine, arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="without 16-bit products of the processor's own (AVX-512) it takes many minutes",
+)
 def test_dry_run(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setenv("PYTHON", sys.executable)

@@ -349,7 +349,7 @@ def test_labels_of_arrays(tmp_path: Path):
 
 def test_labels_missing_in_a_flat_folder(tmp_path: Path):
     write(tmp_path / "a.png", encoded(pixels(16, 16, 3)))
-    with pytest.raises(DataError, match=r"labels missing: .*not in one subfolder per class"):
+    with pytest.raises(DataError, match=r"labels missing: .*a\.png lies in no folder of a class"):
         open_labelled(str(tmp_path), config())
 
 
