@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -178,7 +179,9 @@ def _common(urls: list[str]) -> str:
 
 
 def _files(home: Path) -> list[Path]:
-    return [file for file in home.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    """Those that stand for something; what begins with a dot is beside them, or being made."""
+    found = (file for file in home.rglob("*") if file.is_file())
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(home).parts)]
 
 
 def _stand_in(url: str, place: Path) -> None:
@@ -194,7 +197,10 @@ def _stand_in(url: str, place: Path) -> None:
     if suffix_of(place.name) == ".tar":
         write_text(place, f"{MARK}{url}\n{version}\n")
     else:
-        making = place.with_name(f".{place.name}.making")
-        _tried(url, lambda: fs.get_file(path, str(making)))
-        os.replace(making, place)
+        with tempfile.TemporaryDirectory(
+            dir=place.parent, prefix="."
+        ) as own:  # another process may fetch it too
+            making = os.path.join(own, place.name)
+            _tried(url, lambda: fs.get_file(path, making))
+            os.replace(making, place)
     write_text(noted, version)

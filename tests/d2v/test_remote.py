@@ -148,6 +148,28 @@ def test_texts_are_fetched_whole(tmp_path: Path) -> None:
     assert guess_modality(f"{MEMORY}/en/train.txt") == "text"
 
 
+def test_processes_that_fetch_one_set_at_once_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second fetches while the first does, and is done before."""
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/sets/train.txt", b"some words")
+    memory.pipe_file("/sets/valid.txt", b"held out")
+    fs = type(memory)
+    plain, inner = fs.get_file, []
+
+    def twice(self: Any, path: str, to: str) -> None:
+        plain(self, path, to)
+        if not inner:
+            inner.append(to)
+            at_hand(MEMORY)
+
+    monkeypatch.setattr(fs, "get_file", twice)
+    home = Path(at_hand(MEMORY))
+    assert {file.name: file.read_bytes() for file in home.glob("*.txt")} == {
+        "train.txt": b"some words",
+        "valid.txt": b"held out",
+    }
+
+
 def test_a_request_is_tried_again_and_a_network_that_is_down_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
