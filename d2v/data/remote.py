@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from ..config.atomic import write_json, write_text
 from .cache import default_cache
-from .types import DataError
+from .types import DataError, Unreachable
 from .walk import suffix_of
 
 MARK = "d2v: a tar at "
@@ -53,8 +53,8 @@ def at_hand(path: str) -> str:
     """
     if not is_url(path):
         return path
-    urls = [url for one in braces(path) for url in _listed(one)]
-    root = _common(urls)
+    urls = {url: about for one in braces(path) for url, about in _listed(one)}
+    root = _common([*urls])
     home = default_cache() / "urls" / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}"
     names = {url: url[len(root) :] for url in urls}
     read = {url: name for url, name in names.items() if suffix_of(name) in (*WHOLE, ".tar")}
@@ -65,7 +65,7 @@ def at_hand(path: str) -> str:
             f"{held}: pack the files into tars, or copy them"
         )
     for url, name in read.items():
-        _stand_in(url, home / name)
+        _stand_in(url, urls[url], home / name)
     for file in _files(home):
         if str(file.relative_to(home)) not in read.values():
             file.unlink()
@@ -105,12 +105,14 @@ class RemoteTar:
         return _tried(self.url, lambda: fs.open(path, "rb", **options))
 
     def read(self, offset: int, size: int) -> bytes:
-        """Some of its bytes. DataError when they cannot be had, which ends a run: a network that is down must
-        not be taken for samples that are unreadable."""
+        """Some of its bytes. Unreachable when they cannot be had, which ends a run: a network that is down
+        must not be taken for samples that are unreadable."""
         fs, path = _file_system(self.url)
         data: bytes = _tried(self.url, lambda: fs.cat_file(path, start=offset, end=offset + size))
         if len(data) != size:
-            raise DataError(f"data: {self.url}: {size:,} bytes from {offset:,} on wanted, {len(data):,} came")
+            raise Unreachable(
+                f"data: {self.url}: {size:,} bytes from {offset:,} on wanted, {len(data):,} came"
+            )
         return data
 
     def kept(self, key: str, make: Callable[[], Any]) -> Any:
@@ -145,31 +147,31 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _tried(url: str, request: Callable[[], T]) -> T:
-    """What a request returns, tried some times. DataError: it never did, with the last reason."""
+    """What a request returns, tried some times. Unreachable: it never did, with the last reason."""
     for attempt in range(TRIES):
         try:
             return request()
         except FileNotFoundError:
-            raise DataError(f"data: {url} does not exist") from None
+            raise Unreachable(f"data: {url} does not exist") from None
         except Exception as error:  # each file system has errors of its own
             reason = f"{type(error).__name__}: {error}"
             if attempt < TRIES - 1:
                 time.sleep(WAIT * 2**attempt)
-    raise DataError(f"data: {url}: {reason}")
+    raise Unreachable(f"data: {url}: {reason}")
 
 
-def _listed(url: str) -> Iterator[str]:
-    """The files at a URL without braces."""
+def _listed(url: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The files at a URL without braces, and what the file system says of each."""
     fs, path = _file_system(url)
     if "*" in path:
-        found = _tried(url, lambda: fs.glob(path))
+        found = _tried(url, lambda: fs.glob(path, detail=True))
     elif suffix_of(path) in (*WHOLE, ".tar"):
-        found = [path]
+        found = {path: _tried(url, lambda: fs.info(path))}
     else:
-        found = _tried(url, lambda: fs.find(path))
+        found = _tried(url, lambda: fs.find(path, detail=True))
     if not found:
         raise DataError(f"data: {url} does not exist, or holds nothing")
-    return (fs.unstrip_protocol(one) for one in sorted(found))
+    return ((fs.unstrip_protocol(one), found[one]) for one in sorted(found))
 
 
 def _common(urls: list[str]) -> str:
@@ -184,10 +186,9 @@ def _files(home: Path) -> list[Path]:
     return [file for file in found if not any(part.startswith(".") for part in file.relative_to(home).parts)]
 
 
-def _stand_in(url: str, place: Path) -> None:
+def _stand_in(url: str, about: dict[str, Any], place: Path) -> None:
     """Make `place` stand for a URL: a copy, or of a tar a note; nothing where it does so already."""
     fs, path = _file_system(url)
-    about = _tried(url, lambda: fs.info(path))
     version = json.dumps([url, about.get("size"), [str(about[key]) for key in VERSION if key in about]])
     noted = place.with_name(f".{place.name}.version")
     if place.is_file() and noted.is_file() and noted.read_text("utf-8") == version:

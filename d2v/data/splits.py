@@ -44,7 +44,7 @@ def kind_of(name: str) -> Kind | None:
 def around(files: Sequence[str]) -> int:
     """How many folders lie around all of the files, as LibriSpeech/ does around its parts: they neither name
     a part nor are the last above a file, which may be a class."""
-    if not files:
+    if not files or any(map(os.path.isabs, files)):
         return 0
     shared = Path(os.path.commonpath([os.path.dirname(file) for file in files])).parts
     named = next((depth for depth, folder in enumerate(shared) if kind_of(folder)), len(shared))

@@ -140,7 +140,9 @@ def read_described(
             elif found.of.setdefault(file, value) != value:
                 raise DataError(f"data: {table.path}, line {number}: a second {column} of {name}")
             else:
-                known = str(row[part]) if part else part_of.get(table.name, WHOLE)
+                known = part_of.get(table.name, WHOLE)
+                if part:
+                    known = str(row[part] or "").strip().strip("/") or WHOLE
                 if parts.setdefault(file, known) != known:
                     raise DataError(f"data: {table.path}, line {number}: a second part of {name}")
     if not found.of:
@@ -154,10 +156,9 @@ def read_described(
 
 def _columns(file: Path) -> tuple[str, ...]:
     """The names of a table's columns; empty for what is none."""
-    with file.open("rb") as opened:
-        line = opened.readline(PEEK).decode(errors="replace").removeprefix("\ufeff").rstrip("\r\n")
+    line = _first_line(file)
     if suffix_of(file.name) != ".jsonl":
-        if file.name == "metadata.csv" and "|" in line and "," not in line.partition("|")[0]:
+        if _is_ljspeech(file, line):
             return LJSPEECH[: line.count("|") + 1]
         return tuple(name.strip() for name in next(csv.reader([line], **_form(file)), ()))
     try:
@@ -165,6 +166,16 @@ def _columns(file: Path) -> tuple[str, ...]:
     except (ValueError, RecursionError):
         return ()
     return tuple(first) if isinstance(first, dict) else ()
+
+
+def _first_line(file: Path) -> str:
+    with file.open("rb") as opened:
+        return opened.readline(PEEK).decode(errors="replace").removeprefix("\ufeff").rstrip("\r\n")
+
+
+def _is_ljspeech(file: Path, line: str) -> bool:
+    """Whether a table is LJSpeech's, by its name and first line."""
+    return file.name == "metadata.csv" and "|" in line and "," not in line.partition("|")[0]
 
 
 def _form(file: Path) -> dict[str, Any]:
@@ -181,14 +192,12 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     row = json.loads(line)
                     yield number, row if isinstance(row, dict) else {}
             return
-        form, columns = _form(file), _columns(file)
-        if columns == LJSPEECH[: len(columns)]:
-            form = {"delimiter": "|", "quoting": csv.QUOTE_NONE}
-        else:
-            lines = lines[1:]
-        reader = csv.DictReader((f"{line}\n" for line in lines), columns, **form)
+        form, header = _form(file), 1
+        if lines and _is_ljspeech(file, lines[0]):
+            form, header = {"delimiter": "|", "quoting": csv.QUOTE_NONE}, 0
+        reader = csv.DictReader((f"{line}\n" for line in lines[header:]), _columns(file), **form)
         for row in reader:
-            yield reader.line_num + (columns != LJSPEECH[: len(columns)]), row
+            yield header + reader.line_num, row
     except UnicodeDecodeError as error:
         raise DataError(f"data: {file}: {not_utf8(error)}") from None
     except (csv.Error, ValueError, RecursionError) as error:

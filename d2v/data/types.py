@@ -25,6 +25,10 @@ class DataError(ValueError):
     """The data cannot be used; the message names the path and what is wrong."""
 
 
+class Unreachable(DataError):
+    """A network, not a sample, is at fault: it ends what reads."""
+
+
 class Unreadable(Exception):
     """One sample cannot be read: raised by `Source.read`, counted and replaced by the loader."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import io
+import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,6 +188,8 @@ def test_a_request_is_tried_again_and_a_network_that_is_down_ends_the_run(
     monkeypatch.setattr(fs, "cat_file", flaky)
     assert all(map(torch.equal, steps(MEMORY, of("image")), expected))
     failures = iter([])
+    refused = check_data(MEMORY, of("image")).refused
+    assert re.fullmatch(r"data: memory:/+sets/train-00\d\.tar: TimeoutError: no answer", refused)
     with pytest.raises(DataError, match=r"memory:/+sets/train-00\d\.tar: TimeoutError: no answer"):
         steps(MEMORY, of("image"))
 

@@ -170,8 +170,11 @@ def test_pieces_are_what_their_recordings_hold_there(suffix: str, channels: Chan
         assert len(wave) == found.lengths[index] == 2 * (last - first)
 
 
-def test_pieces_have_transcripts_and_bounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("between", [" ", "\t"])
+def test_pieces_have_transcripts_and_bounds(between: str, tmp_path: Path) -> None:
     segments(tmp_path, "wav")
+    listed = tmp_path / "all" / "wav.scp"
+    listed.write_text(listed.read_text().replace(" ", between))
     write(tmp_path / "all" / "text", "u1 one", "u2 two", "u3 three", "u4 four", "u5 five", "u6")
     with (tmp_path / "all" / "segments").open("a") as file:
         file.write("u4 rec-y 2 3.5\nu5 rec-y 2 2\nu6 rec-y 0 1\n")

@@ -136,6 +136,30 @@ def test_ljspeech(tmp_path: Path) -> None:
     assert said(tmp_path)["test"][0].startswith("No. ")
 
 
+@pytest.mark.parametrize("header", ["file_name,text", "file_name,text,transcription"])
+def test_a_header_of_ljspeechs_columns_is_a_header(header: str, tmp_path: Path) -> None:
+    for i in range(5):
+        sample(tmp_path / f"{i}.wav")
+    columns = header.count(",")
+    write(tmp_path / "metadata.csv", header, *(f"{i}.wav" + f",a{i}" * columns for i in range(5)))
+    assert sorted(sum(said(tmp_path).values(), [])) == [f"a{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_rows_of_no_part_are_left_out_by_name(modality: str, tmp_path: Path) -> None:
+    """An empty part, and one of another name."""
+    suffix = SUFFIX[modality]
+    for i in range(8):
+        sample(tmp_path / f"{i}{suffix}")
+    parts = ["train", "train", "train", "train", "test", "test", "", "extra"]
+    write(
+        tmp_path / "t.csv", "file,label,split", *(f"{i}{suffix},{'ab'[i % 2]},{parts[i]}" for i in range(8))
+    )
+    found = open_labelled(str(tmp_path), tiny(modality))
+    assert {part: len(split) for part, split in found.splits.items()} == {"train": 4, "test": 2}
+    assert any(f"in no part: 6{suffix}, 7{suffix}" in line for line in unused(found.splits.values()))
+
+
 def test_columns_may_have_other_names(tmp_path: Path) -> None:
     for i in range(5):
         sample(tmp_path / f"{i}.wav")
@@ -155,11 +179,12 @@ def test_timit(tmp_path: Path) -> None:
     assert said(tmp_path) == {"train": ["She had."] * 2, "test": ["She had."] * 2}
 
 
-def test_lists_of_speech_commands(tmp_path: Path) -> None:
+@pytest.mark.parametrize("outer", ["", "speech_commands_v0.02"])
+def test_lists_of_speech_commands(outer: str, tmp_path: Path) -> None:
     for name in ("yes", "no"):
         for i in range(4):
-            sample(tmp_path / name / f"{i}.wav")
-    write(tmp_path / "validation_list.txt", "yes/0.wav", "no/0.wav")
-    write(tmp_path / "testing_list.txt", "yes/1.wav")
+            sample(tmp_path / outer / name / f"{i}.wav")
+    write(tmp_path / outer / "validation_list.txt", "yes/0.wav", "no/0.wav")
+    write(tmp_path / outer / "testing_list.txt", "yes/1.wav")
     found = classes_in(open_labelled(str(tmp_path), tiny("audio")))
     assert found == {"train": ["no"] * 3 + ["yes"] * 2, "validation": ["no", "yes"], "testing": ["yes"]}

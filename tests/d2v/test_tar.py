@@ -133,3 +133,8 @@ def test_tars_of_a_class_each(tmp_path: Path) -> None:
     assert all(list(store.classes) == ["n01", "n02"] for store in found.values())
     shard(tmp_path / "train" / "n02.tar", **{"other_0.JPEG": png(0)})
     assert "has no .cls" in open_stores(tmp_path, Report(str(tmp_path), 0))["train"].unlabelled
+
+
+def test_members_may_have_absolute_names(tmp_path: Path) -> None:
+    shard(tmp_path / "a.tar", **{"/data/cat/0.png": png(0), "dog/1.png": png(1), "/data/cat/2.png": png(2)})
+    assert len(open_stores(tmp_path, Report(str(tmp_path), 0))["all"]) == 3

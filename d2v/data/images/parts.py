@@ -115,12 +115,11 @@ def _of_folder(path: Path, report: Report, divided: bool, label: str, labelled: 
         table = read_described(path, pictures, tables, wanted, report)
         if table is not None:
             numbers = table.parts or numbers if divided else whole
+            report.leave_out(NO_PART, in_no_part(pictures, numbers))
             if labelled:
                 report.leave_out(IN_NO_TABLE, [file for file in pictures if file not in table.of])
                 has = np.array([file in table.of for file in pictures])
                 numbers = {part: some[has[some]] for part, some in numbers.items()}
-            else:
-                report.leave_out(NO_PART, in_no_part(pictures, numbers))
             return stores(table.of)
     report.leave_out(NO_PART, in_no_part(pictures, numbers))
     return by_folder

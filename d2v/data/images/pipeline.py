@@ -16,7 +16,17 @@ from ...config.run import Config
 from ..embedded import digits
 from ..loader import Loader
 from ..splits import WHOLE, divide, for_training, labelled, to_divide, to_score, training_classes
-from ..types import Batch, DataError, Labelled, LabelledBatch, Pipeline, Report, Split, Unreadable
+from ..types import (
+    Batch,
+    DataError,
+    Labelled,
+    LabelledBatch,
+    Pipeline,
+    Report,
+    Split,
+    Unreachable,
+    Unreadable,
+)
 from .parts import open_stores
 from .source import ImageSource
 from .store import ArrayStore, Store, Subset
@@ -145,6 +155,8 @@ def check_data(path: str, cfg: Config, report: Report, any_batch: bool) -> None:
         """The size and what is done to the picture, or why it cannot be read."""
         try:
             return source.look(index)
+        except Unreachable:
+            raise
         except (DataError, Unreadable) as error:
             return str(error)
 

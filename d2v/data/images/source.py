@@ -24,7 +24,7 @@ from ...config.fronts import ImageFront
 from ...config.run import Config, DataConfig
 from ..loader import AUGMENT, Source, generator
 from ..normalisation import IMAGENET, Normalisation, checked, given
-from ..types import Batch, DataError, Unreadable
+from ..types import Batch, DataError, Unreachable, Unreadable
 from .eval_picture import Box, WrongChannels, cut_array, eval_picture, orientation, reason, upright
 from .jpeg import JPEG, decoded
 from .store import Store, Subset
@@ -116,7 +116,7 @@ class ImageSource(Source):
             raise DataError(
                 f"data: {self.name(index)} has {error.got} channels, front.channels is {error.wanted}"
             ) from None
-        except DataError:  # of a shard that cannot be reached, which is no fault of a picture
+        except Unreachable:
             raise
         except BROKEN as error:
             raise Unreadable(reason(error)) from None

@@ -270,11 +270,15 @@ def _of_files(
 
 def _listed(root: Path, sounds: Sequence[str]) -> dict[str, np.ndarray]:
     """The parts that Speech Commands' lists of files make; empty without any."""
-    lists = {part: root / f"{part}_list.txt" for part in ("validation", "testing")}
-    try:
-        held = {part: set(lines_of(file.read_bytes())) for part, file in lists.items() if file.is_file()}
-    except UnicodeDecodeError as error:
-        raise DataError(f"data: {root}: validation_list.txt or testing_list.txt: {not_utf8(error)}") from None
+    folder = Path(*Path(sounds[0]).parts[: around(sounds)])
+    held: dict[str, set[str]] = {}
+    for part in ("validation", "testing"):
+        file = root / folder / f"{part}_list.txt"
+        try:
+            if file.is_file():
+                held[part] = {str(folder / line) for line in lines_of(file.read_bytes())}
+        except UnicodeDecodeError as error:
+            raise DataError(f"data: {file}: {not_utf8(error)}") from None
     places = [next((part for part, files in held.items() if sound in files), "train") for sound in sounds]
     found = parts_of([f"{place}/file" for place in places], str(root)) if held else {}
     return found if len(found) > 1 else {}

@@ -139,8 +139,7 @@ def read_wave(path: Path, expected: Header, rate: int, channels: Channels = "mix
             raise Unreadable(f"has {block.shape[1]} channels, data.channels is refuse")
         if not segments or segments[-1][0] != found:
             segments.append((found, []))
-        one = channels == "first" or block.shape[1] == 1
-        segments[-1][1].append(np.ascontiguousarray(block[:, 0]) if one else block.mean(axis=1))
+        segments[-1][1].append(_one_channel(block, channels))
         got += -(-len(block) * header.rate // found)
         if got > expected.frames + len(segments) * header.rate:
             raise Unreadable(f"is longer than {expected.frames} frames at {expected.rate} Hz, as indexed")
@@ -167,16 +166,22 @@ def _read_piece(path: Path, piece: Header, recording: Header, channels: Channels
     if (header.frames, header.rate) != (recording.frames, recording.rate):
         raise Unreadable(_disagrees(header.frames, header.rate, recording))
     try:
-        with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else path) as file:
+        with soundfile.SoundFile(next(_pieces(path, recording.container))) as file:
             file.seek(piece.start)
             block = file.read(piece.frames, dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
         raise Unreadable(str(getattr(error, "error_string", error))) from error
     if len(block) < piece.frames:
         raise Unreadable(f"truncated: {piece.frames} frames from {piece.start} on wanted, {len(block)} there")
-    wave = np.ascontiguousarray(block[:, 0]) if channels == "first" else block.mean(axis=1)
+    wave = _one_channel(block, channels)
     _check_values(wave)
     return wave
+
+
+def _one_channel(block: np.ndarray, channels: Channels) -> np.ndarray:
+    """[frames,channels] as [frames]: the first, or the mean."""
+    one = channels == "first" or block.shape[1] == 1
+    return np.ascontiguousarray(block[:, 0]) if one else block.mean(axis=1)
 
 
 def _check_values(wave: np.ndarray) -> None:

@@ -111,14 +111,14 @@ def _common_voice(root: Path, file: Path) -> Rows:
 def _kaldi(root: Path, file: Path) -> Rows:
     sounds: dict[str, str] = {}
     for number, line in enumerate(_lines(file), start=1):
-        name, _, sound = line.strip().partition(" ")
-        if not sound.strip():
+        name, sound = _split(line)
+        if not sound:
             continue
-        if sound.rstrip().endswith("|"):
+        if sound.endswith("|"):
             raise DataError(
                 f"data: {file}, line {number}: a command, which is not run: give the files it makes"
             )
-        sounds[name] = sound.strip()
+        sounds[name] = sound
     said = file.parent / "text"
     texts = dict(_split(line) for line in _lines(said)) if said.is_file() else {}
     segments = file.parent / "segments"
@@ -144,8 +144,9 @@ def _kaldi(root: Path, file: Path) -> Rows:
 
 
 def _split(line: str) -> tuple[str, str]:
-    name, *text = line.strip().split(maxsplit=1) or ("",)
-    return name, text[0] if text else ""
+    """The first word of a line, and the rest, with spaces or tabs between; empty where there is none."""
+    name, text, *_ = (*line.strip().split(maxsplit=1), "", "")
+    return name, text
 
 
 def _found(root: Path, table: Path, sound: str) -> Path:
